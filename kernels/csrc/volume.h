@@ -1,0 +1,86 @@
+// The seam between the slot pools above and the stores below.
+//
+// A volume holds tables of fixed-size records, addressed by (table, row). A record's payload is the concatenation of
+// "parts": a row's weights, then each of its optimizer states. A part is an array in memory with one element a slot, so
+// a batch of records is described by (rows, slots, parts): the payload of rows[i] is gathered from, or scattered to,
+// parts[p].base + slots[i] * parts[p].stride_bytes for each p in order.
+//
+// What always holds:
+//   - a get sees every put that returned before the get was submitted (a row is never stale), wherever it is buffered;
+//   - a row that was never put reads as its table's initial value;
+//   - parts stay valid and their slots untouched from submit_get until wait() of its token returns;
+//   - one thread calls put/submit_get at a time for one volume (the callers' lock); wait may be called from any thread;
+//   - errors are thrown as Error (errors.h) from the call that can still name what failed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "initializer.h"
+
+namespace mtrains {
+
+struct Part {
+  std::byte* base;
+  uint64_t stride_bytes;
+  uint32_t bytes;
+};
+
+using TableId = uint32_t;
+
+struct GetRequest {
+  TableId table;
+  std::vector<int64_t> rows;
+  std::vector<int32_t> slots;
+  std::span<const Part> parts;  // owned by the caller, alive until wait()
+};
+
+struct TableSpec {
+  std::string name;
+  int64_t row_count;
+  uint32_t record_bytes;  // payload bytes of one record
+};
+
+struct VolumeStats {
+  uint64_t get_rows = 0;            // rows asked for
+  uint64_t get_rows_initial = 0;    // of these, never put: generated
+  uint64_t get_rows_buffered = 0;   // of these, found in the write buffer
+  uint64_t put_rows = 0;
+  uint64_t read_ios = 0;
+  uint64_t read_bytes = 0;
+  uint64_t write_ios = 0;
+  uint64_t write_bytes = 0;
+  uint64_t disk_bytes = 0;          // space the volume occupies now
+  uint64_t checkpoints = 0;
+  double read_wait_seconds = 0;     // callers blocked in wait()
+};
+
+class Volume {
+ public:
+  virtual ~Volume() = default;
+
+  // Opens or creates a table; the same name with another shape throws kMismatch.
+  virtual TableId table(const TableSpec& spec, const Initializer& init) = 0;
+
+  virtual void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
+                   std::span<const Part> parts) = 0;
+
+  // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
+  // Tokens complete in the order of submission. wait(0) is a no-op.
+  virtual uint64_t submit_get(std::vector<GetRequest> requests) = 0;
+  virtual void wait(uint64_t token) = 0;
+
+  virtual void flush() = 0;                      // everything put so far is handed to the device
+  virtual void checkpoint(uint64_t epoch) = 0;   // everything put so far is durable and named by this epoch
+  virtual std::optional<uint64_t> epoch() const = 0;
+  virtual VolumeStats stats() const = 0;
+  virtual const char* backend() const = 0;       // "memory", "io_uring", "pread"
+  virtual void close() = 0;
+};
+
+}  // namespace mtrains
