@@ -34,7 +34,7 @@ class Group:
 def groups(draw: st.DrawFn) -> Group:
     """Tables (1-4) with pools from the smallest legal: what one batch can touch at most."""
     tables = draw(st.integers(1, 4))
-    features = list(range(tables)) + draw(st.lists(st.integers(0, tables - 1), max_size=2))
+    features = sorted(list(range(tables)) + draw(st.lists(st.integers(0, tables - 1), max_size=2)))
     batch_size, max_length = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     pooling = draw(st.sampled_from([PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE]))
     dim = draw(st.integers(1, 4)) * 4
