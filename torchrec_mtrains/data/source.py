@@ -54,8 +54,8 @@ class BatchSource(Protocol):
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield training batches from global batch ``start`` on."""
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        """Yield the held-out batches, always the same ones."""
+    def held_out_batches(self, after: int = 0) -> Iterator[Batch]:
+        """Yield the held-out batches of a job that has trained ``after`` batches, always the same ones."""
 
 
 def make_batch(
