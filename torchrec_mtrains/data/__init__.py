@@ -1,1 +1,16 @@
 """Training data for the main job: calibrated synthetic, MovieLens (RecBole's ``.inter``) and Criteo's Kaggle TSV."""
+
+from .criteo import CriteoSource
+from .movielens import MovieLensSource
+from .source import BatchSource, DataError, TableShape
+from .synthetic import SyntheticConfig, SyntheticSource
+
+__all__ = [
+    "BatchSource",
+    "CriteoSource",
+    "DataError",
+    "MovieLensSource",
+    "SyntheticConfig",
+    "SyntheticSource",
+    "TableShape",
+]
