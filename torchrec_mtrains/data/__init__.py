@@ -2,13 +2,12 @@
 
 from .criteo import CriteoSource
 from .movielens import MovieLensSource
-from .source import BatchSource, DataError, TableShape
+from .source import BatchSource, TableShape
 from .synthetic import SyntheticConfig, SyntheticSource
 
 __all__ = [
     "BatchSource",
     "CriteoSource",
-    "DataError",
     "MovieLensSource",
     "SyntheticConfig",
     "SyntheticSource",

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from torchrec.datasets.utils import Batch
 
-from ..errors import ConfigurationError
-from .source import DataError, TableShape, make_batch
+from ..errors import ConfigurationError, DataError
+from .source import TableShape, make_batch
 
 DENSE_COUNT = 13
 CATEGORY_COUNT = 26

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from torchrec.datasets.utils import Batch
 
-from ..errors import ConfigurationError
-from .source import DataError, TableShape, make_batch
+from ..errors import ConfigurationError, DataError
+from .source import TableShape, make_batch
 
 _SECONDS_A_DAY = 86_400.0
 _SHUFFLE = 1
@@ -156,9 +156,8 @@ class MovieLensSource:
                 yield self._batch(order[begin : begin + self.batch_size])
 
     def held_out_batches(self, after: int = 0) -> Iterator[Batch]:
-        """The last ratings in time. Ranks take turns; every rank gets the same number of batches, maybe a short last."""
-        share = -(-self.held_out_count // self._world_size)
-        begin = min(self.train_count + self._rank * share, len(self._labels) - 1)
-        end = min(begin + share, len(self._labels))
-        for first in range(begin, end, self.batch_size):
-            yield self._batch(np.arange(first, min(first + self.batch_size, end)))
+        """The last ratings in time, each once; the ranks take turns and get the same number of batches, some shorter."""
+        mine = np.arange(self.train_count + self._rank, len(self._labels), self._world_size)
+        count = -(-self.held_out_count // (self.batch_size * self._world_size))
+        for part in np.array_split(mine, count):
+            yield self._batch(part)

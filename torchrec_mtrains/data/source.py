@@ -11,12 +11,6 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from ..errors import MTrainsError
-
-
-class DataError(MTrainsError, ValueError):
-    """Input data is missing or malformed; the message names the file, the line, the rule and what was found."""
-
 
 @dataclass(frozen=True)
 class TableShape:
