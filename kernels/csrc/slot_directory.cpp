@@ -1,0 +1,193 @@
+#include "slot_directory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <new>
+#include <stdexcept>
+
+namespace mtrains {
+
+namespace {
+constexpr int64_t kMapAhead = 48;    // ids between the prefetch of a row's map entry and its use
+constexpr int64_t kStampAhead = 16;  // likewise for the slot's stamp, which needs the map entry
+constexpr size_t kHugePageBytes = 2u << 20;
+}  // namespace
+
+template <class T>
+LazyArray<T>::LazyArray(size_t count) : count_(count) {
+  const size_t bytes = std::max<size_t>(count * sizeof(T), 1);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  if (bytes >= kHugePageBytes) madvise(p, bytes, MADV_HUGEPAGE);
+  data_ = static_cast<T*>(p);
+}
+
+template <class T>
+LazyArray<T>::~LazyArray() {
+  if (data_) munmap(data_, std::max<size_t>(count_ * sizeof(T), 1));
+}
+
+template class LazyArray<int32_t>;
+template class LazyArray<uint64_t>;
+
+SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
+    : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), stamp_(pool_rows, 0), free_(pool_rows) {
+  for (int32_t s = 0; s < pool_rows; ++s) free_[s] = pool_rows - 1 - s;
+}
+
+template <class Index>
+int64_t SlotDirectory::lookup(const Index* ids, int64_t count, Stamp stamp, int64_t* out) {
+  int32_t* const map = slot_of_row_.data();
+  uint32_t* const stamps = stamp_.data();
+  const uint32_t mine = stamp.value | 1;
+  int64_t first_seen = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kMapAhead < count) __builtin_prefetch(&map[ids[i + kMapAhead]]);
+    if (i + kStampAhead < count) {
+      const int32_t ahead = map[ids[i + kStampAhead]];
+      __builtin_prefetch(&stamps[ahead > 0 ? ahead - 1 : 0], 1);
+    }
+    int32_t entry = map[ids[i]];
+    if (entry > 0) [[likely]] {
+      const uint32_t old = stamps[entry - 1];
+      stamps[entry - 1] = stamp.value | (old & 1);
+      first_seen += (old | 1) != mine;
+      out[i] = entry - 1;
+      continue;
+    }
+    if (entry == 0) {
+      missed_rows_.push_back(static_cast<int64_t>(ids[i]));
+      entry = -static_cast<int32_t>(missed_rows_.size());
+      map[ids[i]] = entry;
+    }
+    out[i] = entry;
+    miss_positions_.push_back(out + i);
+  }
+  return first_seen;
+}
+
+template int64_t SlotDirectory::lookup<int32_t>(const int32_t*, int64_t, Stamp, int64_t*);
+template int64_t SlotDirectory::lookup<int64_t>(const int64_t*, int64_t, Stamp, int64_t*);
+
+void SlotDirectory::collect_candidates(uint32_t limit_batch, size_t wanted) {
+  candidates_.clear();
+  uint32_t oldest = UINT32_MAX;
+  for (size_t s = 0; s < stamp_.size(); ++s) {
+    if (row_of_slot_[s] >= 0) oldest = std::min(oldest, stamp_[s] >> 1);
+  }
+  if (oldest >= limit_batch) return;
+  constexpr uint32_t kBuckets = 1024;
+  const uint32_t width = (limit_batch - oldest) / kBuckets + 1;
+  std::array<uint32_t, kBuckets> histogram{};
+  for (size_t s = 0; s < stamp_.size(); ++s) {
+    const uint32_t batch = stamp_[s] >> 1;
+    if (batch < limit_batch && row_of_slot_[s] >= 0) ++histogram[(batch - oldest) / width];
+  }
+  uint32_t threshold = 0;
+  for (size_t seen = 0; threshold < kBuckets && seen < wanted; ++threshold) seen += histogram[threshold];
+  for (size_t s = 0; s < stamp_.size(); ++s) {
+    const uint32_t batch = stamp_[s] >> 1;
+    if (batch < limit_batch && row_of_slot_[s] >= 0 && (batch - oldest) / width < threshold) {
+      candidates_.push_back({static_cast<int32_t>(s), batch});
+    }
+  }
+  std::stable_sort(candidates_.begin(), candidates_.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.batch > b.batch; });
+}
+
+bool SlotDirectory::reserve(uint32_t oldest_outstanding_batch, Stamp stamp, const std::vector<uint8_t>* pinned) {
+  reserved_.clear();
+  const size_t needed = missed_rows_.size();
+  reserved_free_ = std::min(needed, free_.size());
+  reserved_.assign(free_.rbegin(), free_.rbegin() + static_cast<std::ptrdiff_t>(reserved_free_));
+  if (reserved_.size() == needed) return true;
+  if (pinned) {  // rare: the stamps were too conservative
+    for (int32_t s = 0; s < pool_rows() && reserved_.size() < needed; ++s) {
+      if (row_of_slot_[s] >= 0 && !(*pinned)[s]) reserved_.push_back(s);
+    }
+    candidates_.clear();
+    return reserved_.size() == needed;
+  }
+  const uint32_t limit = std::min(oldest_outstanding_batch, stamp.value >> 1);
+  bool collected = false;
+  while (reserved_.size() < needed) {
+    if (candidates_.empty()) {
+      if (collected) return false;
+      collected = true;
+      collect_candidates(limit, std::max(needed, stamp_.size() / 8));
+      continue;
+    }
+    const Candidate c = candidates_.back();
+    candidates_.pop_back();
+    if ((stamp_[c.slot] >> 1) != c.batch || c.batch >= limit || row_of_slot_[c.slot] < 0) continue;
+    stamp_[c.slot] = (stamp.value & ~1u) | (stamp_[c.slot] & 1);  // so that it is not collected again
+    reserved_.push_back(c.slot);
+  }
+  return true;
+}
+
+void SlotDirectory::commit(Stamp stamp) {
+  free_.resize(free_.size() - reserved_free_);
+  evictions_ += static_cast<int64_t>(reserved_.size() - reserved_free_);
+  for (size_t k = 0; k < missed_rows_.size(); ++k) {
+    const int32_t slot = reserved_[k];
+    if (row_of_slot_[slot] >= 0) slot_of_row_[row_of_slot_[slot]] = 0;
+    row_of_slot_[slot] = missed_rows_[k];
+    slot_of_row_[missed_rows_[k]] = slot + 1;
+    stamp_[slot] = stamp.value;
+  }
+  for (int64_t* position : miss_positions_) *position = reserved_[-*position - 1];
+  missed_rows_.clear();
+  miss_positions_.clear();
+  reserved_.clear();
+  reserved_free_ = 0;
+}
+
+void SlotDirectory::rollback() {
+  for (const int64_t row : missed_rows_) slot_of_row_[row] = 0;
+  missed_rows_.clear();
+  miss_positions_.clear();
+  reserved_.clear();
+  reserved_free_ = 0;
+  candidates_.clear();
+}
+
+void SlotDirectory::drop(int32_t slot) {
+  slot_of_row_[row_of_slot_[slot]] = 0;
+  row_of_slot_[slot] = -1;
+  stamp_[slot] = 0;
+  free_.push_back(slot);
+}
+
+void SlotDirectory::age(uint32_t batches) {
+  for (uint32_t& stamp : stamp_) {
+    const uint32_t batch = stamp >> 1;
+    stamp = ((batch > batches ? batch - batches : 0) << 1) | (stamp & 1);
+  }
+  candidates_.clear();
+}
+
+void SlotDirectory::check() const {
+  auto fail = [](const char* what) { throw std::logic_error(what); };
+  if (!missed_rows_.empty()) fail("slot directory: a batch is half looked up");
+  size_t free_slots = 0, mapped = 0;
+  for (int32_t s = 0; s < pool_rows(); ++s) {
+    const int64_t row = row_of_slot_[s];
+    if (row < 0) {
+      ++free_slots;
+      if (stamp_[s] & 1) fail("slot directory: a free slot is dirty");
+    } else if (slot_of_row_[row] != s + 1) {
+      fail("slot directory: a slot's row does not point back");
+    }
+  }
+  if (free_slots != free_.size()) fail("slot directory: free list and free slots differ");
+  for (size_t row = 0; row < slot_of_row_.size(); ++row) {
+    if (slot_of_row_[row] < 0) fail("slot directory: a provisional entry was left");
+    mapped += slot_of_row_[row] > 0;
+  }
+  if (mapped + free_slots != row_of_slot_.size()) fail("slot directory: rows and slots are not one to one");
+}
+
+}  // namespace mtrains

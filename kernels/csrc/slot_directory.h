@@ -1,0 +1,105 @@
+// SlotDirectory: which row of one table shard sits in which slot of its pool.
+//
+//   slot_of_row_[row]   0: not resident; s + 1: in slot s; -(k + 1): the k-th miss of the batch being looked up.
+//                       4 bytes a row, mapped lazily: rows never touched cost nothing.
+//   row_of_slot_[slot]  the row in the slot, or -1 while the slot is free.
+//   stamp_[slot]        (batch << 1) | dirty, where batch is the last one that used the slot. One store on the hit path
+//                       records recency, counts uniqueness and pins: a slot is pinned while its stamp is not older than
+//                       the oldest batch still outstanding. That is conservative when batches finish out of order; the
+//                       exact answer (from the tickets' own slot lists) is asked for only when the quick one finds no room.
+//
+// Invariants between batches (check() verifies them):
+//   - slot_of_row_ and row_of_slot_ are inverse to each other, and no row is provisional;
+//   - free slots are exactly those with row -1, they are clean, and stamp_ never exceeds the newest batch.
+//
+// Eviction order: oldest stamp first (LRU at the grain of a batch). One histogram pass over the stamps collects the
+// oldest eighth of the pool as candidates; a candidate touched since is skipped.
+//
+// A batch goes through lookup (per feature) -> reserve -> commit, or rollback. Not thread-safe: SlotPool locks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace mtrains {
+
+template <class T>
+class LazyArray {  // zero-filled pages that exist once touched
+ public:
+  explicit LazyArray(size_t count);
+  ~LazyArray();
+  LazyArray(LazyArray&& other) noexcept : data_(other.data_), count_(other.count_) { other.data_ = nullptr; }
+  LazyArray(const LazyArray&) = delete;
+  LazyArray& operator=(const LazyArray&) = delete;
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](size_t i) { return data_[i]; }
+  const T& operator[](size_t i) const { return data_[i]; }
+  size_t size() const { return count_; }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_;
+};
+
+struct Stamp {
+  uint32_t value;  // (batch << 1) | dirty
+};
+
+class SlotDirectory {
+ public:
+  SlotDirectory(int64_t rows, int32_t pool_rows);
+
+  int64_t rows() const { return static_cast<int64_t>(slot_of_row_.size()); }
+  int32_t pool_rows() const { return static_cast<int32_t>(row_of_slot_.size()); }
+
+  // Turns ids into slots. Misses are collected: out holds -(k + 1) at each of miss_positions until commit().
+  // ids must be in range. Returns the number of distinct rows that this call saw first for this stamp, misses left out.
+  template <class Index>
+  int64_t lookup(const Index* ids, int64_t count, Stamp stamp, int64_t* out);
+
+  std::span<const int64_t> missed_rows() const { return missed_rows_; }
+
+  // Finds a slot for every missed row: free ones, then victims that no batch in [oldest_outstanding, ...] uses.
+  // With `pinned` (one flag a slot) that exact answer replaces the stamps. False when there is no room: nothing changed.
+  bool reserve(uint32_t oldest_outstanding_batch, Stamp stamp, const std::vector<uint8_t>* pinned);
+  std::span<const int32_t> reserved_slots() const { return reserved_; }
+  int64_t row_of_slot(int32_t slot) const { return row_of_slot_[slot]; }
+  bool dirty(int32_t slot) const { return stamp_[slot] & 1; }
+
+  // Gives the reserved slots to the missed rows, and patches the positions that lookup left open.
+  void commit(Stamp stamp);
+  void rollback();
+
+  int32_t slot_of_row(int64_t row) const { return slot_of_row_[row] - 1; }  // -1: not resident
+  void mark_dirty(int32_t slot) { stamp_[slot] |= 1; }
+  void mark_clean(int32_t slot) { stamp_[slot] &= ~1u; }
+  uint32_t batch_of_slot(int32_t slot) const { return stamp_[slot] >> 1; }
+  void drop(int32_t slot);  // the row leaves without being written: its fill failed
+  void age(uint32_t batches);  // subtract from every stamp, so that batch numbers never run out
+  int32_t resident() const { return pool_rows() - static_cast<int32_t>(free_.size()); }
+  int64_t evictions() const { return evictions_; }
+  void check() const;  // tests: throws std::logic_error at a broken invariant
+
+ private:
+  void collect_candidates(uint32_t limit_batch, size_t wanted);
+
+  LazyArray<int32_t> slot_of_row_;
+  std::vector<int64_t> row_of_slot_;
+  std::vector<uint32_t> stamp_;
+  std::vector<int32_t> free_;
+  struct Candidate {
+    int32_t slot;
+    uint32_t batch;
+  };
+  std::vector<Candidate> candidates_;  // oldest last
+  std::vector<int64_t> missed_rows_;
+  std::vector<int64_t*> miss_positions_;
+  std::vector<int32_t> reserved_;
+  size_t reserved_free_ = 0;  // the first of reserved_ came off free_
+  int64_t evictions_ = 0;
+};
+
+}  // namespace mtrains

@@ -1,0 +1,420 @@
+#include "slot_pool.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "errors.h"
+
+namespace mtrains {
+
+SlotPool::SlotPool(std::vector<SlotPoolTable> tables, std::vector<int32_t> table_of_feature, uint32_t batch_limit)
+    : tables_(std::move(tables)), table_of_feature_(std::move(table_of_feature)), batch_limit_(batch_limit),
+      stats_(tables_.size()) {
+  directories_.reserve(tables_.size());
+  for (const SlotPoolTable& t : tables_) directories_.emplace_back(t.rows, t.pool_rows);
+}
+
+SlotPool::~SlotPool() {
+  try {
+    drain(last_seq_);
+  } catch (const Error&) {  // the rows of a failed fill are not lost: they are still in their home
+  }
+}
+
+std::vector<int64_t> SlotPool::bounds_of(const Batch& batch) const {
+  std::vector<int64_t> bounds(table_of_feature_.size() + 1);
+  for (size_t f = 0; f < bounds.size(); ++f) {
+    const size_t at = f * static_cast<size_t>(batch.stride);
+    bounds[f] = batch.offsets_are_int32 ? static_cast<const int32_t*>(batch.offsets)[at]
+                                        : static_cast<const int64_t*>(batch.offsets)[at];
+    const int64_t least = f == 0 ? 0 : bounds[f - 1];
+    if (bounds[f] < least || bounds[f] > batch.id_count) {
+      throw Error(ErrorKind::kConfiguration, "offsets must not decrease and end within the ids: feature " +
+                                                 std::to_string(f) + " begins at " + std::to_string(bounds[f]) +
+                                                 " of " + std::to_string(batch.id_count) + " ids");
+    }
+  }
+  return bounds;
+}
+
+namespace {
+
+template <class Index>
+int64_t first_out_of_range(const Index* ids, int64_t count, int64_t rows) {
+  bool bad = false;
+  for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= static_cast<uint64_t>(rows);
+  if (!bad) return -1;
+  for (int64_t i = 0;; ++i) {
+    if (static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= static_cast<uint64_t>(rows)) return i;
+  }
+}
+
+}  // namespace
+
+void SlotPool::check_ids(const Batch& batch, const std::vector<int64_t>& bounds) const {
+  for (size_t f = 0; f < table_of_feature_.size(); ++f) {
+    const SlotPoolTable& table = tables_[table_of_feature_[f]];
+    const int64_t begin = bounds[f], count = bounds[f + 1] - begin;
+    const auto* narrow = static_cast<const int32_t*>(batch.ids) + begin;
+    const auto* wide = static_cast<const int64_t*>(batch.ids) + begin;
+    const int64_t at = batch.ids_are_int32 ? first_out_of_range(narrow, count, table.rows)
+                                           : first_out_of_range(wide, count, table.rows);
+    if (at < 0) continue;
+    const int64_t id = batch.ids_are_int32 ? narrow[at] : wide[at];
+    throw Error(ErrorKind::kIdOutOfRange,
+                "id " + std::to_string(id) + " of table '" + table.name + "' (feature " + std::to_string(f) +
+                    " of the group, position " + std::to_string(at) + ") is outside [0, " +
+                    std::to_string(table.rows) + "). Nothing was changed. Fix the input, hash ids into range, or set "
+                    "bounds_check_mode to WARNING to have them read row 0");
+  }
+}
+
+uint32_t SlotPool::oldest_outstanding() const {
+  return tickets_.empty() ? UINT32_MAX : static_cast<uint32_t>(tickets_.begin()->first - base_);
+}
+
+uint64_t SlotPool::next_seq() {
+  if (last_seq_ + 1 - base_ >= batch_limit_) {
+    const uint64_t oldest = tickets_.empty() ? last_seq_ + 1 : tickets_.begin()->first;
+    const uint64_t shift = oldest - base_ - 1;
+    if (shift == 0) {
+      throw Error(ErrorKind::kTicket, "a batch has been outstanding for " + std::to_string(batch_limit_) +
+                                          " batches; release its output");
+    }
+    for (SlotDirectory& d : directories_) d.age(static_cast<uint32_t>(shift));
+    base_ += shift;
+  }
+  return ++last_seq_;
+}
+
+uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool hard, bool dirty) {
+  std::lock_guard lock(mutex_);
+  Ticket ticket{hard, slots, bounds_of(batch)};
+  check_ids(batch, ticket.bounds);
+  const uint64_t seq = next_seq();
+  const Stamp stamp = stamp_of(seq, dirty);
+  std::vector<int64_t> unique(tables_.size(), 0);
+  for (size_t f = 0; f < table_of_feature_.size(); ++f) {
+    const int32_t t = table_of_feature_[f];
+    const int64_t begin = ticket.bounds[f], count = ticket.bounds[f + 1] - begin;
+    unique[t] += batch.ids_are_int32
+                     ? directories_[t].lookup(static_cast<const int32_t*>(batch.ids) + begin, count, stamp, slots + begin)
+                     : directories_[t].lookup(static_cast<const int64_t*>(batch.ids) + begin, count, stamp, slots + begin);
+  }
+  try {
+    if (!reserve_all(ticket, stamp, hard)) {
+      rollback();
+      ++declined_;
+      return 0;
+    }
+    write_back_victims();
+  } catch (...) {
+    rollback();
+    throw;
+  }
+  for (size_t f = 0; f < table_of_feature_.size(); ++f) stats_[table_of_feature_[f]].lookups += ticket.bounds[f + 1] - ticket.bounds[f];
+  for (size_t t = 0; t < tables_.size(); ++t) {
+    stats_[t].unique_rows += unique[t] + static_cast<int64_t>(directories_[t].missed_rows().size());
+    stats_[t].misses += static_cast<int64_t>(directories_[t].missed_rows().size());
+  }
+  tickets_.emplace(seq, std::move(ticket));
+  start_fills(seq, stamp);
+  return seq;
+}
+
+void SlotPool::rollback() {
+  for (SlotDirectory& d : directories_) d.rollback();
+}
+
+bool SlotPool::reserve_all(const Ticket& mine, Stamp stamp, bool hard) {
+  for (size_t t = 0; t < tables_.size(); ++t) {
+    if (directories_[t].missed_rows().empty()) continue;
+    if (directories_[t].reserve(oldest_outstanding(), stamp, nullptr)) continue;
+    while (!reserve_exactly(t, mine, stamp)) {
+      if (!hard) return false;
+      if (!revoke_youngest()) refuse(t, mine);
+    }
+  }
+  return true;
+}
+
+void SlotPool::mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_t>& flags) const {
+  for (size_t f = 0; f < table_of_feature_.size(); ++f) {
+    if (static_cast<size_t>(table_of_feature_[f]) != table) continue;
+    for (int64_t i = ticket.bounds[f]; i < ticket.bounds[f + 1]; ++i) {
+      if (ticket.slots[i] >= 0) flags[ticket.slots[i]] = 1;
+    }
+  }
+}
+
+size_t SlotPool::pinned_by_others(size_t table, const Ticket&, std::vector<uint8_t>& pinned) const {
+  pinned.assign(tables_[table].pool_rows, 0);
+  for (const auto& [seq, ticket] : tickets_) mark_slots(table, ticket, pinned);
+  return static_cast<size_t>(std::count(pinned.begin(), pinned.end(), 1));
+}
+
+bool SlotPool::reserve_exactly(size_t table, const Ticket& mine, Stamp stamp) {
+  std::vector<uint8_t> pinned;
+  pinned_by_others(table, mine, pinned);
+  mark_slots(table, mine, pinned);
+  return directories_[table].reserve(0, stamp, &pinned);
+}
+
+void SlotPool::refuse(size_t table, const Ticket& mine) const {
+  std::vector<uint8_t> pinned, own(tables_[table].pool_rows, 0);
+  const size_t others = pinned_by_others(table, mine, pinned);
+  mark_slots(table, mine, own);
+  const size_t hits = static_cast<size_t>(std::count(own.begin(), own.end(), 1));
+  const size_t needed = hits + directories_[table].missed_rows().size();
+  throw Error(ErrorKind::kPoolTooSmall,
+              "table '" + tables_[table].name + "': this batch has " + std::to_string(needed) +
+                  " distinct rows, its slot pool has " + std::to_string(tables_[table].pool_rows) + " (pool_rows), and " +
+                  std::to_string(others) + " slots are pinned by " + std::to_string(tickets_.size()) +
+                  " forward passes whose backward has not run. Nothing was changed. Raise pool_rows to at least " +
+                  std::to_string(needed + others) + ", use smaller batches, or drop outputs that need no backward");
+}
+
+bool SlotPool::revoke_youngest() {
+  for (auto it = tickets_.rbegin(); it != tickets_.rend(); ++it) {
+    if (it->second.hard) continue;
+    drain(it->first);
+    tickets_.erase(std::next(it).base());
+    ++revoked_;
+    return true;
+  }
+  return false;
+}
+
+void SlotPool::write_back_victims() {
+  std::vector<int64_t> rows;
+  std::vector<int32_t> slots;
+  for (size_t t = 0; t < tables_.size(); ++t) {
+    rows.clear();
+    slots.clear();
+    for (const int32_t slot : directories_[t].reserved_slots()) {
+      if (!directories_[t].dirty(slot)) continue;
+      rows.push_back(directories_[t].row_of_slot(slot));
+      slots.push_back(slot);
+    }
+    if (rows.empty()) continue;
+    tables_[t].volume->put(tables_[t].id, rows, slots, tables_[t].parts);
+    stats_[t].write_backs += static_cast<int64_t>(rows.size());
+  }
+}
+
+void SlotPool::start_fills(uint64_t seq, Stamp stamp) {
+  std::vector<std::pair<Volume*, std::vector<GetRequest>>> by_volume;
+  Fill fill{seq, {}, {}};
+  for (size_t t = 0; t < tables_.size(); ++t) {
+    const auto missed = directories_[t].missed_rows();
+    if (missed.empty()) continue;
+    const auto slots = directories_[t].reserved_slots();
+    auto at = std::find_if(by_volume.begin(), by_volume.end(), [&](const auto& e) { return e.first == tables_[t].volume; });
+    if (at == by_volume.end()) at = by_volume.insert(at, {tables_[t].volume, {}});
+    at->second.push_back({tables_[t].id, {missed.begin(), missed.end()}, {slots.begin(), slots.end()}, tables_[t].parts});
+    fill.slots.emplace_back(t, std::vector<int32_t>(slots.begin(), slots.end()));
+    directories_[t].commit(stamp);
+  }
+  if (by_volume.empty()) return;
+  try {
+    for (auto& [volume, requests] : by_volume) fill.tokens.emplace_back(volume, volume->submit_get(std::move(requests)));
+  } catch (...) {
+    const std::exception_ptr cause = std::current_exception();
+    drain(last_seq_);
+    wait_all(fill);
+    abandon(fill);
+    tickets_.erase(seq);
+    std::rethrow_exception(cause);
+  }
+  fills_.push_back(std::move(fill));
+}
+
+std::exception_ptr SlotPool::wait_all(const Fill& fill) {
+  std::exception_ptr first;
+  for (const auto& [volume, token] : fill.tokens) {
+    try {
+      volume->wait(token);
+    } catch (...) {
+      if (!first) first = std::current_exception();
+    }
+  }
+  return first;
+}
+
+void SlotPool::abandon(const Fill& fill) {
+  for (const auto& [table, slots] : fill.slots) {
+    for (const int32_t slot : slots) directories_[table].drop(slot);
+  }
+  std::erase_if(tickets_, [&](const auto& t) { return !t.second.hard && t.first >= fill.seq; });
+}
+
+void SlotPool::finish_oldest_fill() {
+  const Fill fill = std::move(fills_.front());
+  fills_.pop_front();
+  if (const std::exception_ptr cause = wait_all(fill)) {
+    abandon(fill);
+    std::rethrow_exception(cause);
+  }
+}
+
+void SlotPool::drain(uint64_t up_to_seq) {
+  while (!fills_.empty() && fills_.front().seq <= up_to_seq) finish_oldest_fill();
+}
+
+bool SlotPool::acquire(uint64_t seq, bool dirty) {
+  std::lock_guard lock(mutex_);
+  const auto it = tickets_.find(seq);
+  if (it == tickets_.end()) return false;
+  it->second.hard = true;
+  if (dirty) {
+    for (size_t f = 0; f < table_of_feature_.size(); ++f) {
+      SlotDirectory& d = directories_[table_of_feature_[f]];
+      for (int64_t i = it->second.bounds[f]; i < it->second.bounds[f + 1]; ++i) d.mark_dirty(static_cast<int32_t>(it->second.slots[i]));
+    }
+  }
+  return true;
+}
+
+void SlotPool::wait(uint64_t seq) {
+  std::lock_guard lock(mutex_);
+  try {
+    drain(seq);
+  } catch (...) {
+    tickets_.erase(seq);
+    throw;
+  }
+}
+
+void SlotPool::release(uint64_t seq) noexcept {
+  std::lock_guard lock(mutex_);
+  if (!tickets_.contains(seq)) return;
+  try {
+    drain(seq);
+  } catch (...) {  // its rows have left the pool; whoever needs them reads them again and gets the error
+  }
+  tickets_.erase(seq);
+}
+
+bool SlotPool::alive(uint64_t seq) const {
+  std::lock_guard lock(mutex_);
+  return tickets_.contains(seq);
+}
+
+void SlotPool::flush() {
+  std::lock_guard lock(mutex_);
+  drain(last_seq_);
+  const uint32_t oldest = oldest_outstanding();
+  std::vector<int64_t> rows;
+  std::vector<int32_t> slots;
+  for (size_t t = 0; t < tables_.size(); ++t) {
+    rows.clear();
+    slots.clear();
+    SlotDirectory& d = directories_[t];
+    for (int32_t s = 0; s < d.pool_rows(); ++s) {
+      if (!d.dirty(s)) continue;
+      rows.push_back(d.row_of_slot(s));
+      slots.push_back(s);
+    }
+    if (rows.empty()) continue;
+    tables_[t].volume->put(tables_[t].id, rows, slots, tables_[t].parts);
+    stats_[t].flushed_rows += static_cast<int64_t>(rows.size());
+    for (const int32_t s : slots) {
+      if (d.batch_of_slot(s) < oldest) d.mark_clean(s);
+    }
+  }
+}
+
+void SlotPool::require_rows(size_t table, int64_t first_row, int64_t count) const {
+  if (table >= tables_.size() || first_row < 0 || count < 0 || first_row + count > tables_[table].rows || count > INT32_MAX) {
+    throw Error(ErrorKind::kIdOutOfRange, "rows [" + std::to_string(first_row) + ", " + std::to_string(first_row + count) +
+                                              ") are not all in table " + std::to_string(table));
+  }
+}
+
+namespace {
+
+void copy_record(const std::vector<Part>& from, int64_t i, const std::vector<Part>& to, int64_t k) {
+  for (size_t p = 0; p < from.size(); ++p) {
+    if (!from[p].base || !to[p].base) continue;
+    std::memcpy(to[p].base + static_cast<uint64_t>(k) * to[p].stride_bytes,
+                from[p].base + static_cast<uint64_t>(i) * from[p].stride_bytes, to[p].bytes);
+  }
+}
+
+}  // namespace
+
+void SlotPool::read(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& to) {
+  std::lock_guard lock(mutex_);
+  require_rows(table, first_row, count);
+  drain(last_seq_);
+  SlotPoolTable& t = tables_[table];
+  std::vector<GetRequest> requests(1);
+  requests[0] = {t.id, {}, {}, to};
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t slot = directories_[table].slot_of_row(first_row + i);
+    if (slot >= 0) {
+      copy_record(t.parts, slot, to, i);
+    } else {
+      requests[0].rows.push_back(first_row + i);
+      requests[0].slots.push_back(static_cast<int32_t>(i));
+    }
+  }
+  if (!requests[0].rows.empty()) t.volume->wait(t.volume->submit_get(std::move(requests)));
+}
+
+void SlotPool::write(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& from) {
+  bool whole = true;
+  for (const Part& p : from) whole &= p.base != nullptr;
+  std::vector<Part> record = from;
+  std::vector<std::vector<std::byte>> kept(from.size());
+  if (!whole) {  // the parts that stay are read first, so that whole records are put
+    for (size_t p = 0; p < from.size(); ++p) {
+      kept[p].resize(static_cast<size_t>(count) * from[p].bytes);
+      record[p] = {kept[p].data(), from[p].bytes, from[p].bytes};
+    }
+    read(table, first_row, count, record);
+    for (size_t p = 0; p < from.size(); ++p) {
+      if (from[p].base) record[p] = from[p];
+    }
+  }
+  std::lock_guard lock(mutex_);
+  require_rows(table, first_row, count);
+  drain(last_seq_);
+  SlotPoolTable& t = tables_[table];
+  std::vector<int64_t> rows;
+  std::vector<int32_t> slots;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t slot = directories_[table].slot_of_row(first_row + i);
+    if (slot >= 0) {
+      copy_record(from, i, t.parts, slot);
+      directories_[table].mark_dirty(slot);
+    } else {
+      rows.push_back(first_row + i);
+      slots.push_back(static_cast<int32_t>(i));
+    }
+  }
+  if (!rows.empty()) t.volume->put(t.id, rows, slots, record);
+}
+
+SlotPoolStats SlotPool::stats(size_t table) const {
+  std::lock_guard lock(mutex_);
+  SlotPoolStats s = stats_[table];
+  s.evictions = directories_[table].evictions();
+  return s;
+}
+
+void SlotPool::check() const {
+  std::lock_guard lock(mutex_);
+  for (const SlotDirectory& d : directories_) d.check();
+  for (const auto& [seq, ticket] : tickets_) {
+    for (size_t f = 0; f < table_of_feature_.size(); ++f) {
+      const SlotDirectory& d = directories_[table_of_feature_[f]];
+      for (int64_t i = ticket.bounds[f]; i < ticket.bounds[f + 1]; ++i) {
+        if (d.row_of_slot(static_cast<int32_t>(ticket.slots[i])) < 0) throw std::logic_error("slot pool: a pinned slot is free");
+      }
+    }
+  }
+}
+
+}  // namespace mtrains

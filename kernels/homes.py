@@ -1,0 +1,72 @@
+"""The homes of a process: tables whose chains end in the same paths share one volume per rank."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+from .. import errors
+from ..tiers import DdrHome, Home, SsdHome
+from .volumes import MemoryVolume, SsdVolume, VolumeTable
+
+_open: weakref.WeakValueDictionary[tuple[tuple[str, ...], int], SsdHomeVolume] = weakref.WeakValueDictionary()
+
+
+class SsdHomeVolume:
+    """One open volume, the capacity it was asked for with, and how often each table name was taken."""
+
+    def __init__(self, home: SsdHome, rank: int) -> None:
+        folders = []
+        for path in home.paths:
+            if not Path(path).is_dir():
+                raise errors.VolumeIoError(f"SSD path {path!r} is not a folder; create it first, on the NVMe device that should hold the tables")
+            folder = Path(path) / f"rank_{rank}"
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+            except OSError as e:
+                raise errors.VolumeIoError(f"SSD path {path!r}: cannot create {folder.name}/ in it: {os.strerror(e.errno or 0)}; make it writable or name another path") from e
+            folders.append(str(folder))
+        self.capacity_bytes = home.capacity_bytes
+        self.volume = SsdVolume(paths=tuple(folders), capacity_bytes=home.capacity_bytes)
+        self.names: dict[str, int] = {}
+        if self.volume.epoch is not None:
+            epoch = self.volume.epoch
+            self.volume.close()
+            raise errors.VolumeMismatchError(
+                f"the volume in {folders} holds a committed checkpoint (epoch {epoch}) of an earlier job; a new job would "
+                "overwrite it. Name another path, or delete those folders"
+            )
+
+
+def open_home(home: Home, rank: int) -> SsdHomeVolume | MemoryVolume:
+    """The volume behind a home on this rank: an SSD's is shared by every table that names its paths.
+
+    Raises: ConfigurationError when the same paths were opened with another capacity; VolumeIoError for a path that is
+    missing or not writable.
+    """
+    if isinstance(home, DdrHome):
+        return MemoryVolume()
+    key = (tuple(os.path.realpath(p) for p in home.paths), rank)
+    found = _open.get(key)
+    if found is None:
+        found = SsdHomeVolume(home, rank)
+        _open[key] = found
+    elif found.capacity_bytes != home.capacity_bytes:
+        raise errors.ConfigurationError(
+            f"paths {home.paths} are already open with capacity_bytes={found.capacity_bytes}, this chain asks for "
+            f"{home.capacity_bytes}; tables on the same paths share one volume, so give them one capacity"
+        )
+    return found
+
+
+def open_table(
+    home: SsdHomeVolume | MemoryVolume, name: str, row_count: int, record_bytes: int, init: object
+) -> VolumeTable:
+    """A table of its own in a home; a second one of the same name gets a numbered name."""
+    if isinstance(home, MemoryVolume):
+        return home.table(name, row_count=row_count, record_bytes=record_bytes, init=init)
+    taken = home.names.get(name, 0)
+    home.names[name] = taken + 1
+    own = f"{name}#{taken}" if taken else name
+    return home.volume.table(own, row_count=row_count, record_bytes=record_bytes, init=init)

@@ -1,0 +1,361 @@
+"""``TieredTBE``: a stock FBGEMM TBE that trains on slot pools, under tables that live in storage tiers.
+
+Life of a batch. ``prefetch`` turns its ids into slots and starts reading what is missing; ``forward`` finds that ticket
+by the identity of the ids tensor (or does the same work inline), waits for the reads, and runs the stock TBE on the
+slots. From then to the end of its backward the slots are pinned hard. The ticket is released by whichever comes first:
+the hook that runs after the fused update, the death of the autograd node, or, without a graph, the end of forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+
+from .. import errors
+from ..tiers import TierChain
+from . import _core
+from .deferred_init import UniformInit
+from .homes import open_home, open_table
+
+BATCH_LIMIT = (1 << 31) - 2
+"""Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
+
+WAITING_LIMIT = 64
+"""Prefetched batches that wait for their forward before those that were revoked meanwhile are forgotten."""
+
+MAX_ROWS = (1 << 31) - 2
+"""Rows of one table shard: a directory entry is a signed 32-bit slot or miss number."""
+
+# FBGEMM's names of the per-row states of each admitted optimizer, and whether they are one value a row.
+STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
+    EmbOptimType.EXACT_SGD: (),
+    EmbOptimType.EXACT_ADAGRAD: (("momentum1", False),),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (("momentum1", True),),
+}
+
+
+@dataclass
+class TieredTable:
+    """One table shard: its size, where it starts in its table, its chain and its initial values (None: zeros)."""
+
+    name: str
+    rows: int
+    dim: int
+    chain: TierChain
+    first_row: int = 0
+    first_column: int = 0
+    init: UniformInit | None = None
+
+
+class _Ticket:
+    """One batch on its way: its number, its slots, and whether its rows are already marked as to be changed."""
+
+    __slots__ = ("__weakref__", "abandon", "dirty", "indices", "seq", "slots")
+
+    def __init__(self, seq: int, slots: Tensor, indices: Tensor, dirty: bool) -> None:
+        self.seq, self.slots, self.indices, self.dirty = seq, slots, indices, dirty
+        self.abandon: weakref.finalize[Any, _Ticket] | None = None  # releases a ticket that nobody claims
+
+
+class _Token:
+    """Lives in an autograd node's metadata, so that the node's death releases the ticket."""
+
+    __slots__ = ("__weakref__",)
+
+
+class TieredTBE(nn.Module):
+    """A group of tiered tables in one stock TBE.
+
+    ``feature_table_map[f]`` is the table of feature ``f``. Remaining keyword arguments go to the stock TBE.
+
+    Raises: UnsupportedError for an optimizer outside the allow-list; ConfigurationError for a shape that cannot work.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TieredTable],
+        feature_table_map: Sequence[int],
+        pooling_mode: PoolingMode,
+        weights_precision: SparseType,
+        optimizer: EmbOptimType,
+        rank: int,
+        bounds_check_mode: BoundsCheckMode = BoundsCheckMode.FATAL,
+        batch_limit: int = BATCH_LIMIT,
+        **tbe_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if optimizer not in STATES:
+            raise errors.UnsupportedError(
+                f"optimizer {optimizer.name} is not supported on tiered tables: its per-row state must be able to travel "
+                f"with the row. Use one of {', '.join(o.name for o in STATES)}"
+            )
+        if weights_precision not in (SparseType.FP32, SparseType.FP16):
+            raise errors.UnsupportedError(f"weights_precision must be FP32 or FP16 on tiered tables, got {weights_precision}")
+        self.tables = list(tables)
+        self.state_names = [name for name, _ in STATES[optimizer]]
+        self._rowwise = [rowwise for _, rowwise in STATES[optimizer]]
+        self._bounds_check_mode = bounds_check_mode
+        self._check_tables()
+        # A pool never needs more slots than its table has rows.
+        self.pool_rows = [min(t.chain.pool_rows, t.rows) for t in self.tables]
+        tbe_kwargs.setdefault("stochastic_rounding", False)
+        self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
+            embedding_specs=[
+                (pool, t.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
+                for pool, t in zip(self.pool_rows, self.tables, strict=True)
+            ],
+            feature_table_map=list(feature_table_map),
+            pooling_mode=pooling_mode,
+            weights_precision=weights_precision,
+            optimizer=optimizer,
+            bounds_check_mode=BoundsCheckMode.NONE,  # ids were checked against the true row counts; slots are ours
+            device=torch.device("cpu"),
+            **tbe_kwargs,
+        )
+        self._features = len(feature_table_map)
+        self._feature_rows = torch.tensor([self.tables[t].rows for t in feature_table_map], dtype=torch.int64)
+        self._warning = torch.zeros(1, dtype=torch.int64)
+        self._open(rank, list(feature_table_map), batch_limit)
+        self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
+
+    def _check_tables(self) -> None:
+        for t in self.tables:
+            if t.rows <= 0 or t.rows > MAX_ROWS:
+                raise errors.ConfigurationError(
+                    f"table {t.name!r}: a shard has 1 to {MAX_ROWS} rows, got {t.rows}; shard it row-wise over more ranks"
+                )
+            if t.dim <= 0 or t.dim % 4:
+                raise errors.ConfigurationError(f"table {t.name!r}: embedding_dim must be a positive multiple of 4, got {t.dim}")
+
+    def _open(self, rank: int, feature_table_map: list[int], batch_limit: int) -> None:
+        self._homes = [open_home(t.chain.home, rank) for t in self.tables]
+        self._home_tables, native = [], []
+        self._parts = self._pool_parts()
+        for i, t in enumerate(self.tables):
+            name = f"{t.name}@{t.first_row},{t.first_column}"
+            record_bytes = sum(p.nbytes // self.pool_rows[i] for p in self._parts[i])
+            home = open_table(self._homes[i], name, t.rows, record_bytes, t.init)
+            self._home_tables.append(home)
+            parts = [_core.Part(p.data_ptr(), p.nbytes // self.pool_rows[i], p.nbytes // self.pool_rows[i]) for p in self._parts[i]]
+            native.append(_core.SlotPoolTable(t.name, home.volume._native, home._id, t.rows, self.pool_rows[i], parts))
+        self._native_tables = native
+        self._pool = _core.SlotPool(native, feature_table_map, batch_limit)
+
+    def _pool_parts(self) -> list[list[Tensor]]:
+        """The pool's arrays per table: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
+        weights = self.tbe.split_embedding_weights()
+        states = self.tbe.split_optimizer_states() if self.state_names else [[] for _ in self.tables]
+        parts = []
+        for i in range(len(self.tables)):
+            mine = [weights[i].detach(), *(s.detach() for s in states[i])]
+            assert all(p.is_contiguous() and p.shape[0] == self.pool_rows[i] for p in mine)
+            parts.append(mine)
+        return parts
+
+    # -- batches
+
+    def _check_bounds(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        """WARNING and IGNORE rewrite bad ids to row 0 as the stock TBE does, on a copy; FATAL and NONE leave it to begin."""
+        if self._bounds_check_mode in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE):
+            return indices
+        indices = indices.clone()
+        torch.ops.fbgemm.bounds_check_indices(
+            self._feature_rows, indices, offsets, self._bounds_check_mode, self._warning, None
+        )
+        return indices
+
+    def _begin(self, indices: Tensor, offsets: Tensor, hard: bool, dirty: bool) -> _Ticket | None:
+        if indices.dtype not in (torch.int32, torch.int64) or offsets.dtype not in (torch.int32, torch.int64):
+            raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
+        ids = self._check_bounds(indices.contiguous(), offsets)
+        offsets = offsets.contiguous()
+        stride, rest = divmod(offsets.numel() - 1, self._features)
+        if rest:
+            raise errors.ConfigurationError(
+                f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}"
+            )
+        slots = torch.empty(ids.numel(), dtype=torch.int64)
+        seq = self._pool.begin(
+            ids.data_ptr(), ids.dtype is torch.int32, ids.numel(),
+            offsets.data_ptr(), offsets.dtype is torch.int32, stride, slots.data_ptr(), hard, dirty,
+        )  # fmt: skip
+        return _Ticket(seq, slots, indices, dirty) if seq else None
+
+    def prefetch(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        forward_stream: Any = None,
+        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+    ) -> None:
+        """Starts bringing a batch's rows into slots; its forward must get the same ``indices`` tensor.
+
+        Shapes: as ``forward``. When there is no room, nothing happens and forward does the work.
+        Raises: IdOutOfRangeError.
+        """
+        del forward_stream
+        self._refuse_vbe(batch_size_per_feature_per_rank)
+        ticket = self._begin(indices, offsets, hard=False, dirty=torch.is_grad_enabled())
+        if ticket is not None:
+            if len(self._waiting) >= WAITING_LIMIT:
+                self._forget_revoked()
+            ticket.abandon = weakref.finalize(ticket, self._pool.release, ticket.seq)
+            self._waiting.setdefault((indices.data_ptr(), indices.numel()), deque()).append(ticket)
+
+    def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
+        key = (indices.data_ptr(), indices.numel())
+        queue = self._waiting.get(key)
+        if queue is None:
+            return None
+        ticket = queue.popleft()
+        if not queue:
+            del self._waiting[key]
+        assert ticket.abandon is not None
+        ticket.abandon.detach()
+        return ticket if self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
+
+    def _forget_revoked(self) -> None:
+        for key, queue in list(self._waiting.items()):
+            alive = deque(t for t in queue if self._pool.alive(t.seq))
+            if alive:
+                self._waiting[key] = alive
+            else:
+                del self._waiting[key]
+
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        feature_requires_grad: Tensor | None = None,
+        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+    ) -> Tensor:
+        """The stock TBE's lookup, on rows.
+
+        Shapes: ``indices`` (n,) int32 or int64; ``offsets`` (features × batch + 1,).
+        Raises: IdOutOfRangeError, PoolTooSmallError (nothing was changed), DamagedRecordError, VolumeFullError.
+        """
+        self._refuse_vbe(batch_size_per_feature_per_rank)
+        dirty = torch.is_grad_enabled()
+        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, hard=True, dirty=dirty)
+        assert ticket is not None
+        try:
+            self._pool.wait(ticket.seq)
+            output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad)
+        except BaseException:
+            self._pool.release(ticket.seq)
+            raise
+        if output.grad_fn is None:
+            self._pool.release(ticket.seq)
+        else:
+            self._release_after_backward(output.grad_fn, ticket)
+        return output
+
+    def _release_after_backward(self, node: Any, ticket: _Ticket) -> None:
+        pool, seq, slots = self._pool, ticket.seq, ticket.slots
+
+        def still_ours(_grads: Any) -> None:
+            if not pool.alive(seq):
+                raise errors.TicketError(
+                    "backward ran a second time through a tiered table (retain_graph=True?): the first one has updated its "
+                    "rows and given its slots away. Run forward again"
+                )
+
+        def done(_grad_inputs: Any, _grad_outputs: Any) -> None:
+            pool.release(seq)
+
+        node.register_prehook(still_ours)
+        node.register_hook(done)
+        token = _Token()
+        node.metadata["mtrains"] = token
+        # The finalizer keeps the slots alive for as long as the pool may ask which of them the ticket pins.
+        weakref.finalize(token, _release_and_forget, pool, seq, slots)
+
+    def _refuse_vbe(self, batch_size_per_feature_per_rank: list[list[int]] | None) -> None:
+        if batch_size_per_feature_per_rank:
+            raise errors.UnsupportedError("variable batch size per feature is not supported on tiered tables yet")
+
+    # -- rows, as users see them
+
+    def state_widths(self, table: int) -> list[int]:
+        """Elements of each state per row: 1 for row-wise states, dim for element-wise ones."""
+        return [1 if rowwise else self.tables[table].dim for rowwise in self._rowwise]
+
+    def _row_parts(self, table: int, count: int) -> list[Tensor]:
+        return [torch.empty((count, *p.shape[1:]), dtype=p.dtype) for p in self._parts[table]]
+
+    def _addresses(self, table: int, parts: Sequence[Tensor | None]) -> list[Any]:
+        row_bytes = [p.nbytes // p.shape[0] for p in self._parts[table]]
+        return [_core.Part(0 if p is None else p.data_ptr(), b, b) for p, b in zip(parts, row_bytes, strict=True)]
+
+    def read_rows(self, table: int, first_row: int, row_count: int) -> list[Tensor]:
+        """The current values of rows, wherever they are: [weights (n, dim), then each state (n,) or (n, dim)]."""
+        parts = self._row_parts(table, row_count)
+        self._pool.read(table, first_row, row_count, self._addresses(table, parts))
+        return parts
+
+    def write_rows(self, table: int, first_row: int, parts: Sequence[Tensor | None]) -> None:
+        """Replaces the values of consecutive rows; None keeps that part. Shapes as ``read_rows`` returns."""
+        given = [p for p in parts if p is not None]
+        if not given:
+            return
+        count = given[0].shape[0]
+        fixed: list[Tensor | None] = []
+        for part, pool in zip(parts, self._parts[table], strict=True):
+            if part is not None and part.shape != (count, *pool.shape[1:]):
+                raise errors.ConfigurationError(
+                    f"table {self.tables[table].name!r}: rows of shape {(count, *pool.shape[1:])} expected, got {tuple(part.shape)}"
+                )
+            fixed.append(None if part is None else part.detach().to("cpu", pool.dtype).contiguous())
+        self._pool.write(table, first_row, count, self._addresses(table, fixed))
+
+    def flush(self) -> None:
+        """Hands every changed row to its home."""
+        self._pool.flush()
+        for home in self._unique_volumes():
+            home.flush()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """For the next backward, as the stock TBE's."""
+        self.tbe.set_learning_rate(learning_rate)
+
+    # -- looking in
+
+    def _unique_volumes(self) -> list[Any]:
+        return list({id(h.volume): h.volume for h in self._home_tables}.values())
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Per table: its sizes and counters since creation (rows, not bytes, unless the name says so)."""
+        result = []
+        for i, t in enumerate(self.tables):
+            record_bytes = sum(p.nbytes // p.shape[0] for p in self._parts[i])
+            result.append(
+                {"table": t.name, "rows": t.rows, "pool_rows": self.pool_rows[i], "record_bytes": record_bytes, **self._pool.stats(i)}
+            )
+        return result
+
+    def volume_stats(self) -> list[dict[str, Any]]:
+        """One dict per volume below this group."""
+        return [v.stats() for v in self._unique_volumes()]
+
+    def close(self) -> None:
+        """Flushes, and lets go of the homes (a home closes with the last table in it)."""
+        self._waiting.clear()
+        self.flush()
+
+
+def _release_and_forget(pool: Any, seq: int, slots: Tensor) -> None:
+    del slots
+    pool.release(seq)

@@ -1,0 +1,81 @@
+"""Hypothesis strategies for groups of tables and the batches that train them. Capacities are tiny: eviction always happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from hypothesis import strategies as st
+
+
+@dataclass
+class Group:
+    """What both sides of an equality test are built from."""
+
+    rows: list[int]
+    dims: list[int]
+    pool_rows: list[int]
+    feature_table_map: list[int]
+    optimizer: EmbOptimType
+    pooling: PoolingMode
+    precision: SparseType
+    weighted: bool
+    batch_size: int
+    max_length: int
+    steps: int
+    prefetch_depths: list[int]
+    seed: int
+    index_dtype: torch.dtype
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> Group:
+    """Tables (1-4) with pools from the smallest legal: what one batch can touch at most."""
+    tables = draw(st.integers(1, 4))
+    features = sorted(list(range(tables)) + draw(st.lists(st.integers(0, tables - 1), max_size=2)))
+    batch_size, max_length = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    pooling = draw(st.sampled_from([PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE]))
+    dim = draw(st.integers(1, 4)) * 4
+    dims = [dim if pooling is PoolingMode.NONE else draw(st.integers(1, 4)) * 4 for _ in range(tables)]
+    rows = [draw(st.integers(1, 60)) for _ in range(tables)]
+    smallest = [max(1, features.count(t) * batch_size * max_length) for t in range(tables)]
+    steps = draw(st.integers(1, 12))
+    return Group(
+        rows=rows,
+        dims=dims,
+        pool_rows=[s + draw(st.sampled_from([0, 0, 1, 5])) for s in smallest],
+        feature_table_map=features,
+        optimizer=draw(
+            st.sampled_from(
+                [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD]
+            )
+        ),
+        pooling=pooling,
+        precision=draw(st.sampled_from([SparseType.FP32, SparseType.FP16])),
+        weighted=pooling is PoolingMode.SUM and draw(st.booleans()),
+        batch_size=batch_size,
+        max_length=max_length,
+        steps=steps,
+        prefetch_depths=draw(st.lists(st.integers(0, 3), min_size=steps, max_size=steps)),
+        seed=draw(st.integers(0, 2**31)),
+        index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+    )
+
+
+def batch(group: Group, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One batch: ids, offsets and, for a weighted group, per-sample weights; half of the ids come from a hot tenth."""
+    lengths, ids = [], []
+    for table in group.feature_table_map:
+        for _ in range(group.batch_size):
+            n = int(torch.randint(0, group.max_length + 1, (1,), generator=generator))
+            lengths.append(n)
+            hot = torch.rand(n, generator=generator) < 0.5
+            cold = torch.randint(0, group.rows[table], (n,), generator=generator)
+            ids.append(torch.where(hot, cold % max(1, group.rows[table] // 10), cold))
+    indices = torch.cat(ids).to(group.index_dtype)
+    offsets = torch.zeros(len(lengths) + 1, dtype=group.index_dtype)
+    offsets[1:] = torch.tensor(lengths).cumsum(0)
+    weights = torch.rand(indices.numel(), generator=generator) if group.weighted else None
+    return indices, offsets, weights
