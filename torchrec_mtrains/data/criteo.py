@@ -59,6 +59,7 @@ class CriteoSource:
         self.tables = tuple(TableShape(f"c{c}", f"cat_{c}", rows) for c in range(CATEGORY_COUNT))
         self.dense_dim = DENSE_COUNT
         self.train_steps: int | None = None
+        self.endless = False
         self.name = f"criteo ({self.path.name}, {rows:,} rows a table)"
 
     def _fail(self, line: int, what: str) -> DataError:

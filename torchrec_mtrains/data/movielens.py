@@ -87,6 +87,7 @@ class MovieLensSource:
                 f"less than one batch of {batch_size} × {world_size} ranks; lower the batch size"
             )
         self.train_steps: int | None = epochs * self.batches_per_epoch
+        self.endless = False
         self.name = f"movielens ({self.path.name}: {len(self._labels):,} ratings)"
 
     def _read(self) -> None:

@@ -42,6 +42,14 @@ class BatchSource(Protocol):
         """Number of dense features."""
 
     @property
+    def batch_size(self) -> int:
+        """Samples of one batch on one rank."""
+
+    @property
+    def endless(self) -> bool:
+        """Whether the batches never end."""
+
+    @property
     def train_steps(self) -> int | None:
         """Batches until the data ends, over all epochs; None where it never does (or is not known)."""
 

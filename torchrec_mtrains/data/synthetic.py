@@ -106,6 +106,7 @@ class SyntheticSource:
         )
         self.dense_dim = config.dense_dim
         self.train_steps: int | None = None
+        self.endless = True
         law = LAWS.get(config.calibration)
         self._quantiles = np.linspace(0, 1, 2) if law is None else law.rank_quantiles()
         self._slopes = np.diff(self._quantiles)
