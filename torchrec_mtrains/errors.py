@@ -31,6 +31,10 @@ class TicketError(MTrainsError, RuntimeError):
     """A backward ran after its rows had been released (``retain_graph`` used twice, for example)."""
 
 
+class DataError(MTrainsError, ValueError):
+    """Training data is missing or malformed; the message names the file, the line, the rule and what was found."""
+
+
 class VolumeError(MTrainsError, RuntimeError):
     """Base of what a volume can report."""
 
