@@ -38,6 +38,8 @@ WAITING_LIMIT = 64
 MAX_ROWS = (1 << 31) - 2
 """Rows of one table shard: a directory entry is a signed 32-bit slot or miss number."""
 
+_INT32, _INT64 = torch.int32, torch.int64
+
 # FBGEMM's names of the per-row states of each admitted optimizer, and whether they are one value a row.
 STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     EmbOptimType.EXACT_SGD: (),
@@ -107,6 +109,8 @@ class TieredTBE(nn.Module):
         self.state_names = [name for name, _ in STATES[optimizer]]
         self._rowwise = [rowwise for _, rowwise in STATES[optimizer]]
         self._bounds_check_mode = bounds_check_mode
+        # FATAL and NONE leave bad ids to the slot pool, which refuses them.
+        self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
         self._check_tables()
         # A pool never needs more slots than its table has rows.
         self.pool_rows = [min(t.chain.pool_rows, t.rows) for t in self.tables]
@@ -166,10 +170,8 @@ class TieredTBE(nn.Module):
 
     # -- batches
 
-    def _check_bounds(self, indices: Tensor, offsets: Tensor) -> Tensor:
-        """WARNING and IGNORE rewrite bad ids to row 0 as the stock TBE does, on a copy; FATAL and NONE leave it to begin."""
-        if self._bounds_check_mode in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE):
-            return indices
+    def _rewrite_bad_ids(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        """WARNING and IGNORE turn bad ids into row 0 as the stock TBE does; here on a copy."""
         indices = indices.clone()
         torch.ops.fbgemm.bounds_check_indices(
             self._feature_rows, indices, offsets, self._bounds_check_mode, self._warning, None
@@ -177,20 +179,21 @@ class TieredTBE(nn.Module):
         return indices
 
     def _begin(self, indices: Tensor, offsets: Tensor, hard: bool, dirty: bool) -> _Ticket | None:
-        if indices.dtype not in (torch.int32, torch.int64) or offsets.dtype not in (torch.int32, torch.int64):
+        narrow, narrow_offsets = indices.dtype is _INT32, offsets.dtype is _INT32
+        if not (narrow or indices.dtype is _INT64) or not (narrow_offsets or offsets.dtype is _INT64):
             raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
-        ids = self._check_bounds(indices.contiguous(), offsets)
-        offsets = offsets.contiguous()
+        ids = self._rewrite_bad_ids(indices, offsets) if self._rewrites_bad_ids else indices
+        ids, offsets = ids.contiguous(), offsets.contiguous()
+        count = ids.numel()
         stride, rest = divmod(offsets.numel() - 1, self._features)
         if rest:
             raise errors.ConfigurationError(
                 f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}"
             )
-        slots = torch.empty(ids.numel(), dtype=torch.int64)
+        slots = torch.empty(count, dtype=_INT64)
         seq = self._pool.begin(
-            ids.data_ptr(), ids.dtype is torch.int32, ids.numel(),
-            offsets.data_ptr(), offsets.dtype is torch.int32, stride, slots.data_ptr(), hard, dirty,
-        )  # fmt: skip
+            ids.data_ptr(), narrow, count, offsets.data_ptr(), narrow_offsets, stride, slots.data_ptr(), hard, dirty
+        )
         return _Ticket(seq, slots, indices, dirty) if seq else None
 
     def prefetch(

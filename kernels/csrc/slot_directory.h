@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace mtrains {
@@ -30,7 +31,9 @@ class LazyArray {  // zero-filled pages that exist once touched
  public:
   explicit LazyArray(size_t count);
   ~LazyArray();
-  LazyArray(LazyArray&& other) noexcept : data_(other.data_), count_(other.count_) { other.data_ = nullptr; }
+  LazyArray(LazyArray&& other) noexcept
+      : data_(other.data_), count_(other.count_), mapping_(std::exchange(other.mapping_, nullptr)),
+        mapped_bytes_(other.mapped_bytes_) {}
   LazyArray(const LazyArray&) = delete;
   LazyArray& operator=(const LazyArray&) = delete;
   T* data() { return data_; }
@@ -42,6 +45,8 @@ class LazyArray {  // zero-filled pages that exist once touched
  private:
   T* data_ = nullptr;
   size_t count_;
+  void* mapping_ = nullptr;
+  size_t mapped_bytes_ = 0;
 };
 
 struct Stamp {
@@ -88,7 +93,7 @@ class SlotDirectory {
 
   LazyArray<int32_t> slot_of_row_;
   std::vector<int64_t> row_of_slot_;
-  std::vector<uint32_t> stamp_;
+  LazyArray<uint32_t> stamp_;
   std::vector<int32_t> free_;
   struct Candidate {
     int32_t slot;

@@ -40,13 +40,19 @@ std::vector<int64_t> SlotPool::bounds_of(const Batch& batch) const {
 
 namespace {
 
+// Position of the first id outside [0, rows), or -1. An id is bad if it or (rows - 1 - id) is negative: a loop of signs
+// alone, which compilers turn into vector instructions.
 template <class Index>
 int64_t first_out_of_range(const Index* ids, int64_t count, int64_t rows) {
-  bool bad = false;
-  for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= static_cast<uint64_t>(rows);
-  if (!bad) return -1;
+  const auto last = static_cast<uint64_t>(rows - 1);
+  uint64_t signs = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto id = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+    signs |= id | (last - id);
+  }
+  if (!(signs >> 63)) return -1;
   for (int64_t i = 0;; ++i) {
-    if (static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= static_cast<uint64_t>(rows)) return i;
+    if (static_cast<uint64_t>(static_cast<int64_t>(ids[i])) > last) return i;
   }
 }
 
