@@ -26,13 +26,14 @@ class Group:
     max_length: int
     steps: int
     prefetch_depths: list[int]
+    forwards_at_once: int  # forward passes in a row before their backward passes run in the same order
     seed: int
     index_dtype: torch.dtype
 
 
 @st.composite
 def groups(draw: st.DrawFn) -> Group:
-    """Tables (1-4) with pools from the smallest legal: what one batch can touch at most."""
+    """Tables (1-4) with pools from the smallest legal: what the batches that train at once can touch at most."""
     tables = draw(st.integers(1, 4))
     features = sorted(list(range(tables)) + draw(st.lists(st.integers(0, tables - 1), max_size=2)))
     batch_size, max_length = draw(st.integers(1, 4)), draw(st.integers(0, 3))
@@ -40,7 +41,8 @@ def groups(draw: st.DrawFn) -> Group:
     dim = draw(st.integers(1, 4)) * 4
     dims = [dim if pooling is PoolingMode.NONE else draw(st.integers(1, 4)) * 4 for _ in range(tables)]
     rows = [draw(st.integers(1, 60)) for _ in range(tables)]
-    smallest = [max(1, features.count(t) * batch_size * max_length) for t in range(tables)]
+    at_once = draw(st.sampled_from([1, 1, 2, 3]))
+    smallest = [max(1, features.count(t) * batch_size * max_length * at_once) for t in range(tables)]
     steps = draw(st.integers(1, 12))
     return Group(
         rows=rows,
@@ -59,6 +61,7 @@ def groups(draw: st.DrawFn) -> Group:
         max_length=max_length,
         steps=steps,
         prefetch_depths=draw(st.lists(st.integers(0, 3), min_size=steps, max_size=steps)),
+        forwards_at_once=at_once,
         seed=draw(st.integers(0, 2**31)),
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
     )

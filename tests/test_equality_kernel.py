@@ -74,6 +74,7 @@ def train_and_compare(group: Group, folder: Path | None) -> None:
     generator = torch.Generator().manual_seed(group.seed)
     batches = [batch(group, generator) for _ in range(group.steps)]
     prefetched: deque[int] = deque()
+    pending: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
     for step, (indices, offsets, weights) in enumerate(batches):
         for ahead in range(step, min(group.steps, step + group.prefetch_depths[step])):
             if ahead not in prefetched:
@@ -82,10 +83,15 @@ def train_and_compare(group: Group, folder: Path | None) -> None:
         a = ours(indices, offsets, weights)
         b = theirs(indices.long(), offsets.long(), weights)
         assert torch.equal(a, b)
-        gradient = torch.randn(a.shape, generator=generator)
-        a.backward(gradient)
-        b.backward(gradient)
+        pending.append((a, b))
+        if len(pending) == group.forwards_at_once or step + 1 == group.steps:
+            while pending:
+                a, b = pending.popleft()
+                gradient = torch.randn(a.shape, generator=generator)
+                a.backward(gradient)
+                b.backward(gradient)
         ours._pool.check()
+    del a, b
     assert ours._pool.outstanding <= len(ours._waiting)
     assert_same_state(group, ours, theirs)
     ours.close()

@@ -1,0 +1,101 @@
+"""Bugs planted on purpose in a copy of the sources are each caught by the suite.
+
+Each bug is a textual change that must still match, so that this list cannot rot. The copy is built into a folder of its
+own and the suite runs against that folder; the bug counts as caught when a test fails.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SUITE = ("tests/test_equality_kernel.py", "tests/test_tickets.py")
+
+# The editable install's import hook would find the true sources first.
+RUN_PYTEST = (
+    "import sys; sys.meta_path = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__];"
+    "sys.path.insert(0, sys.argv[1]); import pytest, torchrec_mtrains;"
+    "assert torchrec_mtrains.__file__.startswith(sys.argv[1]), torchrec_mtrains.__file__;"
+    "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
+)
+
+
+@dataclass
+class Bug:
+    """One change of one file: every (old, new) pair must match exactly once."""
+
+    path: str
+    changes: tuple[tuple[str, str], ...]
+
+
+BUGS = {
+    "none": Bug("kernels/csrc/slot_pool.cpp", ()),
+    "one write-back is skipped": Bug(
+        "kernels/csrc/slot_pool.cpp",
+        (
+            (
+                "      if (!directories_[t].dirty(slot)) continue;\n      rows.push_back",
+                "      if (!directories_[t].dirty(slot)) continue;\n"
+                "      if (stats_[t].write_backs++ == 0) continue;\n      rows.push_back",
+            ),
+        ),
+    ),
+    "a hard-pinned row is evicted": Bug(
+        "kernels/csrc/slot_pool.cpp",
+        (("tickets_.empty() ? UINT32_MAX : static_cast<uint32_t>(tickets_.begin()->first - base_)", "UINT32_MAX"),),
+    ),
+    "one eviction loses its optimizer state": Bug(
+        "kernels/csrc/slot_pool.cpp",
+        (
+            (
+                "    if (rows.empty()) continue;\n    tables_[t].volume->put(tables_[t].id, rows, slots, tables_[t].parts);\n"
+                "    stats_[t].write_backs",
+                "    if (rows.empty()) continue;\n"
+                "    if (stats_[t].write_backs == 0 && tables_[t].parts.size() > 1) {\n"
+                "      const Part& state = tables_[t].parts[1];\n"
+                "      std::memset(state.base + static_cast<uint64_t>(slots[0]) * state.stride_bytes, 0, state.bytes);\n"
+                "    }\n"
+                "    tables_[t].volume->put(tables_[t].id, rows, slots, tables_[t].parts);\n"
+                "    stats_[t].write_backs",
+            ),
+        ),
+    ),
+    "pins are released before backward": Bug(
+        "kernels/tiered_tbe.py",
+        (
+            ("        if output.grad_fn is None:\n            self._pool.release", "        if True:\n            self._pool.release"),
+        ),
+    ),
+}
+
+
+def build(bug: Bug, folder: Path) -> None:
+    """The sources with the bug, installed into `folder`/installed."""
+    for part in ("torchrec_mtrains", "kernels", "planner", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, folder / part)
+    source = folder / bug.path
+    text = source.read_text()
+    for old, new in bug.changes:
+        assert text.count(old) == 1, f"{bug.path} no longer has exactly one {old!r}: update this list"
+        text = text.replace(old, new)
+    source.write_text(text)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", "installed", "."]
+    subprocess.run(command, cwd=folder, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught_by_the_suite(name: str, tmp_path: Path) -> None:
+    build(BUGS[name], tmp_path)
+    command = [sys.executable, "-c", RUN_PYTEST, str(tmp_path / "installed"), *SUITE]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    print(run.stdout[-3000:], run.stderr[-3000:])
+    assert run.returncode == (0 if name == "none" else 1)
