@@ -88,6 +88,7 @@ def measure(args: Any) -> dict[str, Any]:
             step(full, b, gradient)
         misses = sum(t["misses"] for t in ours.stats())
         slots = [(slots_of(ours, b), b[1]) for b in batches]  # no row moves from here on
+
         def ours_in_parts(i: int) -> dict[str, float]:
             return {
                 "bookkeeping": seconds(lambda: bookkeeping(ours, batches[i])),

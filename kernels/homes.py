@@ -20,12 +20,16 @@ class SsdHomeVolume:
         folders = []
         for path in home.paths:
             if not Path(path).is_dir():
-                raise errors.VolumeIoError(f"SSD path {path!r} is not a folder; create it first, on the NVMe device that should hold the tables")
+                raise errors.VolumeIoError(
+                    f"SSD path {path!r} is not a folder; create it first, on the NVMe device that should hold the tables"
+                )
             folder = Path(path) / f"rank_{rank}"
             try:
                 folder.mkdir(mode=0o700, exist_ok=True)
             except OSError as e:
-                raise errors.VolumeIoError(f"SSD path {path!r}: cannot create {folder.name}/ in it: {os.strerror(e.errno or 0)}; make it writable or name another path") from e
+                raise errors.VolumeIoError(
+                    f"SSD path {path!r}: cannot create {folder.name}/ in it: {os.strerror(e.errno or 0)}; make it writable or name another path"
+                ) from e
             folders.append(str(folder))
         self.capacity_bytes = home.capacity_bytes
         self.volume = SsdVolume(paths=tuple(folders), capacity_bytes=home.capacity_bytes)
@@ -60,9 +64,7 @@ def open_home(home: Home, rank: int) -> SsdHomeVolume | MemoryVolume:
     return found
 
 
-def open_table(
-    home: SsdHomeVolume | MemoryVolume, name: str, row_count: int, record_bytes: int, init: object
-) -> VolumeTable:
+def open_table(home: SsdHomeVolume | MemoryVolume, name: str, row_count: int, record_bytes: int, init: object) -> VolumeTable:
     """A table of its own in a home; a second one of the same name gets a numbered name."""
     if isinstance(home, MemoryVolume):
         return home.table(name, row_count=row_count, record_bytes=record_bytes, init=init)

@@ -117,8 +117,7 @@ class TieredTBE(nn.Module):
         tbe_kwargs.setdefault("stochastic_rounding", False)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[
-                (pool, t.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
-                for pool, t in zip(self.pool_rows, self.tables, strict=True)
+                (pool, t.dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for pool, t in zip(self.pool_rows, self.tables, strict=True)
             ],
             feature_table_map=list(feature_table_map),
             pooling_mode=pooling_mode,
@@ -173,9 +172,7 @@ class TieredTBE(nn.Module):
     def _rewrite_bad_ids(self, indices: Tensor, offsets: Tensor) -> Tensor:
         """WARNING and IGNORE turn bad ids into row 0 as the stock TBE does; here on a copy."""
         indices = indices.clone()
-        torch.ops.fbgemm.bounds_check_indices(
-            self._feature_rows, indices, offsets, self._bounds_check_mode, self._warning, None
-        )
+        torch.ops.fbgemm.bounds_check_indices(self._feature_rows, indices, offsets, self._bounds_check_mode, self._warning, None)
         return indices
 
     def _begin(self, indices: Tensor, offsets: Tensor, hard: bool, dirty: bool) -> _Ticket | None:
@@ -187,13 +184,9 @@ class TieredTBE(nn.Module):
         count = ids.numel()
         stride, rest = divmod(offsets.numel() - 1, self._features)
         if rest:
-            raise errors.ConfigurationError(
-                f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}"
-            )
+            raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}")
         slots = torch.empty(count, dtype=_INT64)
-        seq = self._pool.begin(
-            ids.data_ptr(), narrow, count, offsets.data_ptr(), narrow_offsets, stride, slots.data_ptr(), hard, dirty
-        )
+        seq = self._pool.begin(ids.data_ptr(), narrow, count, offsets.data_ptr(), narrow_offsets, stride, slots.data_ptr(), hard, dirty)
         return _Ticket(seq, slots, indices, dirty) if seq else None
 
     def prefetch(

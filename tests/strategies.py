@@ -49,11 +49,7 @@ def groups(draw: st.DrawFn) -> Group:
         dims=dims,
         pool_rows=[s + draw(st.sampled_from([0, 0, 1, 5])) for s in smallest],
         feature_table_map=features,
-        optimizer=draw(
-            st.sampled_from(
-                [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD]
-            )
-        ),
+        optimizer=draw(st.sampled_from([EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD])),
         pooling=pooling,
         precision=draw(st.sampled_from([SparseType.FP32, SparseType.FP16])),
         weighted=pooling is PoolingMode.SUM and draw(st.booleans()),

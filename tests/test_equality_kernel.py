@@ -33,16 +33,12 @@ def tiered(group: Group, folder: Path | None) -> TieredTBE:
         )
         for i, (rows, dim, pool) in enumerate(zip(group.rows, group.dims, group.pool_rows, strict=True))
     ]
-    return TieredTBE(
-        tables, group.feature_table_map, group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3
-    )
+    return TieredTBE(tables, group.feature_table_map, group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3)
 
 
 def stock(group: Group, twin: TieredTBE) -> SplitTableBatchedEmbeddingBagsCodegen:
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        embedding_specs=[
-            (r, d, EmbeddingLocation.HOST, ComputeDevice.CPU) for r, d in zip(group.rows, group.dims, strict=True)
-        ],
+        embedding_specs=[(r, d, EmbeddingLocation.HOST, ComputeDevice.CPU) for r, d in zip(group.rows, group.dims, strict=True)],
         feature_table_map=group.feature_table_map,
         pooling_mode=group.pooling,
         weights_precision=group.precision,

@@ -68,9 +68,7 @@ BUGS = {
     ),
     "pins are released before backward": Bug(
         "kernels/tiered_tbe.py",
-        (
-            ("        if output.grad_fn is None:\n            self._pool.release", "        if True:\n            self._pool.release"),
-        ),
+        (("        if output.grad_fn is None:\n            self._pool.release", "        if True:\n            self._pool.release"),),
     ),
 }
 

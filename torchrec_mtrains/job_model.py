@@ -47,9 +47,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 4 or self.embedding_dim % 4:
-            raise ConfigurationError(
-                f"embedding_dim must be a positive multiple of 4, got {self.embedding_dim}"
-            )
+            raise ConfigurationError(f"embedding_dim must be a positive multiple of 4, got {self.embedding_dim}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigurationError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
         if self.learning_rate <= 0:
@@ -74,9 +72,7 @@ def fused_params(options: ModelOptions) -> dict[str, Any]:
     return params
 
 
-def build_model(
-    tables: Sequence[TableShape], dense_dim: int, options: ModelOptions, init_fns: dict[str, Any] | None = None
-) -> DLRMTrain:
+def build_model(tables: Sequence[TableShape], dense_dim: int, options: ModelOptions, init_fns: dict[str, Any] | None = None) -> DLRMTrain:
     """The DLRM with its loss. Dense parameters are on the CPU, drawn from ``options.seed``; tables on meta.
 
     ``init_fns`` replaces TorchRec's uniform initial values, per table.
@@ -108,19 +104,13 @@ def stock_sharders(options: ModelOptions) -> list[ModuleSharder[nn.Module]]:
     return [EmbeddingBagCollectionSharder(fused_params=fused_params(options))]
 
 
-def stock_plan(
-    model: nn.Module, sharders: list[ModuleSharder[nn.Module]], world_size: int, pg: Any
-) -> ShardingPlan:
+def stock_plan(model: nn.Module, sharders: list[ModuleSharder[nn.Module]], world_size: int, pg: Any) -> ShardingPlan:
     """TorchRec's own plan with every table in memory."""
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size, compute_device="cpu", local_world_size=world_size)
-    )
+    planner = EmbeddingShardingPlanner(topology=Topology(world_size=world_size, compute_device="cpu", local_world_size=world_size))
     return planner.collective_plan(model, sharders, pg)
 
 
-def parallelize(
-    model: nn.Module, plan: ShardingPlan, sharders: list[ModuleSharder[nn.Module]]
-) -> DistributedModelParallel:
+def parallelize(model: nn.Module, plan: ShardingPlan, sharders: list[ModuleSharder[nn.Module]]) -> DistributedModelParallel:
     """The model under ``DistributedModelParallel`` on the CPU."""
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
 

@@ -86,9 +86,7 @@ def disk_counters(path: str | Path) -> DiskCounters | None:
             fields = line.split()
             if fields[:2] == number:
                 reads, read_sectors, writes, written_sectors = (int(fields[i]) for i in (3, 5, 7, 9))
-                return DiskCounters(
-                    fields[2], reads, read_sectors * _SECTOR_BYTES, writes, written_sectors * _SECTOR_BYTES
-                )
+                return DiskCounters(fields[2], reads, read_sectors * _SECTOR_BYTES, writes, written_sectors * _SECTOR_BYTES)
     except OSError:
         pass
     return None

@@ -9,7 +9,7 @@ from .errors import ConfigurationError
 
 def _paths(what: str, paths: tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(paths, str) or not paths or not all(isinstance(p, str) and p for p in paths):
-        raise ConfigurationError(f"{what}: paths must be a non-empty tuple of folder names, got {paths!r}; write (\"/mnt/nvme0\",)")
+        raise ConfigurationError(f'{what}: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)')
     return tuple(paths)
 
 
@@ -51,9 +51,7 @@ class TierChain:
             raise ConfigurationError(f"TierChain: pool_rows must be positive, got {self.pool_rows}")
         homes = [t for t in self.tiers if isinstance(t, (SsdHome, DdrHome))]
         if len(homes) != 1 or len(self.tiers) != 1:
-            raise ConfigurationError(
-                f"TierChain: tiers must hold exactly one home (SsdHome or DdrHome), got {self.tiers!r}"
-            )
+            raise ConfigurationError(f"TierChain: tiers must hold exactly one home (SsdHome or DdrHome), got {self.tiers!r}")
 
     @property
     def home(self) -> Home:

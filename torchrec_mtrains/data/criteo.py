@@ -96,9 +96,7 @@ class CriteoSource:
             value = -1 << 63
         if not -(1 << 63) < value < 1 << 63 or (base == 16 and value < 0):
             kind = "a hexadecimal category" if base == 16 else "an integer"
-            raise self._fail(
-                line, f"field {feature + 2} must be {kind} or empty, got {cell.decode(errors='replace')!r}"
-            )
+            raise self._fail(line, f"field {feature + 2} must be {kind} or empty, got {cell.decode(errors='replace')!r}")
         return value
 
     def _lines(self, *, held_out: bool) -> Iterator[tuple[int, bytes]]:

@@ -45,9 +45,7 @@ def _header(path: Path, line: str) -> list[tuple[str, str]]:
     for cell in line.rstrip("\r\n").split("\t"):
         name, _, kind = cell.partition(":")
         if not name or kind not in ("token", "float"):
-            raise DataError(
-                f"{path}, line 1: a header cell must read name:token or name:float, got {cell!r}"
-            )
+            raise DataError(f"{path}, line 1: a header cell must read name:token or name:float, got {cell!r}")
         columns.append((name, kind))
     names = [name for name, _ in columns]
     for needed in ("user_id", "item_id", "rating", "timestamp"):
@@ -71,9 +69,7 @@ class MovieLensSource:
         world_size: int = 1,
     ) -> None:
         if not 0 < held_out_share < 1:
-            raise ConfigurationError(
-                f"movielens: held_out_share must lie between 0 and 1, got {held_out_share}"
-            )
+            raise ConfigurationError(f"movielens: held_out_share must lie between 0 and 1, got {held_out_share}")
         self.path = find_interactions(path)
         self.batch_size, self.epochs = batch_size, epochs
         self._seed, self._rank, self._world_size = seed, rank, world_size
@@ -100,8 +96,7 @@ class MovieLensSource:
                 cells = line.rstrip("\r\n").split("\t")
                 if len(cells) != len(columns):
                     raise DataError(
-                        f"{self.path}, line {number}: expected {len(columns)} tab-separated fields as in the header, "
-                        f"got {len(cells)}"
+                        f"{self.path}, line {number}: expected {len(columns)} tab-separated fields as in the header, got {len(cells)}"
                     )
                 for (name, kind), cell in zip(columns, cells, strict=True):
                     if kind == "token":
@@ -110,9 +105,7 @@ class MovieLensSource:
                     try:
                         floats[name].append(float(cell))
                     except ValueError:
-                        raise DataError(
-                            f"{self.path}, line {number}: {name} must be a number, got {cell!r}"
-                        ) from None
+                        raise DataError(f"{self.path}, line {number}: {name} must be a number, got {cell!r}") from None
         times = np.array(floats.pop("timestamp"), np.float64)
         order = np.argsort(times, kind="stable")
         ratings = np.array(floats.pop("rating"))[order]
@@ -121,9 +114,7 @@ class MovieLensSource:
         others = [np.array(column, np.float64)[order] for column in floats.values()]
         self._dense = self._dense_features(times[order], others)
         self.dense_dim = self._dense.shape[1]
-        self.tables = tuple(
-            TableShape(name.removesuffix("_id"), name, len(numbers)) for name, numbers in tokens.items()
-        )
+        self.tables = tuple(TableShape(name.removesuffix("_id"), name, len(numbers)) for name, numbers in tokens.items())
 
     @staticmethod
     def _dense_features(times: np.ndarray, others: list[np.ndarray]) -> np.ndarray:

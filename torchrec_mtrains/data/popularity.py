@@ -83,9 +83,7 @@ class PopularityLaw:
         return (1 / uses - top) / (bottom - top)
 
     def _body_uses_above(self, uses: np.ndarray) -> np.ndarray:
-        return self.body_mean * (math.sqrt(self.body_high) - np.sqrt(uses)) / (
-            math.sqrt(self.body_high) - math.sqrt(self.body_low)
-        )
+        return self.body_mean * (math.sqrt(self.body_high) - np.sqrt(uses)) / (math.sqrt(self.body_high) - math.sqrt(self.body_low))
 
     def _tail_uses_above(self, uses: np.ndarray) -> np.ndarray:
         return self.tail_mean * np.log(self.tail_high / uses) / math.log(self.tail_high / self.tail_low)
@@ -146,9 +144,7 @@ class PopularityLaw:
                 light_uses += k * float(mass @ chance)
                 chance = chance * lam / (k + 1)
             heavy += float(mass @ (1 - at_most))
-        return Statistics(
-            once / touched, self.mean_uses / touched, heavy / touched, 1 - light_uses / self.mean_uses
-        )
+        return Statistics(once / touched, self.mean_uses / touched, heavy / touched, 1 - light_uses / self.mean_uses)
 
 
 # Fitted by the procedure in the module's docstring; the test recomputes the published figures from them.

@@ -60,9 +60,7 @@ class BatchSource(Protocol):
         """Yield the held-out batches of a job that has trained ``after`` batches, always the same ones."""
 
 
-def make_batch(
-    keys: list[str], values: np.ndarray, lengths: np.ndarray, dense: np.ndarray, labels: np.ndarray
-) -> Batch:
+def make_batch(keys: list[str], values: np.ndarray, lengths: np.ndarray, dense: np.ndarray, labels: np.ndarray) -> Batch:
     """A TorchRec ``Batch`` from numpy arrays.
 
     Shapes: values (sum of lengths,) int64, key-major; lengths (keys × batch,) int32; dense (batch, dense_dim)
@@ -70,8 +68,6 @@ def make_batch(
     """
     return Batch(
         dense_features=torch.from_numpy(dense),
-        sparse_features=KeyedJaggedTensor(
-            keys=keys, values=torch.from_numpy(values), lengths=torch.from_numpy(lengths)
-        ),
+        sparse_features=KeyedJaggedTensor(keys=keys, values=torch.from_numpy(values), lengths=torch.from_numpy(lengths)),
         labels=torch.from_numpy(labels),
     )

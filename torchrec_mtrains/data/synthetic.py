@@ -61,9 +61,7 @@ class SyntheticConfig:
         )
         for field, good, rule in rules:
             if not good:
-                raise ConfigurationError(
-                    f"synthetic data: {field} must be {rule}, got {getattr(self, field)!r}"
-                )
+                raise ConfigurationError(f"synthetic data: {field} must be {rule}, got {getattr(self, field)!r}")
         if self.drift > 0 and self.active_rows == self.rows:
             raise ConfigurationError(
                 f"synthetic data: with active_share {self.active_share} all {self.rows} rows are in use and none can "
@@ -101,9 +99,7 @@ class SyntheticSource:
         self.batch_size = batch_size
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._held_out_batch_count = held_out_batch_count
-        self.tables = tuple(
-            TableShape(f"t{t}", f"f{t}", config.rows, config.pooling) for t in range(config.table_count)
-        )
+        self.tables = tuple(TableShape(f"t{t}", f"f{t}", config.rows, config.pooling) for t in range(config.table_count))
         self.dense_dim = config.dense_dim
         self.train_steps: int | None = None
         self.endless = True
@@ -161,9 +157,7 @@ class SyntheticSource:
         """Global batch ``index`` as this rank sees it; ``drift_index`` overrides which rows are in use."""
         config, size = self.config, self.batch_size
         lookups = size * config.pooling
-        rng = np.random.Generator(
-            np.random.SFC64(np.random.SeedSequence([self._seed, _BATCH, index, self._rank]))
-        )
+        rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([self._seed, _BATCH, index, self._rank])))
         draws = rng.random((config.table_count, lookups))
         dense = rng.standard_normal((size, config.dense_dim), dtype=np.float32)
         values = np.empty((config.table_count, lookups), np.int64)
