@@ -11,16 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import bounded_zipf, finish, median, options, print_machine, seconds
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-
-from torchrec_mtrains import DdrHome, TierChain
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
+
+from _common import bounded_zipf, finish, median, options, print_machine, seconds
+from torchrec_mtrains import DdrHome, TierChain
 
 OPTIMIZER = EmbOptimType.EXACT_ROWWISE_ADAGRAD
 

@@ -28,7 +28,8 @@ class SsdHomeVolume:
                 folder.mkdir(mode=0o700, exist_ok=True)
             except OSError as e:
                 raise errors.VolumeIoError(
-                    f"SSD path {path!r}: cannot create {folder.name}/ in it: {os.strerror(e.errno or 0)}; make it writable or name another path"
+                    f"SSD path {path!r}: cannot create {folder.name}/ in it: {os.strerror(e.errno or 0)}; "
+                    "make it writable or name another path"
                 ) from e
             folders.append(str(folder))
         self.capacity_bytes = home.capacity_bytes

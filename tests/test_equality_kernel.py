@@ -14,11 +14,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Group, batch, groups
-
-from torchrec_mtrains import DdrHome, SsdHome, TierChain
 from torchrec_mtrains.kernels.deferred_init import UniformInit, table_seed
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
+
+from strategies import Group, batch, groups
+from torchrec_mtrains import DdrHome, SsdHome, TierChain
 
 
 def tiered(group: Group, folder: Path | None) -> TieredTBE:

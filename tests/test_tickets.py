@@ -8,6 +8,8 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
+from torchrec_mtrains.kernels.deferred_init import UniformInit
+from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
 from torchrec_mtrains import DdrHome, TierChain
 from torchrec_mtrains.errors import (
@@ -17,8 +19,6 @@ from torchrec_mtrains.errors import (
     TicketError,
     UnsupportedError,
 )
-from torchrec_mtrains.kernels.deferred_init import UniformInit
-from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
 ROWS, DIM = 40, 8
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .data import BatchSource, TableShape
 from .errors import ConfigurationError
-from .job_model import fused_params, stock_plan, stock_sharders
+from .job_model import stock_plan, stock_sharders
 
 if TYPE_CHECKING:
     from .train import TrainOptions

@@ -56,7 +56,7 @@ class SyntheticConfig:
             ("pooling", self.pooling >= 1, "at least 1"),
             ("dense_dim", self.dense_dim >= 1, "at least 1"),
             ("active_share", 0 < self.active_share <= 1, "above 0 and at most 1"),
-            ("drift", 0 <= self.drift, "0 or more"),
+            ("drift", self.drift >= 0, "0 or more"),
             ("calibration", self.calibration in (*LAWS, "uniform"), f"one of {[*LAWS, 'uniform']}"),
         )
         for field, good, rule in rules:
