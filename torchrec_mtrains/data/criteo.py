@@ -25,6 +25,8 @@ CATEGORY_COUNT = 26
 FIELD_COUNT = 1 + DENSE_COUNT + CATEGORY_COUNT
 # The longest well-formed line: 13 integers of 20 digits and 26 categories of 8, with room to spare.
 _LINE_LIMIT_BYTES = 4096
+_DIGITS = b"0123456789"
+_HEX_DIGITS = b"0123456789abcdefABCDEF"
 
 
 class CriteoSource:
@@ -90,11 +92,11 @@ class CriteoSource:
         return make_batch([t.feature for t in self.tables], values.reshape(-1), lengths, dense, labels)
 
     def _integer(self, line: int, feature: int, cell: bytes, base: int) -> int:
-        try:
-            value = int(cell, base)
-        except ValueError:
-            value = -1 << 63
-        if not -(1 << 63) < value < 1 << 63 or (base == 16 and value < 0):
+        # int() alone would also take blanks, underscores, "0x" and "+".
+        digits = _HEX_DIGITS if base == 16 else _DIGITS
+        bare = cell[1:] if base == 10 and cell.startswith(b"-") else cell
+        value = int(cell, base) if bare and not bare.strip(digits) else 1 << 63
+        if not -(1 << 63) < value < 1 << 63:
             kind = "a hexadecimal category" if base == 16 else "an integer"
             raise self._fail(line, f"field {feature + 2} must be {kind} or empty, got {cell.decode(errors='replace')!r}")
         return value

@@ -11,6 +11,7 @@ epoch; the last, incomplete batch of an epoch is dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,10 +103,7 @@ class MovieLensSource:
                     if kind == "token":
                         ids[name].append(tokens[name].setdefault(cell, len(tokens[name])))
                         continue
-                    try:
-                        floats[name].append(float(cell))
-                    except ValueError:
-                        raise DataError(f"{self.path}, line {number}: {name} must be a number, got {cell!r}") from None
+                    floats[name].append(self._number(number, name, cell))
         times = np.array(floats.pop("timestamp"), np.float64)
         order = np.argsort(times, kind="stable")
         ratings = np.array(floats.pop("rating"))[order]
@@ -115,6 +113,15 @@ class MovieLensSource:
         self._dense = self._dense_features(times[order], others)
         self.dense_dim = self._dense.shape[1]
         self.tables = tuple(TableShape(name.removesuffix("_id"), name, len(numbers)) for name, numbers in tokens.items())
+
+    def _number(self, line: int, name: str, cell: str) -> float:
+        try:
+            value = float(cell)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{self.path}, line {line}: {name} must be a number, got {cell!r}")
+        return value
 
     @staticmethod
     def _dense_features(times: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
