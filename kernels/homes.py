@@ -14,7 +14,11 @@ _open: weakref.WeakValueDictionary[tuple[tuple[str, ...], int], SsdHomeVolume] =
 
 
 class SsdHomeVolume:
-    """One open volume, the capacity it was asked for with, and how often each table name was taken."""
+    """One open volume, the capacity it was asked for with, and how often each table name was taken.
+
+    A volume that holds checkpoints of an earlier job refuses reads and writes until it is restored to one of them: a new
+    job would otherwise train on, or over, rows that are not its own.
+    """
 
     def __init__(self, home: SsdHome, rank: int) -> None:
         folders = []
@@ -35,13 +39,8 @@ class SsdHomeVolume:
         self.capacity_bytes = home.capacity_bytes
         self.volume = SsdVolume(paths=tuple(folders), capacity_bytes=home.capacity_bytes)
         self.names: dict[str, int] = {}
-        if self.volume.epoch is not None:
-            epoch = self.volume.epoch
-            self.volume.close()
-            raise errors.VolumeMismatchError(
-                f"the volume in {folders} holds a committed checkpoint (epoch {epoch}) of an earlier job; a new job would "
-                "overwrite it. Name another path, or delete those folders"
-            )
+        if self.volume.epochs:
+            self.volume._native.await_restore()
 
 
 def open_home(home: Home, rank: int) -> SsdHomeVolume | MemoryVolume:

@@ -24,7 +24,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from .. import errors
-from ..tiers import TierChain
+from ..tiers import SsdHome, TierChain
 from . import _core
 from .deferred_init import UniformInit
 from .homes import open_home, open_table
@@ -322,6 +322,19 @@ class TieredTBE(nn.Module):
         self._pool.flush()
         for home in self._unique_volumes():
             home.flush()
+
+    def durable(self, table: int) -> bool:
+        """Whether the table's home outlives the process, so that its checkpoints are committed in place (``durability``)."""
+        return isinstance(self.tables[table].chain.home, SsdHome)
+
+    def durable_volumes(self) -> list[Any]:
+        """The volumes that outlive the process, each once."""
+        return list({id(h.volume): h.volume for t, h in enumerate(self._home_tables) if self.durable(t)}.values())
+
+    def forget(self) -> None:
+        """Empties the pools, unwritten. Raises: TicketError while forward passes await their backward."""
+        self._waiting.clear()
+        self._pool.forget()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""

@@ -59,6 +59,7 @@ void bind_slots(nb::module_& m) {
       .def("release", &SlotPool::release, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("alive", &SlotPool::alive, "seq"_a)
       .def("flush", &SlotPool::flush, nb::call_guard<nb::gil_scoped_release>())
+      .def("forget", &SlotPool::forget, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &SlotPool::read, "table"_a, "first_row"_a, "count"_a, "to"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("write", &SlotPool::write, "table"_a, "first_row"_a, "count"_a, "source"_a,
            nb::call_guard<nb::gil_scoped_release>())

@@ -1,10 +1,7 @@
 #include "slot_directory.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
-#include <new>
 #include <stdexcept>
 
 namespace mtrains {
@@ -15,31 +12,7 @@ namespace {
 // 128/64 5.3, 192/96 5.0, 256/128 4.4. The distance between the two matters as much as the distance to the use.
 constexpr int64_t kMapAhead = 192;
 constexpr int64_t kStampAhead = 96;
-constexpr size_t kHugePageBytes = 2u << 20;
 }  // namespace
-
-template <class T>
-LazyArray<T>::LazyArray(size_t count) : count_(count) {
-  const size_t bytes = std::max<size_t>(count * sizeof(T), 1);
-  const bool huge = bytes >= kHugePageBytes;
-  mapped_bytes_ = huge ? bytes + kHugePageBytes : bytes;  // room to begin at a huge page's border
-  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  auto address = reinterpret_cast<uintptr_t>(mapping_);
-  if (huge) {
-    address = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-    madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
-  }
-  data_ = reinterpret_cast<T*>(address);
-}
-
-template <class T>
-LazyArray<T>::~LazyArray() {
-  if (mapping_) munmap(mapping_, mapped_bytes_);
-}
-
-template class LazyArray<int32_t>;
-template class LazyArray<uint32_t>;
 
 SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
     : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), stamp_(static_cast<size_t>(pool_rows)), free_(pool_rows) {

@@ -21,33 +21,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <utility>
 #include <vector>
 
+#include "lazy_array.h"
+
 namespace mtrains {
-
-template <class T>
-class LazyArray {  // zero-filled pages that exist once touched
- public:
-  explicit LazyArray(size_t count);
-  ~LazyArray();
-  LazyArray(LazyArray&& other) noexcept
-      : data_(other.data_), count_(other.count_), mapping_(std::exchange(other.mapping_, nullptr)),
-        mapped_bytes_(other.mapped_bytes_) {}
-  LazyArray(const LazyArray&) = delete;
-  LazyArray& operator=(const LazyArray&) = delete;
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-  T& operator[](size_t i) { return data_[i]; }
-  const T& operator[](size_t i) const { return data_[i]; }
-  size_t size() const { return count_; }
-
- private:
-  T* data_ = nullptr;
-  size_t count_;
-  void* mapping_ = nullptr;
-  size_t mapped_bytes_ = 0;
-};
 
 struct Stamp {
   uint32_t value;  // (batch << 1) | dirty

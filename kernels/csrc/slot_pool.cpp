@@ -403,6 +403,22 @@ void SlotPool::write(size_t table, int64_t first_row, int64_t count, const std::
   if (!rows.empty()) t.volume->put(t.id, rows, slots, record);
 }
 
+void SlotPool::forget() {
+  std::lock_guard lock(mutex_);
+  while (revoke_youngest()) {
+  }
+  if (!tickets_.empty()) {
+    throw Error(ErrorKind::kTicket, std::to_string(tickets_.size()) + " forward passes of tiered tables have not run their "
+                                        "backward; run it or drop their outputs before the tables are restored");
+  }
+  drain(last_seq_);
+  for (SlotDirectory& d : directories_) {
+    for (int32_t s = 0; s < d.pool_rows(); ++s) {
+      if (d.row_of_slot(s) >= 0) d.drop(s);
+    }
+  }
+}
+
 SlotPoolStats SlotPool::stats(size_t table) const {
   std::lock_guard lock(mutex_);
   SlotPoolStats s = stats_[table];

@@ -73,6 +73,8 @@ class SlotPool {
   void read(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& to);
   void write(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& from);  // base null: keep
 
+  void forget();  // every row leaves its pool unwritten; refused while tickets are outstanding
+
   SlotPoolStats stats(size_t table) const;
   int32_t resident(size_t table) const { return directories_[table].resident(); }
   int64_t revoked() const { return revoked_; }

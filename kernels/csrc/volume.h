@@ -9,14 +9,14 @@
 //   - a get sees every put that returned before the get was submitted (a row is never stale), wherever it is buffered;
 //   - a row that was never put reads as its table's initial value;
 //   - parts stay valid and their slots untouched from submit_get until wait() of its token returns;
-//   - one thread calls put/submit_get at a time for one volume (the callers' lock); wait may be called from any thread;
-//   - errors are thrown as Error (errors.h) from the call that can still name what failed.
+//   - every call may be made from any thread;
+//   - errors are thrown as Error (errors.h) from the call that can still name what failed: a bad argument before anything
+//     changes, a failed read from wait() of its token, a failed write from the next put, flush or checkpoint.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -37,7 +37,7 @@ struct GetRequest {
   TableId table;
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
-  std::span<const Part> parts;  // owned by the caller, alive until wait()
+  std::vector<Part> parts;
 };
 
 struct TableSpec {
@@ -64,23 +64,34 @@ class Volume {
  public:
   virtual ~Volume() = default;
 
-  // Opens or creates a table; the same name with another shape throws kMismatch.
+  // Opens or creates a table; the same name with another shape throws kVolumeMismatch.
   virtual TableId table(const TableSpec& spec, const Initializer& init) = 0;
 
   virtual void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
                    std::span<const Part> parts) = 0;
 
   // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
-  // Tokens complete in the order of submission. wait(0) is a no-op.
+  // Every token must be waited for once. wait(0) is a no-op.
   virtual uint64_t submit_get(std::vector<GetRequest> requests) = 0;
   virtual void wait(uint64_t token) = 0;
 
   virtual void flush() = 0;                      // everything put so far is handed to the device
   virtual void checkpoint(uint64_t epoch) = 0;   // everything put so far is durable and named by this epoch
-  virtual std::optional<uint64_t> epoch() const = 0;
+  virtual std::vector<uint64_t> epochs() const = 0;  // committed and kept, ascending
+  virtual void restore(uint64_t epoch) = 0;      // back to the state of a kept epoch; later ones are forgotten
   virtual VolumeStats stats() const = 0;
   virtual const char* backend() const = 0;       // "memory", "io_uring", "pread"
+  virtual std::string id() const = 0;            // names this volume, and no other
   virtual void close() = 0;
 };
+
+// What the implementations share.
+void require_open(bool closed, const std::string& volume);
+void require_valid(const TableSpec& spec);
+void require_same_shape(const TableSpec& have, const TableSpec& asked, const std::string& volume);
+void require_rows(const TableSpec& spec, std::span<const int64_t> rows);
+void require_newer(std::span<const uint64_t> epochs, uint64_t epoch, const std::string& volume);
+void gather_record(std::span<const Part> parts, int32_t slot, std::byte* record);
+void scatter_record(const std::byte* record, std::span<const Part> parts, int32_t slot);
 
 }  // namespace mtrains

@@ -1,0 +1,96 @@
+// Bindings of the volumes. volumes.py gives them their public names and checks what users pass.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "errors.h"
+#include "memory_volume.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace mtrains;
+
+namespace {
+
+using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Records = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+std::vector<int32_t> counted(size_t n) {
+  std::vector<int32_t> slots(n);
+  for (size_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i);
+  return slots;
+}
+
+std::vector<Part> as_parts(const Records& records) {
+  return {{reinterpret_cast<std::byte*>(records.data()), records.shape(1), static_cast<uint32_t>(records.shape(1))}};
+}
+
+void get_records(Volume& volume, TableId table, const Ids& ids, const Records& out) {
+  GetRequest request{table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out)};
+  std::vector<GetRequest> requests;
+  requests.push_back(std::move(request));
+  nb::gil_scoped_release unlocked;
+  volume.wait(volume.submit_get(std::move(requests)));
+}
+
+void put_records(Volume& volume, TableId table, const Ids& ids, const Records& records) {
+  const std::vector<int32_t> slots = counted(ids.size());
+  const std::vector<Part> parts = as_parts(records);
+  const std::span<const int64_t> rows(ids.data(), ids.size());
+  nb::gil_scoped_release unlocked;
+  volume.put(table, rows, slots, parts);
+}
+
+nb::dict stats_of(const Volume& volume) {
+  const VolumeStats s = volume.stats();
+  nb::dict d;
+  d["get_rows"] = s.get_rows;
+  d["get_rows_initial"] = s.get_rows_initial;
+  d["get_rows_buffered"] = s.get_rows_buffered;
+  d["put_rows"] = s.put_rows;
+  d["read_ios"] = s.read_ios;
+  d["read_bytes"] = s.read_bytes;
+  d["write_ios"] = s.write_ios;
+  d["write_bytes"] = s.write_bytes;
+  d["disk_bytes"] = s.disk_bytes;
+  d["checkpoints"] = s.checkpoints;
+  d["read_wait_seconds"] = s.read_wait_seconds;
+  return d;
+}
+
+}  // namespace
+
+void bind_volumes(nb::module_& m) {
+  nb::enum_<WeightType>(m, "WeightType").value("float32", WeightType::kFloat32).value("float16", WeightType::kFloat16);
+
+  nb::class_<Initializer>(m, "Initializer")
+      .def(nb::init<>())
+      .def_rw("zero", &Initializer::zero)
+      .def_rw("seed", &Initializer::seed)
+      .def_rw("low", &Initializer::low)
+      .def_rw("high", &Initializer::high)
+      .def_rw("first_row", &Initializer::first_row)
+      .def_rw("first_column", &Initializer::first_column)
+      .def_rw("columns", &Initializer::columns)
+      .def_rw("type", &Initializer::type);
+
+  nb::class_<Volume>(m, "Volume")
+      .def("table",
+           [](Volume& self, std::string name, int64_t row_count, uint32_t record_bytes, const Initializer& init) {
+             return self.table({std::move(name), row_count, record_bytes}, init);
+           },
+           "name"_a, "row_count"_a, "record_bytes"_a, "init"_a)
+      .def("get", &get_records, "table"_a, "ids"_a, "out"_a)
+      .def("put", &put_records, "table"_a, "ids"_a, "records"_a)
+      .def("flush", &Volume::flush, nb::call_guard<nb::gil_scoped_release>())
+      .def("checkpoint", &Volume::checkpoint, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("restore", &Volume::restore, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("epochs", &Volume::epochs)
+      .def("stats", &stats_of)
+      .def("backend", [](const Volume& self) { return std::string(self.backend()); })
+      .def("id", &Volume::id)
+      .def("close", &Volume::close, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<MemoryVolume, Volume>(m, "MemoryVolume").def(nb::init<>());
+}

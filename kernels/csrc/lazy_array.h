@@ -1,0 +1,54 @@
+// LazyArray: a zero-filled array whose pages exist once touched; large ones lie on huge pages where the kernel has them.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <utility>
+
+namespace mtrains {
+
+template <class T>
+class LazyArray {
+ public:
+  explicit LazyArray(size_t count) : count_(count) {
+    constexpr size_t kHugePageBytes = 2u << 20;
+    const size_t bytes = std::max<size_t>(count * sizeof(T), 1);
+    const bool huge = bytes >= kHugePageBytes;
+    mapped_bytes_ = huge ? bytes + kHugePageBytes : bytes;  // room to begin at a huge page's border
+    mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping_ == MAP_FAILED) throw std::bad_alloc();
+    auto address = reinterpret_cast<uintptr_t>(mapping_);
+    if (huge) {
+      address = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+      madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
+    }
+    data_ = reinterpret_cast<T*>(address);
+  }
+  ~LazyArray() {
+    if (mapping_) munmap(mapping_, mapped_bytes_);
+  }
+  LazyArray(LazyArray&& other) noexcept
+      : data_(other.data_), count_(other.count_), mapping_(std::exchange(other.mapping_, nullptr)),
+        mapped_bytes_(other.mapped_bytes_) {}
+  LazyArray(const LazyArray&) = delete;
+  LazyArray& operator=(const LazyArray&) = delete;
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](size_t i) { return data_[i]; }
+  const T& operator[](size_t i) const { return data_[i]; }
+  size_t size() const { return count_; }
+  void clear() { madvise(mapping_, mapped_bytes_, MADV_DONTNEED); }  // every element is zero again
+
+ private:
+  T* data_ = nullptr;
+  size_t count_;
+  void* mapping_ = nullptr;
+  size_t mapped_bytes_ = 0;
+};
+
+}  // namespace mtrains

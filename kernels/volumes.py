@@ -1,0 +1,171 @@
+"""Volumes: stores of fixed-size records, addressed by (table, row). One protocol, several media.
+
+``SsdVolume`` is a log on NVMe; ``MemoryVolume`` keeps every record in host memory and is the reference for the rest.
+Slot pools talk to the native half directly; this module is for whoever wants a volume of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .. import errors
+from . import _core
+from .deferred_init import UniformInit
+
+Array = np.ndarray | torch.Tensor
+
+
+class VolumeTable:
+    """One table of a volume."""
+
+    def __init__(self, volume: Volume, table_id: int, name: str, row_count: int, record_bytes: int) -> None:
+        self.volume, self.name, self.row_count, self.record_bytes = volume, name, row_count, record_bytes
+        self._id = table_id
+
+    def get(self, ids: Array, out: Array) -> None:
+        """Reads records. A row that was never put has its initial value.
+
+        Shapes: ``ids`` (n,) int64; ``out`` (n, record_bytes) uint8, contiguous; torch or numpy.
+        Raises: IdOutOfRangeError, DamagedRecordError, VolumeIoError, ConfigurationError for other shapes.
+        """
+        self._check(ids, out)
+        self.volume._native.get(self._id, ids, out)
+
+    def put(self, ids: Array, records: Array) -> None:
+        """Writes records; of an id given twice the last one counts.
+
+        Shapes: ``ids`` (n,) int64; ``records`` (n, record_bytes) uint8, contiguous; torch or numpy.
+        Raises: IdOutOfRangeError, VolumeFullError, VolumeIoError, ConfigurationError for other shapes.
+        """
+        self._check(ids, records)
+        self.volume._native.put(self._id, ids, records)
+
+    def _check(self, ids: Array, records: Array) -> None:
+        for what, array, dtype, shape in (
+            ("ids", ids, "int64", (len(ids),)),
+            ("records", records, "uint8", (len(ids), self.record_bytes)),
+        ):
+            contiguous = array.is_contiguous() if isinstance(array, torch.Tensor) else array.flags.c_contiguous
+            if str(array.dtype).removeprefix("torch.") != dtype or tuple(array.shape) != shape or not contiguous:
+                raise errors.ConfigurationError(
+                    f"table {self.name!r}: {what} must be a contiguous {dtype} array of shape {shape}, got "
+                    f"{array.dtype} {tuple(array.shape)}{'' if contiguous else ', not contiguous'}"
+                )
+
+
+class Volume(Protocol):
+    """What every volume can do."""
+
+    _native: Any
+
+    def table(self, name: str, *, row_count: int, record_bytes: int, init: UniformInit | None = None) -> VolumeTable:
+        """Opens or creates a table; ``init`` None: rows never put read as zeros.
+
+        Raises: VolumeMismatchError when the volume holds a table of that name with another shape.
+        """
+
+    def flush(self) -> None:
+        """Hands everything put so far to the device."""
+
+    def checkpoint(self, epoch: int) -> None:
+        """Makes everything put so far durable, under a number above the last one's."""
+
+    def restore(self, epoch: int) -> None:
+        """Goes back to a kept epoch; what came after it is forgotten."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the volume was opened; units are in the names."""
+
+    def close(self) -> None:
+        """Lets go of the volume. What was not checkpointed is lost."""
+
+
+class _NativeVolume:
+    """The protocol on a native volume."""
+
+    _native: Any
+
+    def table(self, name: str, *, row_count: int, record_bytes: int, init: UniformInit | None = None) -> VolumeTable:
+        """Opens or creates a table; see ``Volume.table``."""
+        initializer = _core.Initializer()
+        if init is not None:
+            initializer.zero = False
+            initializer.seed, initializer.low, initializer.high = init.seed, init.low, init.high
+            initializer.first_row, initializer.first_column = init.first_row, init.first_column
+            initializer.columns, initializer.type = init.columns, getattr(_core.WeightType, init.weight_type)
+            if init.columns * (4 if init.weight_type == "float32" else 2) > record_bytes:
+                raise errors.ConfigurationError(
+                    f"table {name!r}: {init.columns} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
+                )
+        return VolumeTable(self, self._native.table(name, row_count, record_bytes, initializer), name, row_count, record_bytes)
+
+    def flush(self) -> None:
+        """Hands everything put so far to the device."""
+        self._native.flush()
+
+    def checkpoint(self, epoch: int) -> None:
+        """Makes everything put so far durable, under a number above the last one's."""
+        self._native.checkpoint(epoch)
+
+    def restore(self, epoch: int) -> None:
+        """Goes back to a kept epoch; what came after it is forgotten."""
+        self._native.restore(epoch)
+
+    @property
+    def epochs(self) -> list[int]:
+        """The checkpoints that are kept, oldest first."""
+        return self._native.epochs()
+
+    @property
+    def epoch(self) -> int | None:
+        """The last committed checkpoint."""
+        return self.epochs[-1] if self.epochs else None
+
+    @property
+    def backend(self) -> str:
+        """``"memory"``, ``"io_uring"`` or ``"pread"``."""
+        return self._native.backend()
+
+    @property
+    def id(self) -> str:
+        """A name that no other volume has."""
+        return self._native.id()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the volume was opened; units are in the names."""
+        return self._native.stats()
+
+    def close(self) -> None:
+        """Lets go of the volume. What was not checkpointed is lost."""
+        self._native.close()
+
+
+class MemoryVolume(_NativeVolume):
+    """Every record in host memory; nothing outlives the process."""
+
+    def __init__(self) -> None:
+        self._native = _core.MemoryVolume()
+
+
+class SsdVolume(_NativeVolume):
+    """A log-structured store on NVMe: one engine, one writer, striped over ``paths``.
+
+    ``paths`` are existing folders; ``capacity_bytes`` caps everything that the volume keeps in them. An existing volume opens
+    at its last committed checkpoint. ``keep_checkpoints`` of them are kept.
+    ``backend`` None takes io_uring where the kernel permits it and a pool of ``pread`` threads elsewhere.
+
+    Raises: VolumeIoError for a path that is missing or not writable, VolumeLockedError while another process has it open,
+    VolumeMismatchError for a volume of another format or other paths, VolumeFullError when even a first segment does not fit,
+    DamagedRecordError for a damaged manifest or log.
+    """
+
+    def __init__(
+        self, paths: tuple[str, ...], capacity_bytes: int, *, keep_checkpoints: int = 2, backend: str | None = None, depth: int = 128
+    ) -> None:
+        if isinstance(paths, str) or not paths:
+            raise errors.ConfigurationError(f'SsdVolume: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)')
+        self._native = _core.SsdVolume([str(p) for p in paths], capacity_bytes, keep_checkpoints, backend or "", depth)
+        self.paths, self.capacity_bytes = tuple(paths), capacity_bytes
