@@ -1,7 +1,58 @@
 """Storage tiers for TorchRec: embedding tables larger than memory, trained from an SSD, bit for bit as in memory."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .tiers import DdrHome, SsdHome, TierChain
+
+if TYPE_CHECKING:
+    from . import kernels, planner
+    from .groups import tiered_groups
+    from .kernels.initial_values import uniform_init_fn
+    from .parameter_sharding import TieredParameterSharding
+    from .registration import register, unregister
+    from .sharder import TieredEmbeddingBagCollectionSharder, sharders
 
 __version__ = "0.1.0"
 
-__all__ = ["DdrHome", "SsdHome", "TierChain", "__version__"]
+__all__ = [
+    "DdrHome",
+    "SsdHome",
+    "TierChain",
+    "TieredEmbeddingBagCollectionSharder",
+    "TieredParameterSharding",
+    "__version__",
+    "kernels",
+    "planner",
+    "register",
+    "sharders",
+    "tiered_groups",
+    "uniform_init_fn",
+    "unregister",
+]
+
+# Loaded when first used: the planner works without the native core, and the vocabulary without TorchRec.
+_MODULE_OF = {
+    "TieredEmbeddingBagCollectionSharder": ".sharder",
+    "TieredParameterSharding": ".parameter_sharding",
+    "register": ".registration",
+    "sharders": ".sharder",
+    "tiered_groups": ".groups",
+    "uniform_init_fn": ".kernels.initial_values",
+    "unregister": ".registration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name], __name__), name)
+    elif name in ("kernels", "planner"):
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,164 @@
+"""Tensors that stand for rows of a tiered table without holding them.
+
+A ``LazyRows`` looks like an ordinary ``(rows, dim)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
+``view`` in the same shape stay lazy; ``cpu``, ``clone`` and copies out of it read rows, wherever they are at that moment;
+``copy_`` into it writes them. Anything else raises: it would have to bring a whole table into memory unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .. import errors
+from .initial_values import rows_per_block
+from .tiered_tbe import TieredTBE
+
+_aten = torch.ops.aten
+
+
+class RowSource:
+    """One part of one table of a group: its weights (part 0), or its k-th optimizer state (part k).
+
+    Two sources are equal when they stand for the same rows.
+    """
+
+    def __init__(self, tbe: TieredTBE, table: int, part: int) -> None:
+        self.tbe, self.table, self.part = tbe, table, part
+        self.name, pool = tbe.tables[table].name, tbe._parts[table][part]
+        self.row_shape, self.dtype = pool.shape[1:], pool.dtype
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowSource) and (self.tbe, self.table, self.part) == (other.tbe, other.table, other.part)
+
+    def __hash__(self) -> int:
+        return hash((self.tbe, self.table, self.part))
+
+    def read(self, first_row: int, row_count: int) -> Tensor:
+        """Current values. Shapes: (row_count, *row_shape)."""
+        return self.tbe.read_rows(self.table, first_row, row_count)[self.part]
+
+    def write(self, first_row: int, rows: Tensor) -> None:
+        """Replaces values. Shapes: (n, *row_shape)."""
+        parts: list[Tensor | None] = [None] * len(self.tbe._parts[self.table])
+        parts[self.part] = rows
+        self.tbe.write_rows(self.table, first_row, parts)
+
+
+class LazyRows(torch.Tensor):
+    """Rows [first_row, first_row + row_count) of a ``RowSource``.
+
+    Raises: UnsupportedError for an operation that would materialise the rows.
+    """
+
+    source: RowSource
+    first_row: int
+
+    @staticmethod
+    def __new__(cls, source: RowSource, first_row: int, row_count: int) -> LazyRows:
+        made = torch.Tensor._make_wrapper_subclass(cls, (row_count, *source.row_shape), dtype=source.dtype, device="cpu")
+        made.source, made.first_row = source, first_row
+        return made
+
+    def materialize(self) -> Tensor:
+        """The rows' values now, as an ordinary tensor of the same shape."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        _copy_out(values, self)
+        return values
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Tensor.cpu does not dispatch for what says it is on the CPU already.
+        if function is torch.Tensor.cpu:
+            return args[0].materialize()
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (_aten.detach.default, _aten.alias.default):
+            return _again(args[0], 0, args[0].shape[0])
+        if function in (_aten.view.default, _aten._unsafe_view.default) and _same_shape(args[0], args[1]):
+            return _again(args[0], 0, args[0].shape[0])
+        if function is _aten.slice.Tensor and (rows := _row_range(*args, **kwargs)) is not None:
+            return _again(args[0], *rows)
+        if function is _aten.is_pinned.default:
+            return False
+        if function is _aten.copy_.default:
+            to, source = args[:2]
+            _copy_in(to, source) if isinstance(to, LazyRows) else _copy_out(to, source)
+            return to
+        if function in (_aten.clone.default, _aten._to_copy.default):
+            return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **kwargs)
+        lazy = next(a for a in [*args, *kwargs.values()] if isinstance(a, LazyRows)) if args or kwargs else None
+        what = "a tiered table" if lazy is None else f"table {lazy.source.name!r}"
+        raise errors.UnsupportedError(
+            f"{function} on rows of {what} would materialise them. Take a range with narrow(0, first, count) and read it with "
+            "cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        last = self.first_row + (self.shape[0] if self.dim() else 0)
+        return f"LazyRows({self.source.name!r}, rows {self.first_row}:{last}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: Any) -> LazyRows:
+        raise errors.UnsupportedError(f"table {self.source.name!r}: a tiered table cannot be copied; its rows live in storage")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise errors.UnsupportedError(
+            f"table {self.source.name!r}: rows of a tiered table are not pickled; save with torch.distributed.checkpoint"
+        )
+
+
+def _again(lazy: LazyRows, first: int, count: int) -> LazyRows:
+    return LazyRows(lazy.source, lazy.first_row + first, count)
+
+
+def _same_shape(lazy: LazyRows, shape: Any) -> bool:
+    known = [n for n in shape if n != -1]
+    return len(shape) == lazy.dim() and all(n in (-1, have) for n, have in zip(shape, lazy.shape, strict=True)) and len(known) >= len(shape) - 1
+
+
+def _row_range(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> tuple[int, int] | None:
+    """The rows of a slice, as (first, count); None when it is not a range of whole rows."""
+    size = lazy.shape[dim]
+    first, last, stride = slice(start, end, step).indices(size)
+    if stride != 1 or (dim % lazy.dim() != 0 and (first, last) != (0, size)):
+        return None
+    return (first, max(0, last - first)) if dim % lazy.dim() == 0 else (0, lazy.shape[0])
+
+
+def _blocks(lazy: LazyRows) -> Iterator[tuple[int, int]]:
+    rows = lazy.shape[0]
+    block = rows_per_block(max(1, lazy.dtype.itemsize * lazy.source.row_shape.numel()))
+    for first in range(0, rows, block):
+        yield first, min(block, rows - first)
+
+
+def _check_shapes(to: Tensor, source: Tensor) -> None:
+    if to.shape != source.shape:
+        name = (to if isinstance(to, LazyRows) else source).source.name  # type: ignore[union-attr]
+        raise errors.ConfigurationError(
+            f"table {name!r}: rows of shape {tuple(source.shape)} do not fit rows of shape {tuple(to.shape)}; tables must have the "
+            "sizes that the values were saved with"
+        )
+
+
+def _copy_in(to: LazyRows, source: Tensor) -> None:
+    _check_shapes(to, source)
+    if isinstance(source, LazyRows) and source.source == to.source and source.first_row == to.first_row:
+        return  # the same rows
+    for first, count in _blocks(to):
+        rows = source.narrow(0, first, count)
+        to.source.write(to.first_row + first, rows.materialize() if isinstance(rows, LazyRows) else rows)
+
+
+def _copy_out(to: Tensor, source: LazyRows) -> None:
+    _check_shapes(to, source)
+    for first, count in _blocks(source):
+        to.narrow(0, first, count).copy_(source.source.read(source.first_row + first, count))
