@@ -23,7 +23,11 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from .data import TableShape
-from .errors import ConfigurationError
+from .errors import ConfigurationError, UnsupportedError
+from .kernels.initial_values import uniform_init_fn
+
+EBC_PATH = "model.sparse_arch.embedding_bag_collection"
+"""Where ``DLRMTrain`` keeps its tables, as a plan names it."""
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad")
 _ADAGRAD_EPS = 1e-8
@@ -49,9 +53,14 @@ class ModelOptions:
         if self.embedding_dim < 4 or self.embedding_dim % 4:
             raise ConfigurationError(f"embedding_dim must be a positive multiple of 4, got {self.embedding_dim}")
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigurationError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
+            raise UnsupportedError(
+                f"optimizer {self.optimizer!r} is not supported: tables on a CPU train with one of {', '.join(OPTIMIZERS)} (FBGEMM's CPU "
+                "build refuses Adam and LAMB)"
+            )
         if self.learning_rate <= 0:
             raise ConfigurationError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.dense_learning_rate is not None and self.dense_learning_rate <= 0:
+            raise ConfigurationError(f"dense_learning_rate must be positive, got {self.dense_learning_rate}")
 
 
 def fused_params(options: ModelOptions) -> dict[str, Any]:
@@ -72,10 +81,10 @@ def fused_params(options: ModelOptions) -> dict[str, Any]:
     return params
 
 
-def build_model(tables: Sequence[TableShape], dense_dim: int, options: ModelOptions, init_fns: dict[str, Any] | None = None) -> DLRMTrain:
+def build_model(tables: Sequence[TableShape], dense_dim: int, options: ModelOptions) -> DLRMTrain:
     """The DLRM with its loss. Dense parameters are on the CPU, drawn from ``options.seed``; tables on meta.
 
-    ``init_fns`` replaces TorchRec's uniform initial values, per table.
+    The tables' initial values are keyed by (seed, table, row, column), so a run in memory and one in tiers begin alike.
     """
     torch.manual_seed(options.seed)
     configs = [
@@ -84,7 +93,7 @@ def build_model(tables: Sequence[TableShape], dense_dim: int, options: ModelOpti
             embedding_dim=options.embedding_dim,
             num_embeddings=table.rows,
             feature_names=[table.feature],
-            init_fn=(init_fns or {}).get(table.name),
+            init_fn=uniform_init_fn(table.name, table.rows, options.embedding_dim, seed=options.seed),
         )
         for table in tables
     ]

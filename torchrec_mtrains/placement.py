@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ModuleSharder,
+    ParameterSharding,
+    ShardingPlan,
+    ShardingType,
+    ShardMetadata,
+)
 
 from .data import BatchSource, TableShape
 from .errors import ConfigurationError
-from .job_model import stock_plan, stock_sharders
+from .job_model import EBC_PATH, ModelOptions, fused_params, stock_plan, stock_sharders
+from .parameter_sharding import TIERED_KERNEL, TieredParameterSharding
+from .tiers import SsdHome, TierChain
 
-if TYPE_CHECKING:
-    from .train import TrainOptions
+# Bytes of per-row optimizer state beside the weights, per optimizer: none, one float an element, one float a row.
+_STATE_BYTES = {"sgd": lambda dim: 0, "adagrad": lambda dim: 4 * dim, "rowwise_adagrad": lambda dim: 4}
+# Nothing in the log is reclaimed yet, so it holds every eviction of the job: room for the tables several times over.
+_LOG_FACTOR = 4
+_LEAST_CAPACITY_BYTES = 4 << 30  # guess: what a small disk has to spare
 
 
 @dataclass(frozen=True)
 class PlacementOptions:
     """``in_memory`` keeps every table in memory. Otherwise ``ssd`` names the folders of the volume, ``ddr_budget_bytes`` bounds
-    the memory of all pools, and ``pool_rows`` sets every table's pool by hand."""
+    the memory of tables, pools and indexes of a rank, and ``pool_rows`` puts every table in tiers with a pool of so many rows."""
 
     in_memory: bool = False
     ssd: tuple[str, ...] = ()
@@ -28,57 +42,108 @@ class PlacementOptions:
     pool_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.in_memory and (self.ssd or self.ddr_budget_bytes or self.pool_rows):
-            raise ConfigurationError("--in-memory keeps whole tables in memory: leave out --ssd, --ddr-budget and --pool-rows")
+        if self.in_memory and (self.ssd or self.ddr_budget_bytes or self.pool_rows or self.ssd_capacity_bytes):
+            raise ConfigurationError(
+                "--in-memory keeps whole tables in memory: leave out --ssd, --ssd-capacity, --ddr-budget and --pool-rows"
+            )
         if not self.in_memory and not self.ssd:
-            raise ConfigurationError("say where the tables live: --ssd PATH for the SSD tier, or --in-memory")
+            raise ConfigurationError("say where the tables live: --ssd PATH with --ddr-budget BYTES for the SSD tier, or --in-memory")
+        if self.ssd and (self.ddr_budget_bytes is None) == (self.pool_rows is None):
+            raise ConfigurationError("with --ssd give either --ddr-budget BYTES, and the planner decides, or --pool-rows ROWS")
 
 
-def init_fns(tables: Sequence[TableShape], options: TrainOptions) -> dict[str, Any] | None:
-    """Initial values per table; None leaves TorchRec's default."""
-    return None
+@dataclass
+class Placement:
+    """Sharders and plan of a model, and the plan as people read it."""
+
+    sharders: list[ModuleSharder[nn.Module]]
+    plan: ShardingPlan
+    rows: list[dict[str, Any]]
 
 
-def place(model: nn.Module, source: BatchSource, options: TrainOptions, pg: Any) -> tuple[Any, Any]:
-    """Sharders and plan for the model."""
-    sharders = stock_sharders(options.model)
-    return sharders, stock_plan(model, sharders, pg.size(), pg)
+def record_bytes(options: ModelOptions) -> int:
+    """Bytes of one row with its optimizer state."""
+    return 4 * options.embedding_dim + _STATE_BYTES[options.optimizer](options.embedding_dim)
 
 
-def plan_rows(plan: Any, tables: Sequence[TableShape], options: TrainOptions) -> list[dict[str, Any]]:
+def ssd_home(tables: tuple[TableShape, ...], model: ModelOptions, options: PlacementOptions, world_size: int) -> SsdHome:
+    """The home that all tiered tables share."""
+    share = sum(t.rows for t in tables) * record_bytes(model) // world_size
+    return SsdHome(options.ssd, options.ssd_capacity_bytes or max(_LEAST_CAPACITY_BYTES, _LOG_FACTOR * share))
+
+
+def place(model: nn.Module, source: BatchSource, model_options: ModelOptions, options: PlacementOptions, pg: Any) -> Placement:
+    """Sharders and plan for the model. Called on every rank; every rank gets the same plan.
+
+    Raises: the planner's errors when the tables do not fit.
+    """
+    world_size = pg.size()
+    if options.in_memory:
+        stock = stock_sharders(model_options)
+        plan = stock_plan(model, stock, world_size, pg)
+        return Placement(stock, plan, _plan_rows(plan, source.tables, model_options, {}))
+    home = ssd_home(source.tables, model_options, options, world_size)
+    from .sharders import sharders as tiered_sharders
+
+    tiered = tiered_sharders(fused_params=fused_params(model_options))
+    if options.pool_rows is not None:
+        plan = _plan_by_hand(source.tables, model_options, TierChain(options.pool_rows, (home,)), world_size)
+        return Placement(tiered, plan, _plan_rows(plan, source.tables, model_options, {}))
+    from .planner import TieredShardingPlanner, TieredTopology
+
+    planner = TieredShardingPlanner(
+        topology=TieredTopology(
+            world_size=world_size,
+            compute_device="cpu",
+            ddr_budget_bytes=options.ddr_budget_bytes,
+            ssd=home,
+            local_world_size=world_size,
+        ),
+        batch_size=source.batch_size,
+        constraints={t.name: ParameterConstraints(pooling_factors=[float(t.pooling)]) for t in source.tables},
+    )
+    plan = planner.collective_plan(model, tiered, pg)
+    return Placement(tiered, plan, _plan_rows(plan, source.tables, model_options, {}))
+
+
+def _plan_by_hand(tables: tuple[TableShape, ...], options: ModelOptions, chain: TierChain, world_size: int) -> ShardingPlan:
+    """Every table whole on one rank, in turn."""
+    by_table: dict[str, ParameterSharding] = {}
+    for t, table in enumerate(tables):
+        rank = t % world_size
+        shard = ShardMetadata(shard_offsets=[0, 0], shard_sizes=[table.rows, options.embedding_dim], placement=f"rank:{rank}/cpu")
+        by_table[table.name] = TieredParameterSharding(
+            sharding_type=ShardingType.TABLE_WISE.value,
+            compute_kernel=TIERED_KERNEL,
+            ranks=[rank],
+            sharding_spec=EnumerableShardingSpec([shard]),
+            tiers=chain,
+        )
+    return ShardingPlan({EBC_PATH: EmbeddingModuleShardingPlan(by_table)})
+
+
+def _plan_rows(plan: ShardingPlan, tables: tuple[TableShape, ...], options: ModelOptions, why: dict[str, str]) -> list[dict[str, Any]]:
     """The plan, one dict a table."""
     by_name = {t.name: t for t in tables}
-    row_bytes = 4 * options.model.embedding_dim
+    size = record_bytes(options)
     rows = []
     for module in plan.plan.values():
+        assert isinstance(module, EmbeddingModuleShardingPlan)
         for name, sharding in module.items():
-            table = by_name[name]
+            count = by_name[name].rows
+            chain = sharding.tiers if isinstance(sharding, TieredParameterSharding) else None
+            pool = None if chain is None else min(chain.pool_rows, count)
             rows.append(
                 {
                     "table": name,
                     "sharding": sharding.sharding_type,
                     "kernel": sharding.compute_kernel,
-                    "ranks": sharding.ranks,
-                    "rows": table.rows,
-                    "pool_rows": None,
-                    "ddr_bytes": table.rows * row_bytes,
-                    "ssd_bytes": 0,
-                    "why": "all in memory",
+                    "ranks": sharding.ranks or [],
+                    "rows": count,
+                    "pool_rows": pool,
+                    "ddr_bytes": (count if pool is None else pool) * size,
+                    "ssd_bytes": 0 if chain is None else count * size,
+                    "why": why.get(name, "whole in memory" if chain is None else "in tiers"),
                 }
             )
     return rows
-
-
-def counters(dmp: nn.Module) -> dict[str, float]:
-    """The tiered tables' counters, summed."""
-    return {}
-
-
-def table_stats(dmp: nn.Module) -> list[dict[str, Any]]:
-    """The tiered tables' counters, one dict a table."""
-    return []
-
-
-def volume_stats(dmp: nn.Module) -> list[dict[str, Any]]:
-    """The volumes' counters, one dict a volume."""
-    return []

@@ -21,11 +21,12 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from . import job_checkpoint, placement
+from . import counters, placement
+from .checkpoint import latest_step, load_checkpoint, save_checkpoint
 from .data import BatchSource
 from .errors import ConfigurationError
 from .job_model import MarkedOptimizer, ModelOptions, build_model, dense_optimizer, parallelize
-from .meters import PHASES, DiskCounters, StepClock, disk_counters, peak_rss_bytes
+from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
 
 
@@ -51,8 +52,12 @@ class TrainOptions:
 
 @dataclass
 class StepRecord:
-    """One trained batch on this rank. ``tiers`` holds the step's increments of the tables' counters, summed."""
+    """One trained batch on this rank, the ``number``-th since the data's beginning.
 
+    ``tiers`` holds the step's increments of the tables' and volumes' counters, summed.
+    """
+
+    number: int
     loss: float
     seconds: float
     phases: dict[str, float]
@@ -115,9 +120,10 @@ class Job:
     def __init__(self, source: BatchSource, options: TrainOptions, pg: dist.ProcessGroup) -> None:
         self.source, self.options, self.pg = source, options, pg
         self.clock = StepClock()
-        model, sharders, plan = placed_model(source, options, pg)
-        self.plan = placement.plan_rows(plan, source.tables, options)
-        self.dmp: DistributedModelParallel = parallelize(model, plan, sharders)
+        _check_checkpoint(options)
+        model, placed = placed_model(source, options, pg)
+        self.plan = placed.rows
+        self.dmp: DistributedModelParallel = parallelize(model, placed.plan, placed.sharders)
         self.dense = dense_optimizer(self.dmp, options.model)
         self.optimizer = MarkedOptimizer(
             [self.dmp.fused_optimizer, self.dense],
@@ -129,7 +135,8 @@ class Job:
         self.trained = 0
         if options.resume:
             assert options.checkpoint is not None
-            self.trained = job_checkpoint.load(self.dmp, self.dense, options.checkpoint)
+            self.trained = load_checkpoint(self.dmp, options.checkpoint, dense_optimizer=self.dense).step
+        self._saved = self.trained if options.resume else None
 
     def _mark_phases(self, model: nn.Module) -> None:
         clock, sparse = self.clock, model.model.sparse_arch
@@ -159,7 +166,7 @@ class Job:
         batches = self._timed(islice(self.source.train_batches(self.trained), left))
         every = self.options.checkpoint_every
         self.dmp.train()
-        before = placement.counters(self.dmp)
+        before = counters.total(self.dmp)
         while True:
             self.clock.start()
             try:
@@ -168,18 +175,20 @@ class Job:
                 break
             seconds = self.clock.stop("pipeline")
             self.trained += 1
-            after = placement.counters(self.dmp)
+            after = counters.total(self.dmp)
             tiers = {name: value - before.get(name, 0) for name, value in after.items()}
             before = after
-            on_step(StepRecord(float(loss), seconds, dict(self.clock.seconds), tiers))
+            on_step(StepRecord(self.trained, float(loss), seconds, dict(self.clock.seconds), tiers))
             if every is not None and self.trained % every == 0:
                 self.save()
-                before = placement.counters(self.dmp)
+                before = counters.total(self.dmp)
 
     def save(self) -> None:
-        """Commit a checkpoint of everything that training depends on."""
+        """Commit a checkpoint of everything that training depends on, unless this step has one."""
         assert self.options.checkpoint is not None
-        job_checkpoint.save(self.dmp, self.dense, self.options.checkpoint, self.trained)
+        if self.trained != self._saved:
+            save_checkpoint(self.dmp, self.options.checkpoint, step=self.trained, dense_optimizer=self.dense)
+            self._saved = self.trained
 
     def evaluate(self) -> tuple[float, float, int]:
         """AUC, mean loss and number of samples over the held-out split of all ranks."""
@@ -200,12 +209,29 @@ class Job:
         return area_under_curve(score, truth), float(loss), truth.size
 
 
-def placed_model(source: BatchSource, options: TrainOptions, pg: Any) -> tuple[nn.Module, Any, Any]:
+def _check_checkpoint(options: TrainOptions) -> None:
+    """A new job must not go on over the checkpoints of an earlier one."""
+    if options.checkpoint is not None and not options.resume and (step := latest_step(options.checkpoint)) is not None:
+        raise ConfigurationError(
+            f"--checkpoint {options.checkpoint} holds step {step} of an earlier job: go on from it with --resume, or name another folder"
+        )
+
+
+def placed_model(source: BatchSource, options: TrainOptions, pg: Any) -> tuple[nn.Module, placement.Placement]:
     """The model, its sharders and its plan: all that ``mtrains plan`` needs."""
-    inits = placement.init_fns(source.tables, options)
-    model = build_model(source.tables, source.dense_dim, options.model, inits)
-    sharders, plan = placement.place(model, source, options, pg)
-    return model, sharders, plan
+    model = build_model(source.tables, source.dense_dim, options.model)
+    return model, placement.place(model, source, options.model, options.placement, pg)
+
+
+def steps_of(source: BatchSource, options: TrainOptions) -> int | None:
+    """The number of batches of a whole job; None where only the data's end will tell.
+
+    Raises: ConfigurationError when nobody says and the data never ends.
+    """
+    if options.steps is None and source.train_steps is None and source.endless:
+        raise ConfigurationError(f"{source.name} never ends: say how many steps to train with --steps")
+    known = [count for count in (options.steps, source.train_steps) if count is not None]
+    return min(known, default=None)
 
 
 def gather(parts: list[torch.Tensor], pg: dist.ProcessGroup) -> np.ndarray:
@@ -236,17 +262,18 @@ def train(
     source: BatchSource,
     options: TrainOptions,
     pg: dist.ProcessGroup,
-    on_step: Callable[[StepRecord], None] = lambda _: None,
-    on_plan: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_plan: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> TrainResult:
     """Run one job to its end on this rank.
 
     Raises: the typed errors of ``errors``: a plan that does not fit, malformed data, a full disk.
     """
-    ssd = options.placement.ssd
+    steps, ssd = steps_of(source, options), options.placement.ssd
     disk_before = disk_counters(ssd[0]) if ssd else None
     job = Job(source, options, pg)
-    on_plan(job.plan)
+    if on_plan is not None:
+        on_plan(job.plan)
     result = TrainResult(
         data=source.name,
         batch_size=source.batch_size,
@@ -258,32 +285,17 @@ def train(
 
     def record(step: StepRecord) -> None:
         result.steps.append(step)
-        on_step(step)
+        if on_step is not None:
+            on_step(step)
 
-    steps = options.steps if options.steps is not None else source.train_steps
-    if steps is None and source.endless:
-        raise ConfigurationError(f"{source.name} never ends: say how many steps to train with --steps")
     start = time.perf_counter()
     job.train(steps, record)
     result.train_seconds = time.perf_counter() - start
     if options.checkpoint is not None and result.steps:
         job.save()
     result.peak_rss_bytes = peak_rss_bytes()
-    result.tables, result.volumes = placement.table_stats(job.dmp), placement.volume_stats(job.dmp)
+    result.tables, result.volumes = counters.tables(job.dmp), counters.volumes(job.dmp)
     if disk_before is not None and (after := disk_counters(ssd[0])) is not None:
         result.disk = after.since(disk_before)
     result.auc, result.held_out_loss, result.held_out_samples = job.evaluate()
     return result
-
-
-__all__ = [
-    "PHASES",
-    "Job",
-    "StepRecord",
-    "TrainOptions",
-    "TrainResult",
-    "area_under_curve",
-    "hit_ratio",
-    "placed_model",
-    "train",
-]

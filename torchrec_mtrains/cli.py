@@ -1,0 +1,245 @@
+"""The ``mtrains`` command: plan and train TorchRec's DLRM with tables in tiers, and the demo."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import ConfigurationError, MTrainsError
+from .sizes import parse_bytes
+
+Command = Callable[..., Any]
+
+
+class _Bytes(click.ParamType):
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except ConfigurationError as e:
+            self.fail(str(e), param, ctx)
+
+
+class _Widths(click.ParamType):
+    name = "widths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            widths = tuple(int(width) for width in value.split(","))
+        except ValueError:
+            widths = ()
+        if not widths or min(widths) < 1:
+            self.fail(f"layer widths look like 128,64, got {value!r}", param, ctx)
+        return widths
+
+
+class _Failed(click.ClickException):
+    """One clear message on stderr, and exit code 2, as for a wrong option."""
+
+    exit_code = 2
+
+
+def _typed_errors(command: Command) -> Command:
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from torchrec.distributed.planner.types import PlannerError
+
+        try:
+            return command(*args, **kwargs)
+        except (MTrainsError, PlannerError) as e:
+            raise _Failed(str(e)) from e
+
+    return run
+
+
+def _quiet() -> None:
+    """TorchRec and torch talk about their own insides; only errors of theirs concern the reader of a command's output."""
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _options(*options: Command) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_DATA = (
+    click.option("--data", required=True, metavar="KIND[:PATH]", help="synthetic, movielens:PATH (.inter) or criteo:PATH (Kaggle TSV)."),
+    click.option("--batch-size", type=click.IntRange(1), default=1024, show_default=True, help="Samples a step and rank."),
+    click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over a file."),
+    click.option("--rows", type=click.IntRange(1), default=None, help="Rows a table: synthetic (200,000) and criteo (100,000)."),
+    click.option("--tables", type=click.IntRange(1), default=8, show_default=True, help="Synthetic: number of tables."),
+    click.option("--pooling", type=click.IntRange(1), default=4, show_default=True, help="Synthetic: lookups a sample and table."),
+    click.option("--calibration", default="meta2021", show_default=True, help="Synthetic: meta2021, meta2022 or uniform."),
+    click.option("--held-out-share", type=float, default=0.1, show_default=True, help="Files: the last part in time, never trained on."),
+)
+_MODEL = (
+    click.option("--embedding-dim", type=int, default=32, show_default=True),
+    click.option("--dense-layers", type=_Widths(), default="64", show_default=True, help="Hidden widths of the dense arch."),
+    click.option("--over-layers", type=_Widths(), default="64", show_default=True, help="Hidden widths of the over arch."),
+    click.option("--optimizer", default="rowwise_adagrad", show_default=True, help="sgd, adagrad or rowwise_adagrad."),
+    click.option("--learning-rate", type=float, default=0.05, show_default=True, help="Of the tables."),
+    click.option("--dense-learning-rate", type=float, default=None, help="Of the rest; as --learning-rate if left out."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of initial values, synthetic data and shuffles."),
+)
+_PLACEMENT = (
+    click.option("--ssd", multiple=True, metavar="PATH", help="Folder on an SSD for the tables that do not fit; repeat to stripe."),
+    click.option("--ddr-budget", type=_Bytes(), default=None, help="Memory for tables, pools and indexes, a rank: 64MiB."),
+    click.option(
+        "--ssd-capacity", type=_Bytes(), default=None, help="Cap of what a rank keeps on the SSD; 4 times its tables if left out."
+    ),
+    click.option("--pool-rows", type=click.IntRange(1), default=None, help="Every table in tiers, with a slot pool of so many rows."),
+    click.option("--in-memory", is_flag=True, help="Every table whole in memory: TorchRec's own plan."),
+    click.option("--threads", type=click.IntRange(1), default=None, help="Of torch; its own choice if left out."),
+)
+_JOB = (
+    click.option("--steps", type=click.IntRange(1), default=None, help="Batches to train, counted from the data's beginning."),
+    click.option("--checkpoint", type=click.Path(file_okay=False), default=None, help="Folder for checkpoints; one is made at the end."),
+    click.option("--checkpoint-every", type=click.IntRange(1), default=None, metavar="STEPS", help="And one every so many steps."),
+    click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --checkpoint."),
+    click.option("--report", type=click.Path(dir_okay=False), default=None, help="Write the report to this HTML file."),
+    click.option("--plan-only", is_flag=True, help="Print the plan and stop."),
+)
+
+
+def _source(o: dict[str, Any], rank: int, world_size: int) -> Any:
+    from .data import CriteoSource, MovieLensSource, SyntheticConfig, SyntheticSource
+
+    kind, _, path = o["data"].partition(":")
+    where = {"rank": rank, "world_size": world_size}
+    if kind == "synthetic" and not path:
+        sizes = SyntheticConfig(
+            table_count=o["tables"],
+            rows=o["rows"] or 200_000,
+            pooling=o["pooling"],
+            calibration=o["calibration"],
+        )
+        return SyntheticSource(sizes, o["batch_size"], seed=o["seed"], **where)
+    split = {"epochs": o["epochs"], "held_out_share": o["held_out_share"]}
+    if kind == "movielens" and path:
+        return MovieLensSource(path, o["batch_size"], seed=o["seed"], **split, **where)
+    if kind == "criteo" and path:
+        return CriteoSource(path, o["batch_size"], rows=o["rows"] or 100_000, **split, **where)
+    raise ConfigurationError(f"--data must be synthetic, movielens:PATH or criteo:PATH, got {o['data']!r}")
+
+
+def _train_options(o: dict[str, Any]) -> Any:
+    from .job_model import ModelOptions
+    from .placement import PlacementOptions
+    from .train import TrainOptions
+
+    return TrainOptions(
+        model=ModelOptions(
+            embedding_dim=o["embedding_dim"],
+            dense_layers=o["dense_layers"],
+            over_layers=o["over_layers"],
+            optimizer=o["optimizer"],
+            learning_rate=o["learning_rate"],
+            dense_learning_rate=o["dense_learning_rate"],
+            seed=o["seed"],
+        ),
+        placement=PlacementOptions(
+            in_memory=o["in_memory"],
+            ssd=o["ssd"],
+            ssd_capacity_bytes=o["ssd_capacity"],
+            ddr_budget_bytes=o["ddr_budget"],
+            pool_rows=o["pool_rows"],
+        ),
+        steps=o.get("steps"),
+        checkpoint=o.get("checkpoint"),
+        checkpoint_every=o.get("checkpoint_every"),
+        resume=o.get("resume", False),
+    )
+
+
+def _plan(o: dict[str, Any]) -> None:
+    from . import show
+    from .process_group import process_group
+    from .train import placed_model
+
+    options = _train_options(o)
+    with process_group() as pg:
+        source = _source(o, pg.rank(), pg.size())
+        _, placed = placed_model(source, options, pg)
+        if pg.rank() == 0:
+            show.plan(placed.rows)
+
+
+@click.group()
+@click.version_option(__version__, prog_name="mtrains")
+def main() -> None:
+    """Storage tiers for TorchRec: train embedding tables larger than memory from an SSD."""
+    _quiet()
+
+
+@main.command()
+@_options(*_DATA, *_MODEL, *_PLACEMENT)
+@_typed_errors
+def plan(**o: Any) -> None:
+    """Print where every table would live."""
+    _plan(o)
+
+
+@main.command()
+@_options(*_DATA, *_MODEL, *_PLACEMENT, *_JOB)
+@_typed_errors
+def train(**o: Any) -> None:
+    """Train TorchRec's DLRM; under torchrun, on several ranks."""
+    if o["plan_only"]:
+        _plan(o)
+        return
+    import torch
+
+    from . import show
+    from .process_group import process_group
+    from .report import write_report
+    from .train import train as run
+
+    if o["threads"]:
+        torch.set_num_threads(o["threads"])
+    options = _train_options(o)
+    with process_group() as pg:
+        source = _source(o, pg.rank(), pg.size())
+        first = pg.rank() == 0
+        progress = show.Progress(source, options, pg.size()) if first else None
+        result = run(source, options, pg, progress.step if progress else None, show.plan if first else None)
+        if progress:
+            progress.close()
+            show.result(result)
+            if o["report"]:
+                click.echo(f"report: {write_report(result, Path(o['report']))}")
+
+
+@main.command()
+@click.option("--ssd", type=click.Path(), default=None, help="Folder on an SSD; a temporary one if left out.")
+@click.option("--out", type=click.Path(file_okay=False), default="demo_out", show_default=True, help="Folder for the reports.")
+@click.option("--cache", type=click.Path(file_okay=False), default=".cache/movielens", show_default=True, help="Folder for ml-100k.")
+@click.option("--one-row-tables", is_flag=True, help="The same program on tables of one row: what it costs in memory by itself.")
+@click.option("--skip-movielens", is_flag=True, help="Synthetic data only.")
+@_typed_errors
+def demo(**o: Any) -> None:
+    """Train a synthetic DLRM from the SSD, then ml-100k twice: from the SSD and in memory."""
+    from .demo import run
+
+    run(**o)
+
+
+if __name__ == "__main__":
+    main()

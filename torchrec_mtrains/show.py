@@ -1,0 +1,125 @@
+"""What the CLI puts on a terminal: the plan, a progress bar, and what a job did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from .data import BatchSource
+from .sizes import show_bytes
+from .tier_table import TierRow, tier_rows
+from .train import StepRecord, TrainOptions, TrainResult, hit_ratio, steps_of
+
+_SMOOTHING = 0.1  # guess: weight of the newest step in the progress bar's loss and hit ratio
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a file or a pipe has no width of its own
+    return console
+
+
+def plan(rows: list[dict[str, Any]]) -> None:
+    """One line a table of the model."""
+    table = Table(title="plan", title_justify="left")
+    for name in ("table", "rows", "sharding", "ranks", "kernel", "pool rows", "ddr", "ssd", "why"):
+        table.add_column(name, justify="right" if name in ("rows", "pool rows", "ddr", "ssd") else "left")
+    for row in rows:
+        table.add_row(
+            row["table"],
+            f"{row['rows']:,}",
+            row["sharding"],
+            ",".join(map(str, row["ranks"])),
+            row["kernel"],
+            "" if row["pool_rows"] is None else f"{row['pool_rows']:,}",
+            show_bytes(row["ddr_bytes"]),
+            show_bytes(row["ssd_bytes"]) if row["ssd_bytes"] else "",
+            row["why"],
+        )
+    _console().print(table)
+
+
+class Progress:
+    """A tqdm bar with samples/s, loss and hit ratio."""
+
+    def __init__(self, source: BatchSource, options: TrainOptions, world_size: int) -> None:
+        self._samples = source.batch_size * world_size
+        self._bar: Any = None
+        self._total = steps_of(source, options)
+        self._loss: float | None = None
+        self._hits: float | None = None
+
+    def step(self, record: StepRecord) -> None:
+        """Advance by one step."""
+        if self._bar is None:
+            total = None if self._total is None else self._total * self._samples
+            done = (record.number - 1) * self._samples
+            self._bar = tqdm(total=total, initial=done, unit=" samples", unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+        self._loss = _smooth(self._loss, record.loss)
+        ratio = hit_ratio(record.tiers)
+        self._hits = self._hits if ratio is None else _smooth(self._hits, ratio)
+        hits = "" if self._hits is None else f", hit ratio {self._hits:.3f}"
+        self._bar.set_postfix_str(f"loss {self._loss:.4f}{hits}", refresh=False)
+        self._bar.update(self._samples)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _smooth(before: float | None, value: float) -> float:
+    return value if before is None else before + _SMOOTHING * (value - before)
+
+
+def tiers(rows: list[TierRow]) -> Table:
+    """Where rows were found, tier by tier."""
+    table = Table(title="tiers (this rank)", title_justify="left")
+    for name in ("tier", "rows", "bytes", "lookups", "hits", "hit ratio", "reads", "read", "writes", "written"):
+        table.add_column(name, justify="left" if name == "tier" else "right")
+    for r in rows:
+        table.add_row(
+            r.tier,
+            f"{r.rows:,}",
+            show_bytes(r.bytes),
+            f"{r.lookups:,}",
+            f"{r.hits:,}",
+            f"{r.hits / r.lookups:.3f}" if r.lookups else "",
+            f"{r.reads:,}",
+            show_bytes(r.read_bytes),
+            f"{r.writes:,}",
+            show_bytes(r.written_bytes),
+        )
+    return table
+
+
+def result(done: TrainResult) -> None:
+    """The end of a job: tiers, speed, quality, memory."""
+    console = _console()
+    console.print(tiers(tier_rows(done)))
+    for line in summary(done):
+        console.print(line, highlight=False)
+
+
+def summary(done: TrainResult) -> list[str]:
+    """The job in a few sentences."""
+    if not done.steps:
+        lines = [f"nothing left to train: {done.first_step:,} steps were trained before"]
+    else:
+        lines = [
+            f"trained {len(done.steps):,} steps of {done.batch_size * done.world_size:,} samples in {done.train_seconds:.1f} s "
+            f"({done.samples_per_second:,.0f} samples/s), last loss {done.steps[-1].loss:.6f}"
+        ]
+    if done.held_out_samples:
+        lines.append(f"held out: {done.held_out_samples:,} samples, AUC {done.auc:.6f}, loss {done.held_out_loss:.6f}")
+    lines.append(f"peak resident memory {show_bytes(done.peak_rss_bytes)}")
+    if done.disk is not None:
+        lines.append(
+            f"device {done.disk.device}, by every process on it meanwhile: read {show_bytes(done.disk.read_bytes)} in "
+            f"{done.disk.reads:,} requests, written {show_bytes(done.disk.written_bytes)} in {done.disk.writes:,}"
+        )
+    return lines

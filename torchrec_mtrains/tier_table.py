@@ -1,0 +1,70 @@
+"""A finished job's tables and volumes as one line a tier, from the pool down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .train import TrainResult
+
+
+@dataclass(frozen=True)
+class TierRow:
+    """One tier of this rank.
+
+    ``rows`` fit in it (a home: were ever written to it) and ``bytes`` it takes. Of ``lookups`` that came to it, it answered
+    ``hits``. ``reads`` and ``writes`` are I/Os where the tier is a device, rows elsewhere.
+    """
+
+    tier: str
+    rows: int
+    bytes: int
+    lookups: int
+    hits: int
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+
+
+def tier_rows(result: TrainResult) -> list[TierRow]:
+    """Pools, first-touch generator and volumes; and the tables that are whole in memory."""
+    rows = []
+    whole = [r for r in result.plan if r["pool_rows"] is None]
+    if whole:
+        rows.append(TierRow("memory (whole tables)", sum(r["rows"] for r in whole), sum(r["ddr_bytes"] for r in whole), 0, 0, 0, 0, 0, 0))
+    if result.tables:
+        total = {k: sum(t[k] for t in result.tables) for k in ("pool_rows", "lookups", "misses", "unique_rows", "write_backs")}
+        pool_bytes = sum(t["pool_rows"] * t["record_bytes"] for t in result.tables)
+        record = pool_bytes / max(1, total["pool_rows"])
+        hits = total["lookups"] - total["misses"]
+        rows.append(
+            TierRow(
+                "ddr (slot pools)",
+                total["pool_rows"],
+                pool_bytes,
+                total["lookups"],
+                hits,
+                hits,
+                round(hits * record),
+                total["misses"],
+                round(total["misses"] * record),
+            )
+        )
+    for volume in result.volumes:
+        never = volume["get_rows_initial"]
+        read = volume["get_rows"] - never
+        rows.append(TierRow("first touch (generated)", 0, 0, volume["get_rows"], never, 0, 0, 0, 0))
+        rows.append(
+            TierRow(
+                f"ssd ({volume['backend']})",
+                volume.get("live_rows", 0),
+                volume["disk_bytes"],
+                read,
+                read,
+                volume["read_ios"],
+                volume["read_bytes"],
+                volume["write_ios"],
+                volume["write_bytes"],
+            )
+        )
+    return rows
