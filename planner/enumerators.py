@@ -1,0 +1,159 @@
+"""TorchRec's enumerator plus, for every table that may be tiered, its options above an SSD."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator, get_partition_by_type
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardingOption
+from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
+from torchrec.distributed.types import ModuleSharder, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from ..errors import ConfigurationError
+from ..parameter_sharding import TIERED_KERNEL
+from . import charges
+from .estimators import TieredStorageEstimator
+from .sharding_options import TieredShardingOption
+from .topology import TieredTopology
+
+FUSED = EmbeddingComputeKernel.FUSED.value
+ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value
+
+
+class TieredEnumerator(EmbeddingEnumerator):
+    """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask.
+
+    Tiered are tables of an ``EmbeddingBagCollection`` in FP32 or FP16, of a dimension divisible by 4, trained by SGD, Adagrad or
+    row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
+    """
+
+    def __init__(
+        self, topology: TieredTopology, batch_size: int, constraints: dict[str, ParameterConstraints] | None = None, **kwargs: object
+    ) -> None:
+        estimators = [
+            EmbeddingPerfEstimatorFactory.create(DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=constraints),
+            TieredStorageEstimator(topology=topology, constraints=constraints),
+        ]
+        super().__init__(topology, batch_size, constraints=constraints, estimator=estimators, **kwargs)
+        self._topology = topology
+        self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
+        self._row_wise_by_us: set[str] = set()
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """Every option of every shardable table, storage and perf filled in."""
+        stock = super().enumerate(module, sharders)
+        tiered = self._tiered(stock) if self._topology.ssd else []
+        options = [o for o in stock if not self._is_stand_in(o)] + tiered
+        for name in {o.fqn for o in stock} - {o.fqn for o in options}:
+            raise ConfigurationError(
+                f"table {name!r}: its constraints leave no way to keep it: they ask for the SSD tier or for row-wise sharding on a CPU, "
+                "and it cannot be tiered (TieredTopology has no ssd, the optimizer, dtype or dimension is not supported there, or it "
+                "has fewer rows than there are ranks). Relax its ParameterConstraints"
+            )
+        return options
+
+    # -- TorchRec's filters, for which the tiered kernel does not exist. A table that is to be on the SSD, or row-wise against the
+    #    stock CPU sharder's list (gloo runs it, and our sharder offers it), goes through as a fused stand-in, dropped at the end.
+
+    def _asked(self, name: str) -> ParameterConstraints:
+        return (self._constraints or {}).get(name) or ParameterConstraints()
+
+    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
+        allowed = [k for k in allowed_compute_kernels if k != TIERED_KERNEL]
+        if self._asked(name).compute_kernels == [TIERED_KERNEL]:
+            return [k for k in allowed if k == FUSED]
+        return super()._filter_compute_kernels(name, allowed, sharding_type)
+
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
+        types = super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
+        if not types and ROW_WISE in (self._asked(name).sharding_types or ()):
+            self._row_wise_by_us.add(name)
+            return [ROW_WISE]
+        return types
+
+    def _is_stand_in(self, option: ShardingOption) -> bool:
+        return self._asked(option.name).compute_kernels == [TIERED_KERNEL] or option.name in self._row_wise_by_us
+
+    # -- options above an SSD
+
+    def _tiered(self, stock: Iterable[ShardingOption]) -> list[TieredShardingOption]:
+        templates = {option.fqn: option for option in stock}
+        fused = [f for t in templates.values() if self._may_be_tiered(t) for f in self._fused(t)]
+        self.populate_estimates(fused)
+        perfs = [[shard.perf for shard in option.shards] for option in fused]
+        for option in fused:  # storage of the table and its batch alone, no optimizer state
+            option._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
+        self._plain_storage.estimate(fused, sharder_data_map=self._sharder_data_map)
+        for option, perf in zip(fused, perfs, strict=True):
+            for shard, of_shard in zip(option.shards, perf, strict=True):
+                shard.perf = of_shard
+        return [self._above_ssd(option, templates[option.fqn]) for option in fused]
+
+    def _optimizer(self, option: ShardingOption) -> str:
+        return charges.optimizer_name(option.tensor, self._sharder_data_map[option.module_type_key].fused_params)
+
+    def _may_be_tiered(self, option: ShardingOption) -> bool:
+        columns = option.tensor.shape[1]
+        kernels = self._asked(option.name).compute_kernels
+        return (
+            (kernels is None or TIERED_KERNEL in kernels)
+            and type(option.module[1]) is EmbeddingBagCollection
+            and option.tensor.dtype in (torch.float32, torch.float16)
+            and columns % 4 == 0
+            and charges.state_bytes_per_row(self._optimizer(option), columns) is not None
+        )
+
+    def _fused(self, template: ShardingOption) -> list[ShardingOption]:
+        asked = self._asked(template.name).sharding_types
+        options = []
+        for sharding_type in (TABLE_WISE, ROW_WISE):
+            if sharding_type not in (asked or ((TABLE_WISE, ROW_WISE) if self._world_size > 1 else (TABLE_WISE,))):
+                continue
+            sizes, offsets = calculate_shard_sizes_and_offsets(
+                tensor=template.tensor,
+                world_size=self._world_size,
+                local_world_size=self._local_world_size,
+                sharding_type=sharding_type,
+            )
+            if any(rows == 0 for rows, _ in sizes):
+                continue  # fewer rows than ranks
+            option = copy.deepcopy(template)
+            option.sharding_type, option.compute_kernel = sharding_type, FUSED
+            option.partition_by = get_partition_by_type(sharding_type)
+            option.shards = [Shard(size=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)]
+            options.append(option)
+        return options
+
+    def _above_ssd(self, fused: ShardingOption, template: ShardingOption) -> TieredShardingOption:
+        fused._tensor = template.tensor
+        state = charges.state_bytes_per_row(self._optimizer(template), template.tensor.shape[1])
+        assert state is not None
+        lookups = self._lookups(template)
+        asked = getattr(self._asked(template.name), "min_pool_rows", None)
+        return TieredShardingOption.of(
+            fused,
+            optimizer_state_bytes=state,
+            lookups=lookups / len(fused.shards),
+            min_pool_rows=math.ceil(lookups) if asked is None else asked,  # one shard may get a whole batch
+            ssd_bytes_per_ms=self._topology.ssd_mem_bw,
+        )
+
+    def _lookups(self, option: ShardingOption) -> float:
+        """Rows of the table that one step looks up, over all ranks and features."""
+        asked = self._asked(option.name)
+        factors = list(asked.pooling_factors)
+        features = next(len(c.feature_names) for c in option.module[1].embedding_bag_configs() if c.name == option.name)
+        if len(factors) == 1 and not asked.num_poolings and not asked.batch_sizes:
+            factors *= features
+        poolings = asked.num_poolings or [1.0] * len(factors)
+        batch_sizes = asked.batch_sizes or [self._batch_size] * len(factors)
+        return self._world_size * sum(f * p * b for f, p, b in zip(factors, poolings, batch_sizes, strict=True))

@@ -1,0 +1,135 @@
+"""``TieredShardingPlanner``: TorchRec's planner with an SSD below the tables that do not fit in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from rich.table import Table as RichTable
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Proposer, ShardingOption, StorageReservation
+from torchrec.distributed.sharding_plan import get_default_sharders
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+
+from ..errors import ConfigurationError
+from ..parameter_sharding import TieredParameterSharding
+from ..tiers import TierChain
+from .enumerators import TieredEnumerator
+from .pools import fill_pools
+from .proposers import TieredProposer
+from .sharding_options import TieredShardingOption
+from .shortages import shortage
+from .stats import TieredStats, plan_rows, render_plan
+from .storage_reservations import DdrStorageReservation
+from .topology import TieredTopology
+
+
+class TieredShardingPlanner(EmbeddingShardingPlanner):
+    """Plans as TorchRec does while every table fits in the ranks' DDR budgets; beyond, keeps the tables with most lookups per byte
+    in memory and gives the others slot pools above the SSD (``levels.py`` has the rule).
+
+    Arguments are ``EmbeddingShardingPlanner``'s. Defaults of our own: ``storage_reservation`` keeps nothing from the tables
+    (``DdrStorageReservation(ddr_bytes)`` keeps some for the dense model); ``proposer`` is the list of TorchRec proposers to ask
+    for a plan without tiers; ``stats`` logs the plan as ``describe`` renders it. ``batch_size`` is per rank.
+
+    Raises, from ``plan``: InsufficientStorageError, naming the tier that is short and by how many bytes; ConfigurationError for
+    constraints that leave a table no way to be kept.
+    """
+
+    def __init__(
+        self,
+        topology: TieredTopology,
+        batch_size: int | None = None,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        storage_reservation: StorageReservation | None = None,
+        proposer: Proposer | list[Proposer] | None = None,
+        **planner_kwargs: Any,
+    ) -> None:
+        reservation = storage_reservation or DdrStorageReservation()
+        self._tiered_proposer = TieredProposer(reservation, [proposer] if isinstance(proposer, Proposer) else proposer)
+        planner_kwargs.setdefault("stats", [TieredStats(self)])
+        callbacks = [self._fill_pools, *(planner_kwargs.pop("callbacks", None) or ())]
+        super().__init__(
+            topology=topology,
+            batch_size=batch_size,
+            constraints=constraints,
+            storage_reservation=reservation,
+            proposer=self._tiered_proposer,
+            callbacks=callbacks,
+            enumerator=planner_kwargs.pop("enumerator", None) or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints),
+            **planner_kwargs,
+        )
+        self._ssd = topology.ssd
+        self._levels: dict[str, float] = {}
+        self._planned: tuple[ShardingPlan | None, list[dict[str, Any]]] = (None, [])
+
+    def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
+        """The plan, on one rank: tiered tables are ``TieredParameterSharding``, the others as TorchRec plans them."""
+        self._best_plan, self._levels = None, {}
+        try:
+            plan = super().plan(module, sharders)
+        except PlannerError as error:
+            raise self._reason(error) from error
+        for option in self._best_plan or []:
+            if isinstance(option, TieredShardingOption):
+                stock = plan.plan[option.path][option.name]
+                assert self._ssd is not None
+                chain = TierChain(pool_rows=option.pool_rows, tiers=(self._ssd,))
+                plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=chain)
+        self._planned = (plan, self.described(self._best_plan or []))
+        return plan
+
+    def collective_plan(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None = None, pg: dist.ProcessGroup | None = None
+    ) -> ShardingPlan:
+        """``plan`` on rank 0, sent to all. An error of rank 0 is raised on every rank, so that none waits for a plan."""
+        if pg is None:
+            assert dist.is_initialized(), "call torch.distributed.init_process_group() first, or plan() without one"
+            pg = dist.group.WORLD
+        assert pg is not None
+        answer: list[Any] = [None]
+        if pg.rank() == 0:
+            try:
+                self.plan(module, get_default_sharders() if sharders is None else sharders)
+                answer = [self._planned]
+            except Exception as error:
+                error.__cause__ = None
+                answer = [error]
+        if pg.size() > 1:
+            dist.broadcast_object_list(answer, dist.get_global_rank(pg, 0), group=pg)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        self._planned = answer[0]
+        assert self._planned[0] is not None
+        return self._planned[0]
+
+    def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
+        """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows (a shard; None in memory), ddr_bytes and
+        ssd_bytes (of all shards), bytes_per_lookup (what the rule gave a tiered table), why.
+
+        Raises: ConfigurationError for a plan that is not the last one this planner made.
+        """
+        if plan is not self._planned[0]:
+            raise ConfigurationError("plan_rows explains the last plan that this planner made, got another one; plan again")
+        return self._planned[1]
+
+    def describe(self, plan: ShardingPlan) -> RichTable:
+        """The plan as people read it."""
+        return render_plan(self.plan_rows(plan), self._topology)
+
+    def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
+        """Rows as ``plan_rows`` returns them, of placed options."""
+        return plan_rows(options, self._levels)
+
+    def _fill_pools(self, best_plan: list[ShardingOption]) -> list[ShardingOption]:
+        in_memory = {t.in_memory.fqn: t.in_memory for t in self._tiered_proposer.tables if t.in_memory is not None}
+        filled, self._levels = fill_pools(best_plan, self._tiered_proposer.capacity, in_memory)
+        return filled
+
+    def _reason(self, error: PlannerError) -> PlannerError:
+        proposer = self._tiered_proposer
+        if self._best_plan is not None or not proposer.tables:
+            return error
+        return shortage(proposer.tables, proposer.stock, proposer.capacity) or error

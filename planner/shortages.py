@@ -1,0 +1,73 @@
+"""Why no level fits: which tier is short, by how many bytes, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchrec.distributed.planner.types import ShardingOption, Storage
+
+from .errors import InsufficientStorageError
+from .levels import Table, breakpoints
+from .proposers import total
+
+_ADVICE = {
+    "ddr": "Raise ddr_budget_bytes, add ranks, shrink the batch (pools hold the rows of a batch at least; see min_pool_rows) or the "
+    "tables, or give TieredTopology an ssd if it has none",
+    "ssd": "Raise the ssd's capacity_bytes, add ranks, raise ddr_budget_bytes so that fewer tables need the SSD, or shrink the tables",
+}
+
+
+def shortage(
+    tables: Sequence[Table], stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]
+) -> InsufficientStorageError | None:
+    """The error to raise when no proposal fitted; None where bytes are not the reason.
+
+    ``stock`` holds each table's options in memory, also those that no rank can hold.
+    """
+    everything = sum(capacity, Storage(0, 0, 0))
+    for table, in_memory in zip(tables, stock, strict=True):
+        options = [table.at(0.0)] if table.tiered or table.in_memory else list(in_memory)
+        found = _shard_too_large(table.name, options, capacity)
+        if found:
+            return found
+    smallest = [table.at(0.0) for table in tables]
+    short = total(smallest).ddr - everything.ddr
+    if short > 0:
+        return _error(
+            "ddr", short, f"the tables need {total(smallest).ddr} bytes even with the smallest pools, the ranks have {everything.ddr}"
+        )
+    plans = [[table.at(level) for table in tables] for level in breakpoints(table.full_level for table in tables)]
+    short = min(total(plan).ssd - everything.ssd for plan in plans if total(plan).ddr <= everything.ddr)
+    if short > 0:
+        return _error(
+            "ssd", short, f"tables that do not fit in memory need {everything.ssd + short} bytes, the ranks have {everything.ssd}"
+        )
+    return _does_not_pack(smallest, capacity)
+
+
+def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> InsufficientStorageError | None:
+    for tier in ("ddr", "ssd"):
+        have = max(getattr(storage, tier) for storage in capacity)
+        need = min(max(getattr(shard.storage, tier) for shard in option.shards) for option in options)
+        if need > have:
+            return _error(tier, need - have, f"table {name!r} needs {need} bytes on one rank, the largest has {have}")
+    return None
+
+
+def _does_not_pack(options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> InsufficientStorageError | None:
+    """Totals fit and every shard fits, but not together: the shard that a largest-first placement cannot take."""
+    for tier in ("ddr", "ssd"):
+        free = [getattr(storage, tier) for storage in capacity]
+        shards = sorted(((getattr(s.storage, tier), o.name) for o in options for s in o.shards), reverse=True)
+        for need, name in shards:
+            rank = free.index(max(free))
+            if need > free[rank]:
+                return _error(
+                    tier, need - free[rank], f"a shard of table {name!r} needs {need} bytes, no rank has more than {free[rank]} left"
+                )
+            free[rank] -= need
+    return None
+
+
+def _error(tier: str, short: int, what: str) -> InsufficientStorageError:
+    return InsufficientStorageError(f"no plan: {tier} is {short} bytes short: {what}. {_ADVICE[tier]}", tier, short)
