@@ -21,6 +21,8 @@ from .data import BatchSource, TableShape
 from .errors import ConfigurationError
 from .job_model import EBC_PATH, ModelOptions, fused_params, stock_plan, stock_sharders
 from .parameter_sharding import TIERED_KERNEL, TieredParameterSharding
+from .planner import TieredShardingPlanner, TieredTopology
+from .sharder import sharders as tiered_sharders
 from .tiers import SsdHome, TierChain
 
 # Bytes of per-row optimizer state beside the weights, per optimizer: none, one float an element, one float a row.
@@ -81,15 +83,13 @@ def place(model: nn.Module, source: BatchSource, model_options: ModelOptions, op
     if options.in_memory:
         stock = stock_sharders(model_options)
         plan = stock_plan(model, stock, world_size, pg)
-        return Placement(stock, plan, _plan_rows(plan, source.tables, model_options, {}))
+        return Placement(stock, plan, _plan_rows(plan, source.tables, model_options))
     home = ssd_home(source.tables, model_options, options, world_size)
-    from .sharders import sharders as tiered_sharders
 
     tiered = tiered_sharders(fused_params=fused_params(model_options))
     if options.pool_rows is not None:
         plan = _plan_by_hand(source.tables, model_options, TierChain(options.pool_rows, (home,)), world_size)
-        return Placement(tiered, plan, _plan_rows(plan, source.tables, model_options, {}))
-    from .planner import TieredShardingPlanner, TieredTopology
+        return Placement(tiered, plan, _plan_rows(plan, source.tables, model_options))
 
     planner = TieredShardingPlanner(
         topology=TieredTopology(
@@ -103,7 +103,7 @@ def place(model: nn.Module, source: BatchSource, model_options: ModelOptions, op
         constraints={t.name: ParameterConstraints(pooling_factors=[float(t.pooling)]) for t in source.tables},
     )
     plan = planner.collective_plan(model, tiered, pg)
-    return Placement(tiered, plan, _plan_rows(plan, source.tables, model_options, {}))
+    return Placement(tiered, plan, planner.plan_rows(plan))
 
 
 def _plan_by_hand(tables: tuple[TableShape, ...], options: ModelOptions, chain: TierChain, world_size: int) -> ShardingPlan:
@@ -122,8 +122,8 @@ def _plan_by_hand(tables: tuple[TableShape, ...], options: ModelOptions, chain: 
     return ShardingPlan({EBC_PATH: EmbeddingModuleShardingPlan(by_table)})
 
 
-def _plan_rows(plan: ShardingPlan, tables: tuple[TableShape, ...], options: ModelOptions, why: dict[str, str]) -> list[dict[str, Any]]:
-    """The plan, one dict a table."""
+def _plan_rows(plan: ShardingPlan, tables: tuple[TableShape, ...], options: ModelOptions) -> list[dict[str, Any]]:
+    """A plan that no tiered planner made, one dict a table, as ``TieredShardingPlanner.plan_rows``; weights and state alone."""
     by_name = {t.name: t for t in tables}
     size = record_bytes(options)
     rows = []
@@ -143,7 +143,7 @@ def _plan_rows(plan: ShardingPlan, tables: tuple[TableShape, ...], options: Mode
                     "pool_rows": pool,
                     "ddr_bytes": (count if pool is None else pool) * size,
                     "ssd_bytes": 0 if chain is None else count * size,
-                    "why": why.get(name, "whole in memory" if chain is None else "in tiers"),
+                    "why": "asked for in memory" if chain is None else "asked for by hand",
                 }
             )
     return rows

@@ -11,7 +11,7 @@ from .train import TrainResult
 class TierRow:
     """One tier of this rank.
 
-    ``rows`` fit in it (a home: were ever written to it) and ``bytes`` it takes. Of ``lookups`` that came to it, it answered
+    ``rows`` fit in it (an SSD: were written to it at least) and ``bytes`` it takes. Of ``lookups`` that came to it, it answered
     ``hits``. ``reads`` and ``writes`` are I/Os where the tier is a device, rows elsewhere.
     """
 
@@ -57,7 +57,7 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
         rows.append(
             TierRow(
                 f"ssd ({volume['backend']})",
-                volume.get("live_rows", 0),
+                max(0, never - sum(t["resident_rows"] for t in result.tables)),
                 volume["disk_bytes"],
                 read,
                 read,
@@ -68,3 +68,14 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
             )
         )
     return rows
+
+
+def written_row_bytes(result: TrainResult) -> int:
+    """At least so many bytes of distinct rows were written to this rank's SSD, each row counted once and without its header.
+
+    A row is generated when it is first touched and trained at once, so one that was ever touched and is in no pool any more
+    has been written.
+    """
+    touched = sum(volume["get_rows_initial"] for volume in result.volumes)
+    resident = sum(table["resident_rows"] for table in result.tables)
+    return max(0, touched - resident) * min((table["record_bytes"] for table in result.tables), default=0)

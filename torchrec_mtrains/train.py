@@ -20,6 +20,7 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.models.dlrm import DLRMTrain
 
 from . import counters, placement
 from .checkpoint import latest_step, load_checkpoint, save_checkpoint
@@ -138,7 +139,7 @@ class Job:
             self.trained = load_checkpoint(self.dmp, options.checkpoint, dense_optimizer=self.dense).step
         self._saved = self.trained if options.resume else None
 
-    def _mark_phases(self, model: nn.Module) -> None:
+    def _mark_phases(self, model: DLRMTrain) -> None:
         clock, sparse = self.clock, model.model.sparse_arch
 
         def lap(phase: str) -> Callable[..., None]:
@@ -217,7 +218,7 @@ def _check_checkpoint(options: TrainOptions) -> None:
         )
 
 
-def placed_model(source: BatchSource, options: TrainOptions, pg: Any) -> tuple[nn.Module, placement.Placement]:
+def placed_model(source: BatchSource, options: TrainOptions, pg: Any) -> tuple[DLRMTrain, placement.Placement]:
     """The model, its sharders and its plan: all that ``mtrains plan`` needs."""
     model = build_model(source.tables, source.dense_dim, options.model)
     return model, placement.place(model, source, options.model, options.placement, pg)
