@@ -112,8 +112,8 @@ class TieredTBE(nn.Module):
         # FATAL and NONE leave bad ids to the slot pool, which refuses them.
         self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
         self._check_tables()
-        # A pool never needs more slots than its table has rows.
-        self.pool_rows = [min(t.chain.pool_rows, t.rows) for t in self.tables]
+        # A pool never needs more slots than its table has rows. Row-wise sharding may leave a rank none: one slot that nothing uses.
+        self.pool_rows = [max(1, min(t.chain.pool_rows, t.rows)) for t in self.tables]
         tbe_kwargs.setdefault("stochastic_rounding", False)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[
@@ -135,9 +135,9 @@ class TieredTBE(nn.Module):
 
     def _check_tables(self) -> None:
         for t in self.tables:
-            if t.rows <= 0 or t.rows > MAX_ROWS:
+            if t.rows < 0 or t.rows > MAX_ROWS:
                 raise errors.ConfigurationError(
-                    f"table {t.name!r}: a shard has 1 to {MAX_ROWS} rows, got {t.rows}; shard it row-wise over more ranks"
+                    f"table {t.name!r}: a shard has 0 to {MAX_ROWS} rows, got {t.rows}; shard it row-wise over more ranks"
                 )
             if t.dim <= 0 or t.dim % 4:
                 raise errors.ConfigurationError(f"table {t.name!r}: embedding_dim must be a positive multiple of 4, got {t.dim}")
@@ -149,7 +149,7 @@ class TieredTBE(nn.Module):
         for i, t in enumerate(self.tables):
             name = f"{t.name}@{t.first_row},{t.first_column}"
             record_bytes = sum(p.nbytes // self.pool_rows[i] for p in self._parts[i])
-            home = open_table(self._homes[i], name, t.rows, record_bytes, t.init)
+            home = open_table(self._homes[i], name, max(1, t.rows), record_bytes, t.init)
             self._home_tables.append(home)
             parts = [_core.Part(p.data_ptr(), p.nbytes // self.pool_rows[i], p.nbytes // self.pool_rows[i]) for p in self._parts[i]]
             native.append(_core.SlotPoolTable(t.name, home.volume._native, home._id, t.rows, self.pool_rows[i], parts))
