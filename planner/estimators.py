@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import copy
+
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import SharderDataMap, ShardingOption
 
 from . import charges
 
+_KERNELS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
+
 
 class TieredStorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's estimator charges the state of optimizers given by ``apply_optimizer_in_backward`` alone; this one charges those
-    of ``fused_params={"optimizer": ...}`` too. On a CPU, where a table in memory is in DDR."""
+    """TorchRec's estimator charges the state of optimizers given by ``apply_optimizer_in_backward`` alone. This one notes in
+    ``uncharged_bytes`` of each option, per shard, what those of ``fused_params={"optimizer": ...}`` take, on a CPU. A data-parallel
+    table is updated by the dense model's optimizer: it is taken to be the same.
+
+    TorchRec's own search goes by its own estimates, so that its plans stay what they are; whether a plan fits is judged with
+    the state (``partitioners.py``).
+    """
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
         """Fills in the storage of every shard."""
         super().estimate(sharding_options, sharder_data_map)
         for option in sharding_options:
-            if option.compute_kernel != EmbeddingComputeKernel.FUSED.value or hasattr(option.tensor, "_optimizer_classes"):
+            option.uncharged_bytes = [0] * option.num_shards
+            if option.compute_kernel not in _KERNELS or hasattr(option.tensor, "_optimizer_classes"):
                 continue
             optimizer = charges.optimizer_name(option.tensor, sharder_data_map[option.module_type_key].fused_params)
-            for shard in option.shards:
-                rows, columns = shard.size
-                shard.storage.ddr += rows * (charges.state_bytes_per_row(optimizer, columns) or 0)
+            option.uncharged_bytes = [rows * (charges.state_bytes_per_row(optimizer, columns) or 0) for rows, columns in sizes(option)]
+
+
+def sizes(option: ShardingOption) -> list[list[int]]:
+    """[rows, columns] of each shard."""
+    return [shard.size for shard in option.shards]
+
+
+def uncharged_bytes(option: ShardingOption) -> list[int]:
+    """DDR of each shard that its storage leaves out."""
+    return getattr(option, "uncharged_bytes", None) or [0] * option.num_shards
+
+
+def charged(option: ShardingOption) -> ShardingOption:
+    """A copy whose storage leaves nothing out."""
+    result = copy.deepcopy(option)
+    for shard, missing_bytes in zip(result.shards, uncharged_bytes(option), strict=True):
+        shard.storage.ddr += missing_bytes
+    result.uncharged_bytes = [0] * option.num_shards
+    return result

@@ -9,7 +9,14 @@ from rich.table import Table as RichTable
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.constants import BATCH_SIZE
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, Proposer, ShardingOption, StorageReservation
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    Partitioner,
+    PlannerError,
+    Proposer,
+    ShardingOption,
+    StorageReservation,
+)
 from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
@@ -17,6 +24,7 @@ from ..errors import ConfigurationError
 from ..parameter_sharding import TieredParameterSharding
 from ..tiers import TierChain
 from .enumerators import TieredEnumerator
+from .partitioners import TieredPartitioner
 from .pools import fill_pools
 from .proposers import TieredProposer
 from .sharding_options import TieredShardingOption
@@ -45,6 +53,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         constraints: dict[str, ParameterConstraints] | None = None,
         storage_reservation: StorageReservation | None = None,
         proposer: Proposer | list[Proposer] | None = None,
+        partitioner: Partitioner | None = None,
         **planner_kwargs: Any,
     ) -> None:
         reservation = storage_reservation or DdrStorageReservation()
@@ -58,6 +67,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             storage_reservation=reservation,
             proposer=self._tiered_proposer,
             callbacks=callbacks,
+            partitioner=TieredPartitioner(partitioner),
             enumerator=planner_kwargs.pop("enumerator", None) or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints),
             **planner_kwargs,
         )

@@ -9,6 +9,7 @@ from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchPro
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, StorageReservation, Topology
 
 from .enumerators import FUSED, ROW_WISE, TABLE_WISE
+from .estimators import charged
 from .levels import Table, breakpoints
 from .sharding_options import TieredShardingOption
 
@@ -82,7 +83,7 @@ class TieredProposer(Proposer):
         def fits_a_rank(option: ShardingOption) -> bool:
             return all(shard.storage.fits_in(rank) for shard in option.shards)
 
-        stock = [o for o in _in_memory(options) if fits_a_rank(o)]
+        stock = [o for o in map(charged, _in_memory(options)) if fits_a_rank(o)]
         fused = [o for o in stock if o.compute_kernel == FUSED] or stock
         tiered = [o for o in options if isinstance(o, TieredShardingOption)]
         return Table(

@@ -25,6 +25,7 @@ class TieredShardingOption(ShardingOption):
     record_bytes: int
     batch_bytes: list[int]
     compute: list[Perf]
+    uncharged_bytes: list[int]
     ssd_bytes_per_ms: float
 
     @classmethod
@@ -33,6 +34,7 @@ class TieredShardingOption(ShardingOption):
         option = cls.__new__(cls)
         option.__dict__.update(copy.deepcopy(fused).__dict__)
         option.compute_kernel = TIERED_KERNEL
+        option.uncharged_bytes = [0] * option.num_shards
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + optimizer_state_bytes
         option.lookups, option.ssd_bytes_per_ms = lookups, ssd_bytes_per_ms

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from .errors import InsufficientStorageError
+from .estimators import charged
 from .levels import Table, breakpoints
 from .proposers import total
 
@@ -26,7 +27,7 @@ def shortage(
     """
     everything = sum(capacity, Storage(0, 0, 0))
     for table, in_memory in zip(tables, stock, strict=True):
-        options = [table.at(0.0)] if table.tiered or table.in_memory else list(in_memory)
+        options = [*map(charged, in_memory), *([table.tiered] if table.tiered else [])]
         found = _shard_too_large(table.name, options, capacity)
         if found:
             return found
@@ -46,11 +47,16 @@ def shortage(
 
 
 def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> InsufficientStorageError | None:
-    for tier in ("ddr", "ssd"):
-        have = max(getattr(storage, tier) for storage in capacity)
-        need = min(max(getattr(shard.storage, tier) for shard in option.shards) for option in options)
-        if need > have:
-            return _error(tier, need - have, f"table {name!r} needs {need} bytes on one rank, the largest has {have}")
+    """The option that is least short of DDR, then of SSD, when there is none whose shards each fit a rank."""
+    have = {tier: max(getattr(storage, tier) for storage in capacity) for tier in _ADVICE}
+    need = min(
+        ({tier: max(getattr(shard.storage, tier) for shard in option.shards) for tier in _ADVICE} for option in options),
+        key=lambda need: [max(0, need[tier] - have[tier]) for tier in _ADVICE],
+    )
+    for tier in _ADVICE:
+        if need[tier] > have[tier]:
+            what = f"table {name!r} needs {need[tier]} bytes on one rank, the largest has {have[tier]}"
+            return _error(tier, need[tier] - have[tier], what)
     return None
 
 

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torchrec.distributed.planner.types import ShardingOption, Stats, Topology
 
 from ..parameter_sharding import TIERED_KERNEL
+from .estimators import uncharged_bytes
 from .sharding_options import TieredShardingOption
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float]) ->
                 "ranks": [shard.rank for shard in option.shards],
                 "rows": option.tensor.shape[0],
                 "pool_rows": tiered.pool_rows if tiered else None,
-                "ddr_bytes": option.total_storage.ddr,
+                "ddr_bytes": option.total_storage.ddr + sum(uncharged_bytes(option)),
                 "ssd_bytes": option.total_storage.ssd,
                 "bytes_per_lookup": levels.get(option.fqn),
                 "why": _why(option, any_tiered),
@@ -47,20 +49,21 @@ def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float]) ->
 def _why(option: ShardingOption, any_tiered: bool) -> str:
     if not isinstance(option, TieredShardingOption):
         return "most lookups a byte" if any_tiered else "everything fits"
-    return "smallest pool" if option.pool_rows == option.min_pool_rows else "share of the rest"
+    return "smallest pool" if option.pool_rows == option.min_pool_rows else "lookups' share"
 
 
 def render_plan(rows: Sequence[Mapping[str, Any]], topology: Topology) -> Table:
     """The rows of ``plan_rows`` as a rich table, with totals; budgets are those of all ranks."""
     ddr, ssd = (sum(getattr(device.storage, tier) for device in topology.devices) for tier in ("ddr", "ssd"))
-    table = Table(title="Sharding plan", show_footer=True)
+    table = Table(title="Sharding plan", show_footer=True, box=box.SIMPLE, pad_edge=False)
     table.add_column("table", "total", overflow="fold")
-    for name in ("sharding", "kernel", "ranks"):
-        table.add_column(name)
-    table.add_column("rows", f"{sum(r['rows'] for r in rows):,}", justify="right")
-    table.add_column("pool rows", justify="right")
-    table.add_column("DDR MiB", _of(sum(r["ddr_bytes"] for r in rows), ddr), justify="right")
-    table.add_column("SSD MiB", _of(sum(r["ssd_bytes"] for r in rows), ssd), justify="right")
+    table.add_column("sharding", no_wrap=True)
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("ranks")
+    table.add_column("rows", f"{sum(r['rows'] for r in rows):,}", justify="right", no_wrap=True)
+    table.add_column("pool rows", justify="right", no_wrap=True)
+    table.add_column("DDR MiB", _of(sum(r["ddr_bytes"] for r in rows), ddr), justify="right", no_wrap=True)
+    table.add_column("SSD MiB", _of(sum(r["ssd_bytes"] for r in rows), ssd), justify="right", no_wrap=True)
     table.add_column("why")
     for r in rows:
         pool = "all" if r["pool_rows"] is None else f"{r['pool_rows']:,}"
