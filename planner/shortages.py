@@ -9,6 +9,7 @@ from torchrec.distributed.planner.types import ShardingOption, Storage
 from .errors import InsufficientStorageError
 from .estimators import charged
 from .levels import Table, breakpoints
+from .partitioners import NoRoomError, place_by_room
 from .proposers import total
 
 _ADVICE = {
@@ -43,7 +44,11 @@ def shortage(
         return _error(
             "ssd", short, f"tables that do not fit in memory need {everything.ssd + short} bytes, the ranks have {everything.ssd}"
         )
-    return _does_not_pack(smallest, capacity)
+    try:
+        place_by_room(smallest, capacity)
+    except NoRoomError as error:
+        return _error(error.tier, error.short_bytes, str(error))
+    return None
 
 
 def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> InsufficientStorageError | None:
@@ -57,21 +62,6 @@ def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Seq
         if need[tier] > have[tier]:
             what = f"table {name!r} needs {need[tier]} bytes on one rank, the largest has {have[tier]}"
             return _error(tier, need[tier] - have[tier], what)
-    return None
-
-
-def _does_not_pack(options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> InsufficientStorageError | None:
-    """Totals fit and every shard fits, but not together: the shard that a largest-first placement cannot take."""
-    for tier in ("ddr", "ssd"):
-        free = [getattr(storage, tier) for storage in capacity]
-        shards = sorted(((getattr(s.storage, tier), o.name) for o in options for s in o.shards), reverse=True)
-        for need, name in shards:
-            rank = free.index(max(free))
-            if need > free[rank]:
-                return _error(
-                    tier, need - free[rank], f"a shard of table {name!r} needs {need} bytes, no rank has more than {free[rank]} left"
-                )
-            free[rank] -= need
     return None
 
 
