@@ -87,7 +87,7 @@ def tbe_options(fused_params: dict[str, Any] | None) -> dict[str, Any]:
     mode = given.get("weight_decay_mode", WeightDecayMode.NONE)
     if mode not in WEIGHT_DECAY_MODES:
         raise errors.UnsupportedError(
-            f"weight_decay_mode {mode} is not supported on tiered tables, it needs rows beyond those of the batch; use one of "
+            f"weight_decay_mode {WeightDecayMode(mode).name} is not supported on tiered tables, it needs rows beyond those of the batch; use one of "
             f"{', '.join(m.name for m in WEIGHT_DECAY_MODES)}"
         )
     options = {name: value for name, value in given.items() if name in TBE_OPTIONS}

@@ -6,6 +6,7 @@
 
 #include "errors.h"
 #include "memory_volume.h"
+#include "ssd_volume.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -93,4 +94,16 @@ void bind_volumes(nb::module_& m) {
       .def("close", &Volume::close, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<MemoryVolume, Volume>(m, "MemoryVolume").def(nb::init<>());
+
+  nb::class_<SsdVolume, Volume>(m, "SsdVolume")
+      .def("__init__",
+           [](SsdVolume* self, std::vector<std::string> paths, uint64_t capacity_bytes, uint32_t keep_checkpoints,
+              std::string backend, uint32_t depth) {
+             nb::gil_scoped_release unlocked;
+             new (self) SsdVolume({std::move(paths), capacity_bytes, keep_checkpoints, std::move(backend), depth});
+           },
+           "paths"_a, "capacity_bytes"_a, "keep_checkpoints"_a, "backend"_a, "depth"_a)
+      .def("await_restore", &SsdVolume::await_restore)
+      .def("fallback_reason", &SsdVolume::fallback_reason)
+      .def("direct", &SsdVolume::direct);
 }

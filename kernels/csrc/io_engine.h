@@ -1,0 +1,44 @@
+// The seam to the operating system's block I/O: what an engine does with reads and writes of aligned buffers.
+//
+// One thread (io_queue.cpp) owns an engine and calls it; engines need no locks of their own towards it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+namespace mtrains {
+
+struct IoCommand {
+  bool write;
+  int fd;
+  uint32_t bytes;
+  uint64_t offset;
+  std::byte* buffer;
+};
+
+struct IoCompletion {
+  uint32_t tag;
+  int32_t result;  // bytes moved, or -errno
+};
+
+class IoEngine {
+ public:
+  virtual ~IoEngine() = default;
+  virtual const char* name() const = 0;
+  // At most `depth` commands are between start and their completion; `tag` is below depth and names this one.
+  virtual void start(const IoCommand& command, uint32_t tag) = 0;
+  // Hands over what was started and returns completions: at least `least` of them, without blocking if least is 0.
+  virtual size_t reap(std::span<IoCompletion> out, size_t least) = 0;
+};
+
+// io_uring, or null with the reason where it was not built in or the kernel forbids it. Must be called on the thread that
+// will use the engine.
+std::unique_ptr<IoEngine> make_uring_engine(uint32_t depth, std::string* reason);
+
+// A pool of threads that call pread and pwrite.
+std::unique_ptr<IoEngine> make_pread_engine(uint32_t depth);
+
+}  // namespace mtrains

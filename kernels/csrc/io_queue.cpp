@@ -1,0 +1,100 @@
+#include "io_queue.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "errors.h"
+
+namespace mtrains {
+
+IoQueue::IoQueue(const std::string& backend, uint32_t depth, Handler handler)
+    : depth_(depth), handler_(std::move(handler)), flying_(depth) {
+  const size_t bytes = static_cast<size_t>(depth) * kMostBytes;  // mapped lazily: small blocks touch one page each
+  void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  buffers_ = static_cast<std::byte*>(mapping);
+  for (uint32_t tag = depth; tag > 0; --tag) free_tags_.push_back(tag - 1);
+  thread_ = std::thread([this, backend] { run(backend); });
+  std::unique_lock lock(mutex_);
+  wake_.wait(lock, [&] { return started_; });
+  if (!failure_.empty()) {
+    lock.unlock();
+    thread_.join();
+    munmap(buffers_, bytes);
+    throw Error(ErrorKind::kConfiguration, failure_);
+  }
+}
+
+IoQueue::~IoQueue() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  thread_.join();
+  munmap(buffers_, static_cast<size_t>(depth_) * kMostBytes);
+}
+
+void IoQueue::submit(std::vector<IoJob> jobs) {
+  if (jobs.empty()) return;
+  {
+    std::lock_guard lock(mutex_);
+    arrived_.push_back(std::move(jobs));
+  }
+  wake_.notify_one();
+}
+
+bool IoQueue::take(bool idle) {
+  std::unique_lock lock(mutex_);
+  if (idle) wake_.wait(lock, [&] { return stop_ || !arrived_.empty(); });
+  while (!arrived_.empty()) {
+    ready_.push_back(std::move(arrived_.front()));
+    arrived_.pop_front();
+  }
+  return !(stop_ && idle && ready_.empty());
+}
+
+void IoQueue::finish(uint32_t tag, int32_t result) {
+  const IoJob job = flying_[tag];
+  const bool whole = result >= 0 && static_cast<uint32_t>(result) == job.bytes;
+  const std::byte* data = job.write ? nullptr : buffers_ + static_cast<size_t>(tag) * kMostBytes;
+  handler_(job, data, whole ? 0 : result < 0 ? -result : kShort);
+  free_tags_.push_back(tag);
+}
+
+void IoQueue::run(const std::string& backend) {
+  {
+    std::unique_lock lock(mutex_);
+    if (backend != "pread") engine_ = make_uring_engine(depth_, &reason_);
+    if (!engine_ && backend == "io_uring") failure_ = "backend io_uring was asked for, but " + reason_;
+    if (!engine_ && failure_.empty()) engine_ = make_pread_engine(depth_);
+    if (engine_) backend_ = engine_->name();
+    started_ = true;
+    wake_.notify_all();
+    if (!engine_) return;
+  }
+  std::vector<IoCompletion> completions(depth_);
+  while (take(free_tags_.size() == depth_ && ready_.empty())) {
+    while (!free_tags_.empty() && !ready_.empty()) {
+      const uint32_t tag = free_tags_.back();
+      free_tags_.pop_back();
+      const IoJob& job = flying_[tag] = ready_.front()[next_];
+      std::byte* buffer = job.write ? job.source : buffers_ + static_cast<size_t>(tag) * kMostBytes;
+      engine_->start({job.write, job.fd, job.bytes, job.offset, buffer}, tag);
+      if (++next_ == ready_.front().size()) {
+        ready_.pop_front();
+        next_ = 0;
+      }
+    }
+    const size_t flying = depth_ - free_tags_.size();
+    if (flying == 0) continue;
+    // A few completions a system call: an eighth of what is in flight (one where little is).
+    const size_t n = engine_->reap(completions, std::max<size_t>(1, flying / 8));
+    for (size_t i = 0; i < n; ++i) finish(completions[i].tag, completions[i].result);
+  }
+  engine_.reset();
+}
+
+}  // namespace mtrains

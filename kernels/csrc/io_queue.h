@@ -1,0 +1,67 @@
+// IoQueue: one thread that keeps an engine busy with the jobs given to it, in order, and calls a handler for each.
+//
+// Reads land in buffers of the queue (one a command in flight), lent to the handler for the length of its call; writes come
+// from the caller's buffers, which must stay until the handler has been called. The thread sleeps when there is nothing to
+// do; while anything is in flight it waits for completions, and new jobs join then.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "io_engine.h"
+
+namespace mtrains {
+
+struct IoJob {
+  bool write;
+  int fd;
+  uint32_t bytes;
+  uint64_t offset;
+  std::byte* source;  // of a write
+  void* owner;        // the handler's
+  uint32_t index;     // the handler's
+};
+
+class IoQueue {
+ public:
+  // `data` holds the bytes read (null for a write); `error` is 0, an errno, or kShort.
+  using Handler = std::function<void(const IoJob& job, const std::byte* data, int error)>;
+  static constexpr int kShort = -1;
+  static constexpr uint32_t kMostBytes = (1u << 20) + (64u << 10);  // of one read
+
+  // backend: "io_uring", "pread", or "" for io_uring where it can be had.
+  IoQueue(const std::string& backend, uint32_t depth, Handler handler);
+  ~IoQueue();
+  void submit(std::vector<IoJob> jobs);
+  const char* backend() const { return backend_; }
+  const std::string& fallback_reason() const { return reason_; }
+
+ private:
+  void run(const std::string& backend);
+  void finish(uint32_t tag, int32_t result);
+  bool take(bool idle);
+
+  const uint32_t depth_;
+  Handler handler_;
+  std::unique_ptr<IoEngine> engine_;
+  std::byte* buffers_ = nullptr;
+  std::vector<IoJob> flying_;       // by tag
+  std::vector<uint32_t> free_tags_;
+  std::deque<std::vector<IoJob>> ready_;  // the thread's own
+  size_t next_ = 0;                       // into ready_.front()
+  std::deque<std::vector<IoJob>> arrived_;
+  bool stop_ = false, started_ = false;
+  const char* backend_ = "";
+  std::string reason_, failure_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::thread thread_;
+};
+
+}  // namespace mtrains

@@ -1,0 +1,202 @@
+// SsdVolume: a log-structured store of fixed-size records on NVMe. One engine serves all tables of a rank.
+//
+// A put copies its record into the open block of its table. A full block is sealed: it gets its place in the log (the next
+// block of the current segment of its stream, one stream a block size), its records their checksums, and it joins the
+// stream's chunk, which goes to disk in one large O_DIRECT write. An index in memory says where the newest record of each
+// row is, 8 bytes a row, mapped lazily:
+//
+//   0             never put: the table's initial value
+//   kOpen | i     record i of the table's open block
+//   a Place       in a sealed block: in a chunk that is still in memory, or on disk
+//
+// Reads look at the index when they are submitted. What is in memory is copied at once; what is on disk becomes one read
+// per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used.
+//
+// A checkpoint seals the open blocks, waits for every write, syncs the segments, and commits a manifest (manifest.h) that
+// lists segments and how many of their blocks count. Opening replays the log that the manifest names. Segments that no kept
+// manifest names and that hold no newest record are removed.
+//
+// What always holds:
+//   - the files of all segments and manifests never exceed capacity_bytes: put makes sure of room before it changes
+//     anything, for every block that is open then;
+//   - a segment that a kept manifest names is neither removed nor rewritten below the blocks that it names;
+//   - after a write has failed its records are still served from memory, and put, flush and checkpoint report it;
+//   - after an fsync has failed nothing is committed any more: what the kernel dropped cannot be known.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "errors.h"
+#include "io_queue.h"
+#include "lazy_array.h"
+#include "log_format.h"
+#include "manifest.h"
+#include "volume.h"
+#include "volume_folder.h"
+
+namespace mtrains {
+
+struct FreeBytes {
+  void operator()(std::byte* p) const { std::free(p); }
+};
+using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;  // on a page
+
+struct SsdOptions {
+  std::vector<std::string> paths;
+  uint64_t capacity_bytes = 0;
+  uint32_t keep_checkpoints = 2;
+  std::string backend;  // "io_uring", "pread", or "" for the best there is
+  uint32_t depth = 128;
+};
+
+class SsdVolume final : public Volume {
+ public:
+  explicit SsdVolume(SsdOptions options);
+  ~SsdVolume() override;
+
+  TableId table(const TableSpec& spec, const Initializer& init) override;
+  void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
+           std::span<const Part> parts) override;
+  uint64_t submit_get(std::vector<GetRequest> requests) override;
+  void wait(uint64_t token) override;
+  void flush() override;
+  void checkpoint(uint64_t epoch) override;
+  std::vector<uint64_t> epochs() const override;
+  void restore(uint64_t epoch) override;
+  void await_restore();  // refuse reads and writes until restore()
+  VolumeStats stats() const override;
+  const char* backend() const override { return queue_->backend(); }
+  const std::string& fallback_reason() const { return queue_->fallback_reason(); }
+  bool direct() const;  // whether the page cache is out of the way
+  std::string id() const override;
+  void close() override;
+
+ private:
+  static constexpr uint64_t kOpen = uint64_t{1} << 63;
+
+  struct Segment;
+  struct Chunk {
+    Segment* segment = nullptr;
+    uint32_t first_block = 0, blocks = 0;
+    AlignedBytes buffer;
+    bool writing = false;
+  };
+  struct Segment {
+    uint32_t number, path, block_bytes, capacity_blocks;
+    uint32_t blocks = 0;  // sealed
+    uint64_t live = 0;    // newest records
+    bool unsynced = false;
+    File file;
+    std::vector<Chunk*> chunks;  // blocks that are not on disk yet
+  };
+  struct Stream {
+    uint32_t block_bytes, chunk_blocks;
+    uint32_t tables = 0;
+    std::shared_ptr<Segment> current;
+    std::deque<std::shared_ptr<Segment>> ready;  // made ahead, still empty
+    Chunk* chunk = nullptr;                      // being filled
+    std::vector<std::unique_ptr<Chunk>> chunks;  // all, with their buffers
+    std::vector<Chunk*> spare;
+  };
+  struct Table {
+    TableId id;
+    TableSpec spec;
+    Initializer init;
+    BlockShape shape;
+    Stream* stream;
+    LazyArray<uint64_t> index;
+    AlignedBytes open_block;  // shape.block_bytes
+    std::vector<int64_t> open_rows;
+  };
+  struct Batch {
+    struct Item {
+      uint64_t place;
+      uint32_t request, at;
+    };
+    struct Read {
+      uint32_t first_item, items, skipped_bytes;  // the read begins that far into the block
+    };
+    std::vector<GetRequest> requests;
+    std::vector<const Table*> tables;  // by request
+    std::vector<Item> items;           // by place
+    std::vector<Read> reads;
+    std::atomic<size_t> left{0};
+    std::string error;
+    ErrorKind error_kind{};
+  };
+  struct Kept {
+    uint64_t epoch;
+    uint64_t bytes;  // of the manifest
+    std::vector<uint32_t> segments;
+  };
+  struct Grave {  // a removed segment whose descriptor reads in flight may still use
+    std::shared_ptr<Segment> segment;
+    uint64_t last_batch;
+  };
+  using Lock = std::unique_lock<std::mutex>;
+
+  void open_newest();
+  void load(const Manifest& manifest);
+  void replay(Segment& segment, std::vector<LazyArray<uint64_t>>& sequences);
+  void replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  Table& add_table(const TableSpec& spec, const Initializer& init);
+  Stream& stream_of(uint32_t block_bytes);
+
+  void require_usable() const;
+  void ensure_room(const Table& table, size_t rows);
+  std::shared_ptr<Segment> make_segment(uint32_t block_bytes);
+  void reclaim();
+  void remove_segment(uint32_t number);
+  uint64_t used_bytes() const;
+  uint64_t manifest_bytes() const;
+  [[noreturn]] void refuse_full() const;
+
+  void append(Table& table, int64_t row, std::span<const Part> parts, int32_t slot, Lock& lock);
+  void seal(Table& table, Lock& lock);
+  Chunk* take_chunk(Stream& stream, Lock& lock);
+  void dispatch(Stream& stream);
+  void drain(Lock& lock);  // seals and writes everything, and waits for it
+
+  const std::byte* in_memory(const Segment& segment, uint32_t block) const;
+  void plan_reads(Batch& batch, std::vector<IoJob>& jobs);
+  void on_io(const IoJob& job, const std::byte* data, int error);
+  void on_read(Batch& batch, const Batch::Read& read, const std::byte* data, int error);
+  void on_written(Chunk& chunk, int error);
+  std::string describe(const Table& table, int64_t row, Place place) const;
+  std::string name() const;
+
+  const SsdOptions options_;
+  std::vector<VolumeFolder> folders_;
+  VolumeId volume_{};
+  uint64_t segment_bytes_ = 0;
+  std::deque<Table> tables_;  // number - 1
+  std::deque<Stream> streams_;
+  std::map<uint32_t, std::shared_ptr<Segment>> segments_;
+  std::vector<Grave> graves_;
+  std::vector<Kept> kept_;
+  uint32_t next_segment_ = 1;
+  uint64_t next_sequence_ = 1;
+  size_t writing_ = 0;
+  std::string write_error_, sync_error_;
+  bool awaiting_restore_ = false, closed_ = false;
+  VolumeStats stats_;
+  mutable std::mutex mutex_;
+  std::condition_variable written_;
+  std::mutex commit_mutex_;  // one checkpoint, restore or close at a time; taken before mutex_
+
+  std::map<uint64_t, std::unique_ptr<Batch>> batches_;
+  uint64_t last_batch_ = 0;
+  mutable std::mutex batch_mutex_;
+  std::condition_variable batch_done_;
+  std::unique_ptr<IoQueue> queue_;  // last: its thread uses the rest
+};
+
+}  // namespace mtrains
