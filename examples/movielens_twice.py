@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from torchrec_mtrains import demo
+from torchrec_mtrains import demo, show
 from torchrec_mtrains.data.fetch import fetch_ml_100k
 from torchrec_mtrains.errors import MTrainsError
 from torchrec_mtrains.process_group import process_group
@@ -20,6 +20,7 @@ parser.add_argument("--batch-size", type=int, default=demo.ML_BATCH_SIZE, help="
 parser.add_argument("--epochs", type=int, default=demo.ML_EPOCHS, help="default: %(default)s")
 parser.add_argument("--report", type=Path, help="write the tiered run's report to this HTML file")
 args = parser.parse_args()
+show.quiet()
 
 try:
     file = fetch_ml_100k(args.cache)

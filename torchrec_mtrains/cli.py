@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -62,13 +60,6 @@ def _typed_errors(command: Command) -> Command:
             raise _Failed(str(e)) from e
 
     return run
-
-
-def _quiet() -> None:
-    """TorchRec and torch talk about their own insides; only errors of theirs concern the reader of a command's output."""
-    warnings.filterwarnings("ignore")
-    for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _options(*options: Command) -> Callable[[Command], Command]:
@@ -186,7 +177,9 @@ def _plan(o: dict[str, Any]) -> None:
 @click.version_option(__version__, prog_name="mtrains")
 def main() -> None:
     """Storage tiers for TorchRec: train embedding tables larger than memory from an SSD."""
-    _quiet()
+    from .show import quiet
+
+    quiet()
 
 
 @main.command()
@@ -232,6 +225,7 @@ def train(**o: Any) -> None:
 @click.option("--out", type=click.Path(file_okay=False), default="demo_out", show_default=True, help="Folder for the reports.")
 @click.option("--cache", type=click.Path(file_okay=False), default=".cache/movielens", show_default=True, help="Folder for ml-100k.")
 @click.option("--one-row-tables", is_flag=True, help="The same program on tables of one row: what it costs in memory by itself.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Batches of the synthetic part, if not the demo's own number.")
 @click.option("--skip-movielens", is_flag=True, help="Synthetic data only.")
 @_typed_errors
 def demo(**o: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch.distributed as dist
@@ -28,9 +31,9 @@ from .twins import Twins, train_twice
 # The budget holds indexes (12 bytes a row: 46 MiB) and pools. "uniform": little is used twice, so that rows really reach the
 # SSD; a skewed set of this size would live in the pools.
 TABLES, ROWS, POOLING, DIM = 8, 500_000, 8, 128
-BATCH_SIZE, STEPS = 1024, 80
+BATCH_SIZE, STEPS = 1024, 100
 DDR_BUDGET_BYTES = 128 << 20
-SSD_CAPACITY_BYTES = 8 << 30  # nothing in the log is reclaimed yet: it holds every eviction
+SSD_CAPACITY_BYTES = 6 << 30  # nothing in the log is reclaimed yet: it holds every eviction
 # ml-100k: batches so small that the smallest pools are below 10% of its largest table's rows.
 ML_BATCH_SIZE, ML_EPOCHS = 64, 2
 
@@ -70,7 +73,7 @@ def _memory_disk(path: Path) -> str | None:
     return None
 
 
-def synthetic(ssd: Path, pg: dist.ProcessGroup, *, one_row_tables: bool = False) -> TrainResult:
+def synthetic(ssd: Path, pg: dist.ProcessGroup, *, one_row_tables: bool = False, steps: int = STEPS) -> TrainResult:
     """Train the synthetic DLRM. ``one_row_tables``: the same program on tables of one row, to see what it costs by itself."""
     sizes = SyntheticConfig(
         table_count=TABLES,
@@ -84,7 +87,7 @@ def synthetic(ssd: Path, pg: dist.ProcessGroup, *, one_row_tables: bool = False)
     options = TrainOptions(
         model=ModelOptions(embedding_dim=DIM, dense_learning_rate=0.01),
         placement=PlacementOptions(ssd=(str(ssd),), ddr_budget_bytes=DDR_BUDGET_BYTES, ssd_capacity_bytes=SSD_CAPACITY_BYTES),
-        steps=STEPS,
+        steps=steps,
     )
     progress = show.Progress(source, options, pg.size())
     result = train(source, options, pg, progress.step, show.plan)
@@ -99,7 +102,7 @@ def movielens(file: Path, ssd: Path, pg: dist.ProcessGroup, *, batch_size: int =
     options = TrainOptions(
         model=ModelOptions(embedding_dim=16, dense_learning_rate=0.01), placement=PlacementOptions(ssd=(str(ssd),), pool_rows=1)
     )
-    progress = show.Progress(source, options, pg.size())
+    progress = show.Progress(source, options, pg.size(), runs=2)
     twins = train_twice(source, options, pg, progress.step)
     progress.close()
     largest = max(table.rows for table in source.tables)
@@ -113,7 +116,26 @@ def movielens(file: Path, ssd: Path, pg: dist.ProcessGroup, *, batch_size: int =
     return twins
 
 
-def run(ssd: str | None, out: str, cache: str, *, one_row_tables: bool, skip_movielens: bool) -> None:
+def figures_of(result: TrainResult) -> dict[str, Any]:
+    """What the synthetic part shows, for programs. Bytes; ``volumes`` holds the volumes' own counters, ``device`` the kernel's."""
+    return {
+        "ddr_budget_bytes": DDR_BUDGET_BYTES,
+        "table_bytes": sum(table["rows"] * table["record_bytes"] for table in result.tables),
+        "written_row_bytes": written_row_bytes(result),
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "train_seconds": result.train_seconds,
+        "samples_per_second": result.samples_per_second,
+        "hit_ratio": result.hit_ratio,
+        "volumes": result.volumes,
+        "device": None if result.disk is None else asdict(result.disk),
+    }
+
+
+def _of_budget(count: int) -> str:
+    return f"{show_bytes(count)} = {count / DDR_BUDGET_BYTES:.1f} × the budget"
+
+
+def run(ssd: str | None, out: str, cache: str, *, one_row_tables: bool, skip_movielens: bool, steps: int | None) -> None:
     """The whole demo.
 
     Raises: the typed errors of ``errors``; TwinsDifferError if ml-100k's runs differ.
@@ -123,14 +145,14 @@ def run(ssd: str | None, out: str, cache: str, *, one_row_tables: bool, skip_mov
             click.echo(warning)
         (folder / "synthetic").mkdir()
         click.echo(f"synthetic DLRM from {folder} ({file_system(folder)}), memory budget {show_bytes(DDR_BUDGET_BYTES)}")
-        result = synthetic(folder / "synthetic", pg, one_row_tables=one_row_tables)
-        tables = sum(row["ssd_bytes"] for row in result.plan)
-        written = written_row_bytes(result)
+        result = synthetic(folder / "synthetic", pg, one_row_tables=one_row_tables, steps=steps or STEPS)
+        figures = figures_of(result)
         click.echo(
-            f"tables {show_bytes(tables)} = {tables / DDR_BUDGET_BYTES:.1f} × the budget; distinct rows written to the SSD "
-            f"{show_bytes(written)} = {written / DDR_BUDGET_BYTES:.1f} × the budget, {written / result.peak_rss_bytes:.2f} × peak memory"
+            f"tables {_of_budget(figures['table_bytes'])}; distinct rows written to the SSD {_of_budget(figures['written_row_bytes'])}, "
+            f"{figures['written_row_bytes'] / figures['peak_rss_bytes']:.2f} × peak memory"
         )
         click.echo(f"report: {write_report(result, Path(out) / 'synthetic.html')}")
+        (Path(out) / "synthetic.json").write_text(json.dumps(figures, indent=2) + "\n")
         if skip_movielens:
             return
         try:

@@ -21,7 +21,7 @@ from .data import BatchSource, TableShape
 from .errors import ConfigurationError
 from .job_model import EBC_PATH, ModelOptions, fused_params, stock_plan, stock_sharders
 from .parameter_sharding import TIERED_KERNEL, TieredParameterSharding
-from .planner import TieredShardingPlanner, TieredTopology
+from .planner import DdrStorageReservation, TieredShardingPlanner, TieredTopology
 from .sharder import sharders as tiered_sharders
 from .tiers import SsdHome, TierChain
 
@@ -30,6 +30,10 @@ _STATE_BYTES = {"sgd": lambda dim: 0, "adagrad": lambda dim: 4 * dim, "rowwise_a
 # Nothing in the log is reclaimed yet, so it holds every eviction of the job: room for the tables several times over.
 _LOG_FACTOR = 4
 _LEAST_CAPACITY_BYTES = 4 << 30  # guess: what a small disk has to spare
+# What a volume (write chunks, read buffers, the heap's slack) and a batch's missed rows on their way cost beside what the planner
+# charges: benchmarks/demo_memory.py, 2 cores AMD EPYC: 12 MiB at 65,536 lookups a step of which 95% miss; and a third for safety.
+_VOLUME_BYTES = 8 << 20
+_BYTES_PER_LOOKUP = 128
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ def place(model: nn.Module, source: BatchSource, model_options: ModelOptions, op
             local_world_size=world_size,
         ),
         batch_size=source.batch_size,
+        storage_reservation=DdrStorageReservation(
+            _VOLUME_BYTES + _BYTES_PER_LOOKUP * source.batch_size * sum(t.pooling for t in source.tables)
+        ),
         constraints={t.name: ParameterConstraints(pooling_factors=[float(t.pooling)]) for t in source.tables},
     )
     plan = planner.collective_plan(model, tiered, pg)

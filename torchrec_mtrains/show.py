@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +17,13 @@ from .tier_table import TierRow, tier_rows
 from .train import StepRecord, TrainOptions, TrainResult, hit_ratio, steps_of
 
 _SMOOTHING = 0.1  # guess: weight of the newest step in the progress bar's loss and hit ratio
+
+
+def quiet() -> None:
+    """TorchRec and torch talk about their own insides; only errors of theirs concern the reader of a command's output."""
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _console() -> Console:
@@ -44,12 +54,13 @@ def plan(rows: list[dict[str, Any]]) -> None:
 
 
 class Progress:
-    """A tqdm bar with samples/s, loss and hit ratio."""
+    """A tqdm bar with samples/s, loss and hit ratio, over one job, or ``runs`` like it."""
 
-    def __init__(self, source: BatchSource, options: TrainOptions, world_size: int) -> None:
+    def __init__(self, source: BatchSource, options: TrainOptions, world_size: int, runs: int = 1) -> None:
         self._samples = source.batch_size * world_size
         self._bar: Any = None
-        self._total = steps_of(source, options)
+        steps = steps_of(source, options)
+        self._total = None if steps is None else steps * runs
         self._loss: float | None = None
         self._hits: float | None = None
 
@@ -58,7 +69,7 @@ class Progress:
         if self._bar is None:
             total = None if self._total is None else self._total * self._samples
             done = (record.number - 1) * self._samples
-            self._bar = tqdm(total=total, initial=done, unit=" samples", unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+            self._bar = tqdm(total=total, initial=done, unit=" samples", unit_scale=True, dynamic_ncols=True, mininterval=_interval_s())
         self._loss = _smooth(self._loss, record.loss)
         ratio = hit_ratio(record.tiers)
         self._hits = self._hits if ratio is None else _smooth(self._hits, ratio)
@@ -70,6 +81,10 @@ class Progress:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _interval_s() -> float:
+    return 0.5 if sys.stderr.isatty() else 10.0  # a log has no use for a bar that moves
 
 
 def _smooth(before: float | None, value: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import torch.distributed as dist
 
@@ -46,16 +45,13 @@ def train_twice(
     options: TrainOptions,
     pg: dist.ProcessGroup,
     on_step: Callable[[StepRecord], None] | None = None,
-    on_plan: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Twins:
     """Train from ``options.placement.ssd`` with the smallest pools, then in memory, and compare every loss and the AUC.
 
     Raises: TwinsDifferError naming the first step that differs.
     """
     pool_rows = smallest_pool_rows(source, options.steps)
-    tiered = train(
-        source, replace(options, placement=PlacementOptions(ssd=options.placement.ssd, pool_rows=pool_rows)), pg, on_step, on_plan
-    )
+    tiered = train(source, replace(options, placement=PlacementOptions(ssd=options.placement.ssd, pool_rows=pool_rows)), pg, on_step)
     in_memory = train(source, replace(options, placement=PlacementOptions(in_memory=True)), pg, on_step)
     for a, b in zip(tiered.steps, in_memory.steps, strict=True):
         if a.loss != b.loss:
