@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import errors
 from .initial_values import rows_per_block
@@ -95,10 +95,9 @@ class LazyRows(torch.Tensor):
             return to
         if function in (_aten.clone.default, _aten._to_copy.default):
             return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **kwargs)
-        lazy = next(a for a in [*args, *kwargs.values()] if isinstance(a, LazyRows)) if args or kwargs else None
-        what = "a tiered table" if lazy is None else f"table {lazy.source.name!r}"
+        lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
-            f"{function} on rows of {what} would materialise them. Take a range with narrow(0, first, count) and read it with "
+            f"{function} on rows of table {lazy.source.name!r} would materialise them. Take a range with narrow(0, first, count) and read it with "
             "cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint"
         )
 
@@ -121,7 +120,11 @@ def _again(lazy: LazyRows, first: int, count: int) -> LazyRows:
 
 def _same_shape(lazy: LazyRows, shape: Any) -> bool:
     known = [n for n in shape if n != -1]
-    return len(shape) == lazy.dim() and all(n in (-1, have) for n, have in zip(shape, lazy.shape, strict=True)) and len(known) >= len(shape) - 1
+    return (
+        len(shape) == lazy.dim()
+        and all(n in (-1, have) for n, have in zip(shape, lazy.shape, strict=True))
+        and len(known) >= len(shape) - 1
+    )
 
 
 def _row_range(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> tuple[int, int] | None:

@@ -6,6 +6,8 @@ Slot pools talk to the native half directly; this module is for whoever wants a 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any, Protocol
 
 import numpy as np
@@ -169,3 +171,12 @@ class SsdVolume(_NativeVolume):
             raise errors.ConfigurationError(f'SsdVolume: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)')
         self._native = _core.SsdVolume([str(p) for p in paths], capacity_bytes, keep_checkpoints, backend or "", depth)
         self.paths, self.capacity_bytes = tuple(paths), capacity_bytes
+        if reason := self._native.fallback_reason():
+            _say_once(f"SSD volumes read through pread threads, slower than io_uring: {reason}")
+        if not self._native.direct():
+            _say_once(f"the file system of {self.paths} has no O_DIRECT: reads go through the page cache")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

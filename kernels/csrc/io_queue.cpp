@@ -56,8 +56,15 @@ bool IoQueue::take(bool idle) {
   return !(stop_ && idle && ready_.empty());
 }
 
+void IoQueue::start(uint32_t tag) {
+  const IoJob& job = flying_[tag];
+  std::byte* buffer = job.write ? job.source : buffers_ + static_cast<size_t>(tag) * kMostBytes;
+  engine_->start({job.write, job.fd, job.bytes, job.offset, buffer}, tag);
+}
+
 void IoQueue::finish(uint32_t tag, int32_t result) {
   const IoJob job = flying_[tag];
+  if (result == -EAGAIN || result == -EINTR) return start(tag);
   const bool whole = result >= 0 && static_cast<uint32_t>(result) == job.bytes;
   const std::byte* data = job.write ? nullptr : buffers_ + static_cast<size_t>(tag) * kMostBytes;
   handler_(job, data, whole ? 0 : result < 0 ? -result : kShort);
@@ -80,9 +87,8 @@ void IoQueue::run(const std::string& backend) {
     while (!free_tags_.empty() && !ready_.empty()) {
       const uint32_t tag = free_tags_.back();
       free_tags_.pop_back();
-      const IoJob& job = flying_[tag] = ready_.front()[next_];
-      std::byte* buffer = job.write ? job.source : buffers_ + static_cast<size_t>(tag) * kMostBytes;
-      engine_->start({job.write, job.fd, job.bytes, job.offset, buffer}, tag);
+      flying_[tag] = ready_.front()[next_];
+      start(tag);
       if (++next_ == ready_.front().size()) {
         ready_.pop_front();
         next_ = 0;

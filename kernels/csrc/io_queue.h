@@ -44,6 +44,7 @@ class IoQueue {
 
  private:
   void run(const std::string& backend);
+  void start(uint32_t tag);
   void finish(uint32_t tag, int32_t result);
   bool take(bool idle);
 

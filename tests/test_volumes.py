@@ -1,0 +1,465 @@
+"""Volumes: what they hold, what outlives them, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, VolumeTable
+from torchrec_mtrains.kernels.deferred_init import UniformInit
+
+from torchrec_mtrains.errors import (
+    ConfigurationError,
+    DamagedRecordError,
+    IdOutOfRangeError,
+    VolumeError,
+    VolumeFullError,
+    VolumeIoError,
+    VolumeLockedError,
+    VolumeMismatchError,
+)
+
+CAPACITY = 64 << 20
+# Record sizes: many in a block, few in a block with waste, larger than the largest common block.
+RECORD_BYTES = (8, 68, 260, 1500, 5000, 70_000)
+ROWS = 50
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    """A folder on the disk of the checkout: /tmp may be in memory, where there is no O_DIRECT."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def path(scratch: Path) -> str:
+    return tempfile.mkdtemp(dir=scratch)
+
+
+def records(*first_bytes: int, record_bytes: int = 68) -> torch.Tensor:
+    """One record per argument, each byte of it counting up from the argument."""
+    return ((torch.arange(record_bytes)[None, :] + torch.tensor(first_bytes)[:, None]) % 256).to(torch.uint8)
+
+
+def ids(*rows: int) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def read(table: VolumeTable, *rows: int) -> torch.Tensor:
+    out = torch.empty(len(rows), table.record_bytes, dtype=torch.uint8)
+    table.get(ids(*rows), out)
+    return out
+
+
+def small_table(volume: SsdVolume | MemoryVolume, init: UniformInit | None = None) -> VolumeTable:
+    return volume.table("t", row_count=ROWS, record_bytes=68, init=init)
+
+
+class VolumesAgree(RuleBasedStateMachine):
+    """An SSD volume behaves like the reference, through flushes, checkpoints, crashes and returns to older epochs."""
+
+    backend = "io_uring"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(dir=Path.cwd())
+        self.paths: tuple[str, ...] = ()
+        self.init = UniformInit(7, -1, 1, columns=2)
+
+    @initialize(stripes=st.integers(1, 2), sizes=st.lists(st.sampled_from(RECORD_BYTES), min_size=1, max_size=3))
+    def create(self, stripes: int, sizes: list[int]) -> None:
+        self.paths = tuple(f"{self.folder.name}/{i}" for i in range(stripes))
+        for p in self.paths:
+            Path(p).mkdir()
+        self.sizes = sizes
+        self.model = self._open_tables(MemoryVolume())
+        self.epoch = 0
+        self.committed: dict[int, list[torch.Tensor]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self.volume = SsdVolume(self.paths, CAPACITY, backend=self.backend, depth=4)
+        self.tables = self._open_tables(self.volume)
+
+    def _open_tables(self, volume: SsdVolume | MemoryVolume) -> list[VolumeTable]:
+        return [volume.table(f"t{i}", row_count=ROWS, record_bytes=b, init=self.init) for i, b in enumerate(self.sizes)]
+
+    def _everything(self, tables: list[VolumeTable]) -> list[torch.Tensor]:
+        return [read(t, *range(ROWS)) for t in tables]
+
+    def _go_back(self, epoch: int) -> None:
+        self.model = self._open_tables(MemoryVolume())
+        for table, values in zip(self.model, self.committed[epoch], strict=True):
+            table.put(torch.arange(ROWS), values)
+        self.committed = {e: v for e, v in self.committed.items() if e <= epoch}
+
+    @rule(data=st.data(), rows=st.lists(st.integers(0, ROWS - 1), max_size=30), seed=st.integers(0, 255))
+    def put(self, data: st.DataObject, rows: list[int], seed: int) -> None:
+        t = data.draw(st.integers(0, len(self.sizes) - 1))
+        values = records(*[seed + i for i in range(len(rows))], record_bytes=self.sizes[t]).reshape(len(rows), self.sizes[t])
+        for tables in (self.tables, self.model):
+            tables[t].put(ids(*rows), values)
+
+    @rule(data=st.data(), rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=30))
+    def get(self, data: st.DataObject, rows: list[int]) -> None:
+        t = data.draw(st.integers(0, len(self.sizes) - 1))
+        assert torch.equal(read(self.tables[t], *rows), read(self.model[t], *rows))
+
+    @rule()
+    def flush(self) -> None:
+        self.volume.flush()
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.epoch += 1
+        self.volume.checkpoint(self.epoch)
+        self.committed[self.epoch] = self._everything(self.model)
+        assert self.volume.epochs == sorted(self.committed)[-2:]
+
+    @precondition(lambda self: self.committed)
+    @rule()
+    def crash_and_reopen(self) -> None:
+        self.volume._native.close()
+        self._open()
+        assert self.volume.epoch == max(self.committed)
+        self._go_back(self.volume.epoch)
+
+    @precondition(lambda self: len(self.committed) > 1)
+    @rule()
+    def go_back_to_the_checkpoint_before(self) -> None:
+        before = self.volume.epochs[0]
+        self.volume.restore(before)
+        self._go_back(before)
+        self.epoch = max(self.epoch, before)
+
+    @invariant()
+    def disk_stays_below_the_cap(self) -> None:
+        if self.paths:
+            used = sum(f.stat().st_blocks * 512 for p in self.paths for f in Path(p).iterdir())
+            assert used <= CAPACITY + 16 * 4096
+
+    def teardown(self) -> None:
+        if self.paths:
+            for mine, theirs in zip(self._everything(self.tables), self._everything(self.model), strict=True):
+                assert torch.equal(mine, theirs)
+            self.volume.close()
+        self.folder.cleanup()
+
+
+class VolumesAgreeThroughPread(VolumesAgree):
+    backend = "pread"
+
+
+def _io_uring_works() -> bool:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        volume = SsdVolume((folder,), CAPACITY)
+        try:
+            return volume.backend == "io_uring"
+        finally:
+            volume.close()
+
+
+TestVolumesAgree = VolumesAgree.TestCase if _io_uring_works() else None
+TestVolumesAgreeThroughPread = VolumesAgreeThroughPread.TestCase
+for case in (TestVolumesAgree, TestVolumesAgreeThroughPread):
+    if case is not None:
+        case.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("init", [None, UniformInit(3, -1, 1, columns=17)])
+def test_a_row_that_was_never_put_has_its_initial_value(path: str, init: UniformInit | None) -> None:
+    table = small_table(SsdVolume((path,), CAPACITY), init)
+    want = torch.zeros(3, 68, dtype=torch.uint8) if init is None else init.materialize(4, 3).view(torch.uint8).reshape(3, 68)
+    assert torch.equal(read(table, 4, 5, 6), want)
+
+
+def test_the_last_of_equal_ids_counts(path: str) -> None:
+    table = small_table(SsdVolume((path,), CAPACITY))
+    table.put(ids(1, 1, 2, 1), records(10, 20, 30, 40))
+    assert torch.equal(read(table, 1, 2, 1), records(40, 30, 40))
+
+
+def test_numpy_arrays_work_as_tensors_do(path: str) -> None:
+    table = small_table(SsdVolume((path,), CAPACITY))
+    table.put(ids(3).numpy(), records(9).numpy())
+    out = torch.zeros(1, 68, dtype=torch.uint8).numpy()
+    table.get(ids(3).numpy(), out)
+    assert torch.equal(torch.from_numpy(out), records(9))
+
+
+def test_rows_of_one_block_are_read_with_one_io(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    table = small_table(volume)
+    table.put(torch.arange(ROWS), records(*range(ROWS)))
+    volume.flush()
+    before = volume.stats()
+    assert torch.equal(read(table, *range(40)), records(*range(40)))
+    after = volume.stats()
+    assert after["read_ios"] - before["read_ios"] == 1
+    assert after["get_rows"] - before["get_rows"] == 40
+
+
+def test_what_was_not_checkpointed_is_gone_after_close(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    table = small_table(volume)
+    table.put(ids(1), records(1))
+    volume.checkpoint(5)
+    table.put(ids(1, 2), records(2, 3))
+    volume.flush()
+    volume.close()
+    volume = SsdVolume((path,), CAPACITY)
+    assert volume.epoch == 5
+    assert torch.equal(read(small_table(volume), 1, 2), torch.cat([records(1), torch.zeros(1, 68, dtype=torch.uint8)]))
+
+
+def test_a_process_killed_while_it_writes_leaves_its_last_checkpoint(path: str) -> None:
+    script = f"""
+import os, signal, torch
+from torchrec_mtrains.kernels import SsdVolume
+volume = SsdVolume(({path!r},), {CAPACITY})
+table = volume.table("t", row_count={ROWS}, record_bytes=68)
+for k in range(200):
+    table.put(torch.arange({ROWS}), torch.full(({ROWS}, 68), k, dtype=torch.uint8))
+    if k == 100:
+        volume.checkpoint(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = subprocess.run([sys.executable, "-c", script])
+    assert run.returncode == -signal.SIGKILL
+    volume = SsdVolume((path,), CAPACITY)
+    assert volume.epoch == 1
+    assert torch.equal(read(small_table(volume), *range(ROWS)), torch.full((ROWS, 68), 100, dtype=torch.uint8))
+
+
+def test_an_epoch_must_grow(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    volume.checkpoint(3)
+    with pytest.raises(VolumeError, match=r"above the last one \(3\), got 3"):
+        volume.checkpoint(3)
+
+
+def test_only_kept_epochs_can_be_restored(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY, keep_checkpoints=1)
+    volume.checkpoint(1)
+    volume.checkpoint(2)
+    with pytest.raises(VolumeError, match="does not keep epoch 1; it keeps 2"):
+        volume.restore(1)
+
+
+def test_dead_segments_make_room_so_that_overwriting_never_fills_a_volume(path: str) -> None:
+    volume = SsdVolume((path,), 8 << 20)
+    table = volume.table("t", row_count=ROWS, record_bytes=4000)
+    for k in range(200):
+        table.put(torch.arange(ROWS), torch.full((ROWS, 4000), k, dtype=torch.uint8))
+    assert volume.stats()["write_bytes"] > 4 * (8 << 20)
+    assert torch.equal(read(table, 0, 49), torch.full((2, 4000), 199, dtype=torch.uint8))
+
+
+def test_a_volume_at_its_cap_says_so_and_keeps_everything_up_to_the_last_checkpoint(path: str) -> None:
+    volume = SsdVolume((path,), 8 << 20)
+    table = volume.table("t", row_count=10_000, record_bytes=4000)
+    first = torch.arange(500)
+    table.put(first, torch.ones(500, 4000, dtype=torch.uint8))
+    volume.checkpoint(1)
+    with pytest.raises(VolumeFullError, match=r"capacity_bytes is 8388608.*Raise capacity_bytes"):
+        for k in range(20):
+            table.put(torch.arange(1000 + 500 * k, 1500 + 500 * k), torch.ones(500, 4000, dtype=torch.uint8))
+    out = torch.empty(500, 4000, dtype=torch.uint8)
+    table.get(first, out)
+    assert out.eq(1).all()
+    volume.close()
+    volume = SsdVolume((path,), 8 << 20)
+    out.zero_()
+    volume.table("t", row_count=10_000, record_bytes=4000).get(first, out)
+    assert out.eq(1).all()
+
+
+def test_a_full_disk_is_a_typed_error_and_loses_nothing(path: str) -> None:
+    volume = SsdVolume((path,), 64 << 20)
+    table = volume.table("t", row_count=100_000, record_bytes=4000)
+    table.put(torch.arange(100), torch.ones(100, 4000, dtype=torch.uint8))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))  # the kernel refuses the next segment, as a full disk does
+    try:
+        with pytest.raises(VolumeFullError, match="cannot allocate"):
+            table.put(torch.arange(1000, 2000), torch.ones(1000, 4000, dtype=torch.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert read(table, 0, 99).eq(1).all()
+    assert read(table, 1000).eq(0).all()
+    table.put(torch.arange(1000, 2000), torch.ones(1000, 4000, dtype=torch.uint8))
+
+
+def test_a_full_file_system_is_a_typed_error(tmp_path: Path) -> None:
+    script = """
+import subprocess, sys, torch
+from torchrec_mtrains.kernels import SsdVolume
+from torchrec_mtrains.errors import VolumeFullError
+if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", sys.argv[1]], capture_output=True).returncode:
+    sys.exit(77)
+volume = SsdVolume((sys.argv[1],), 64 << 20)
+table = volume.table("t", row_count=100_000, record_bytes=4000)
+try:
+    for k in range(10):
+        table.put(torch.arange(500 * k, 500 * k + 500), torch.full((500, 4000), k, dtype=torch.uint8))
+except VolumeFullError as e:
+    assert "No space left" in str(e), e
+    out = torch.empty(1, 4000, dtype=torch.uint8)
+    table.get(torch.tensor([7]), out)
+    assert out.eq(0).all()
+    sys.exit(0)
+sys.exit("the disk was never full")
+"""
+    run = subprocess.run(["unshare", "-rm", sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], capture_output=True, text=True)
+    if run.returncode == 77 or "unshare" in run.stderr:
+        pytest.skip(f"no private mounts here: {run.stderr.strip()}")
+    assert run.returncode == 0, run.stderr
+
+
+def _flip_a_byte(path: str, offset_in_block: int) -> None:
+    segment = next(Path(path).glob("segment_*.log"))
+    with segment.open("r+b") as file:
+        file.seek(4096 + offset_in_block)
+        byte = file.read(1)
+        file.seek(4096 + offset_in_block)
+        file.write(bytes([byte[0] ^ 1]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def test_a_damaged_record_is_named_and_its_neighbours_still_read(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    table = small_table(volume)
+    table.put(ids(4, 5, 6), records(1, 2, 3))
+    volume.flush()
+    _flip_a_byte(path, 24 + 30)
+    with pytest.raises(DamagedRecordError, match=r"segment 1, block 0, record 0, table 't', row 4 fails its checksum"):
+        read(table, 4)
+    assert torch.equal(read(table, 5, 6), records(2, 3))
+
+
+def test_a_damaged_log_does_not_open(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    small_table(volume).put(ids(4), records(1))
+    volume.checkpoint(1)
+    volume.close()
+    _flip_a_byte(path, 24 + 30)
+    with pytest.raises(DamagedRecordError, match=r"block 0.*table 't', row 4"):
+        SsdVolume((path,), CAPACITY)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_manifest_does_not_open(path: str, damage: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    small_table(volume).put(ids(4), records(1))
+    volume.checkpoint(1)
+    volume.close()
+    manifest = next(Path(path).glob("manifest_*.bin"))
+    data = bytearray(manifest.read_bytes())
+    data[len(data) // 2] ^= 1
+    manifest.write_bytes({"flip": bytes(data), "truncate": bytes(data[:-9]), "empty": b""}[damage])
+    with pytest.raises(DamagedRecordError, match="manifest"):
+        SsdVolume((path,), CAPACITY)
+
+
+def test_a_missing_segment_is_named(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    small_table(volume).put(ids(4), records(1))
+    volume.checkpoint(1)
+    volume.close()
+    next(Path(path).glob("segment_*.log")).unlink()
+    with pytest.raises(DamagedRecordError, match=r"segment_00000001\.log belongs to a checkpoint and is missing"):
+        SsdVolume((path,), CAPACITY)
+
+
+def test_a_second_writer_is_refused(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    with pytest.raises(VolumeLockedError, match=f"process {os.getpid()} on"):
+        SsdVolume((path,), CAPACITY)
+    volume.close()
+    SsdVolume((path,), CAPACITY).close()
+
+
+def test_a_table_of_another_shape_is_refused(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    small_table(volume).put(ids(1), records(1))
+    volume.checkpoint(1)
+    volume.close()
+    volume = SsdVolume((path,), CAPACITY)
+    with pytest.raises(VolumeMismatchError, match=r"50 rows of 68 bytes, asked for were 51 of 68"):
+        volume.table("t", row_count=51, record_bytes=68)
+    with pytest.raises(VolumeMismatchError, match="other initial values"):
+        small_table(volume, UniformInit(1, 0, 1, columns=4))
+    assert torch.equal(read(small_table(volume), 1), records(1))
+
+
+def test_other_paths_than_the_volumes_own_are_refused(path: str, scratch: Path) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    volume.checkpoint(1)
+    volume.close()
+    with pytest.raises(VolumeMismatchError, match="made over 1 paths, opened with 2"):
+        SsdVolume((path, tempfile.mkdtemp(dir=scratch)), CAPACITY)
+
+
+def test_a_newer_format_is_refused(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    volume.checkpoint(1)
+    volume.close()
+    manifest = next(Path(path).glob("manifest_*.bin"))
+    data = bytearray(manifest.read_bytes())
+    data[8] = 99
+    manifest.write_bytes(bytes(data))
+    with pytest.raises(VolumeMismatchError, match="format version 99, this release reads 1"):
+        SsdVolume((path,), CAPACITY)
+
+
+def test_paths_that_cannot_hold_a_volume_are_named(tmp_path: Path) -> None:
+    with pytest.raises(VolumeIoError, match="nowhere' is not a folder; create it first"):
+        SsdVolume((str(tmp_path / "nowhere"),), CAPACITY)
+    with pytest.raises(VolumeIoError, match="cannot open"):
+        SsdVolume(("/proc",), CAPACITY)
+    with pytest.raises(ConfigurationError, match="non-empty tuple"):
+        SsdVolume("/tmp", CAPACITY)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="capacity_bytes must be at least"):
+        SsdVolume((str(tmp_path),), 1000)
+
+
+def test_rows_and_shapes_that_do_not_fit_are_refused_before_anything_changes(path: str) -> None:
+    table = small_table(SsdVolume((path,), CAPACITY))
+    for bad in (-1, ROWS):
+        with pytest.raises(IdOutOfRangeError, match=rf"row {bad} of table 't' is outside \[0, {ROWS}\)"):
+            table.put(ids(0, bad), records(1, 2))
+    assert read(table, 0).eq(0).all()
+    with pytest.raises(ConfigurationError, match=r"records must be a contiguous uint8 array of shape \(1, 68\)"):
+        table.put(ids(0), records(1, record_bytes=60))
+    with pytest.raises(ConfigurationError, match="ids must be a contiguous int64"):
+        table.put(ids(0).int(), records(1))
+
+
+def test_a_closed_volume_says_so(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    table = small_table(volume)
+    volume.close()
+    with pytest.raises(VolumeError, match="is closed"):
+        read(table, 0)
+
+
+def test_files_are_private(path: str) -> None:
+    volume = SsdVolume((path,), CAPACITY)
+    small_table(volume).put(ids(1), records(1))
+    volume.checkpoint(1)
+    assert {f.stat().st_mode & 0o777 for f in Path(path).iterdir()} == {0o600}
