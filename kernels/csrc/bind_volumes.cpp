@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "errors.h"
+#include "io_probe.h"
 #include "memory_volume.h"
 #include "ssd_volume.h"
 
@@ -106,4 +107,15 @@ void bind_volumes(nb::module_& m) {
       .def("await_restore", &SsdVolume::await_restore)
       .def("fallback_reason", &SsdVolume::fallback_reason)
       .def("direct", &SsdVolume::direct);
+
+  m.def("random_reads",
+        [](const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend, uint64_t seed) {
+          ProbeResult r;
+          {
+            nb::gil_scoped_release unlocked;
+            r = random_reads(file, block_bytes, depth, seconds, backend, seed);
+          }
+          return nb::make_tuple(r.reads, r.seconds, r.cpu_seconds);
+        },
+        "file"_a, "block_bytes"_a, "depth"_a, "seconds"_a, "backend"_a, "seed"_a);
 }
