@@ -3,7 +3,7 @@
 ::
 
     ddr = rows × (index + directory) + pool_rows × (record + slot bookkeeping) + ids and outputs of a batch
-    ssd = rows × (record + header), blocks filled to 7/8, the volume filled to 85%
+    ssd = blocks of records with their headers ÷ 85%
 
 A record is a row's weights and its optimizer state.
 """
@@ -28,10 +28,12 @@ SLOT_NUMBER_BYTES = 8
 """A batch's ids are turned into slot numbers of int64 (kernels/tiered_tbe.py)."""
 
 RECORD_HEADER_BYTES = 24
-"""Table, row, sequence number and checksum of a record on disk."""
+"""Checksum, table, row and sequence number of a record on disk."""
 
-BLOCK_FILL = 7 / 8
-"""A block wastes at most an eighth of its bytes: the volume chooses its size so."""
+RECORD_ALIGNMENT_BYTES = 8
+PAGE_BYTES = 4096
+MOST_BLOCK_BYTES = 64 << 10
+"""How records lie in blocks, as the rest: kernels/csrc/log_format.h."""
 
 VOLUME_FILL = 0.85
 """Live records may fill this share of the capacity. Cleaning the log costs 3.4 writes a write there and grows steeply beyond."""
@@ -80,4 +82,13 @@ def tiered_ddr_bytes(rows: int, pool_rows: int, record_bytes: int) -> int:
 
 def tiered_ssd_bytes(rows: int, record_bytes: int) -> int:
     """SSD of a tiered shard."""
-    return math.ceil(rows * (record_bytes + RECORD_HEADER_BYTES) / (BLOCK_FILL * VOLUME_FILL))
+    stride = _up(record_bytes + RECORD_HEADER_BYTES, RECORD_ALIGNMENT_BYTES)
+    block = _up(stride, PAGE_BYTES)
+    while block % stride > block // 8 and block + PAGE_BYTES <= MOST_BLOCK_BYTES:
+        block += PAGE_BYTES
+    blocks = -(-rows // (block // stride))
+    return math.ceil(blocks * block / VOLUME_FILL)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,18 +1,32 @@
-"""Fixtures that several test files share."""
+"""What the whole suite shares: one thread, the name of the I/O back end it runs on, and fixtures of several test files."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 
+# Batches are tiny: a second thread costs more than it brings, and 2 ranks share the cores.
+torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Names the I/O back end of SSD volumes; tests/test_io_backend.py judges it."""
+    from torchrec_mtrains.kernels import SsdVolume
+
+    with tempfile.TemporaryDirectory() as folder:
+        volume = SsdVolume(paths=(folder,), capacity_bytes=1 << 30)
+        backend = volume.backend
+        volume.close()
+    return f"I/O back end of SSD volumes: {backend}"
+
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """A gloo world of this process, for the length of a test file."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
