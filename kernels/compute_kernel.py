@@ -25,6 +25,7 @@ from .initial_values import InitFn, as_uniform, rows_per_block
 from .lazy_rows import LazyRows, RowSource
 from .sharded_state import TableState, TieredFusedOptimizer
 from .tiered_tbe import TieredTable, TieredTBE
+from .volumes import SsdVolume
 
 TBE_OPTIONS = frozenset(
     {
@@ -87,22 +88,12 @@ def tbe_options(fused_params: dict[str, Any] | None) -> dict[str, Any]:
     mode = given.get("weight_decay_mode", WeightDecayMode.NONE)
     if mode not in WEIGHT_DECAY_MODES:
         raise errors.UnsupportedError(
-            f"weight_decay_mode {WeightDecayMode(mode).name} is not supported on tiered tables, it needs rows beyond those of the batch; use one of "
-            f"{', '.join(m.name for m in WEIGHT_DECAY_MODES)}"
+            f"weight_decay_mode {WeightDecayMode(mode).name} is not supported on tiered tables, it needs rows beyond those of the "
+            f"batch; use one of {', '.join(m.name for m in WEIGHT_DECAY_MODES)}"
         )
     options = {name: value for name, value in given.items() if name in TBE_OPTIONS}
     options.setdefault("optimizer", EmbOptimType.EXACT_SGD)  # the stock TBE's default
     return options
-
-
-def _table_tiers(table: ShardedEmbeddingTable) -> TableTiers:
-    tiers = (table.fused_params or {}).get(TABLE_TIERS)
-    if not isinstance(tiers, TableTiers):
-        raise errors.ConfigurationError(
-            f"table {table.name!r} has compute_kernel='customized_kernel' but no tiers; use TieredParameterSharding(…, tiers=TierChain(…)) "
-            "in its plan"
-        )
-    return tiers
 
 
 def _offset(table: ShardedEmbeddingTable, dim: int) -> int:
@@ -136,7 +127,8 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
         applied: list[tuple[int, InitFn]] = []
         tables = []
         for i, table in enumerate(config.embedding_tables):
-            tiers = _table_tiers(table)
+            assert table.fused_params is not None
+            tiers: TableTiers = table.fused_params[TABLE_TIERS]
             uniform = as_uniform(tiers.init_fn, table.name, table.num_embeddings, table.embedding_dim)
             if uniform is None and tiers.init_fn is not None:
                 applied.append((i, tiers.init_fn))
@@ -148,8 +140,9 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
                     chain=tiers.chain,
                     first_row=_offset(table, 0),
                     first_column=_offset(table, 1),
-                    init=uniform
-                    and uniform.deferred(
+                    init=None
+                    if uniform is None
+                    else uniform.deferred(
                         columns=table.local_cols,
                         weight_type="float32" if precision is SparseType.FP32 else "float16",
                         first_row=_offset(table, 0),
@@ -178,7 +171,8 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
 
     def _apply_init_fn(self, table: int, init_fn: InitFn) -> None:
         """Applies an ``init_fn`` that cannot be deferred to blocks of rows, and writes every one of them to its home."""
-        if self._emb_module.durable(table) and self._emb_module._home_tables[table].volume.epochs:
+        volume = self._emb_module._home_tables[table].volume
+        if isinstance(volume, SsdVolume) and volume.epochs:
             return  # the volume of an earlier job: restoring one of its checkpoints brings the values
         weights = self._param_per_table[self._config.embedding_tables[table].name]
         block = rows_per_block(weights.dtype.itemsize * weights.shape[1])
@@ -192,7 +186,7 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
         """Initial values are deferred, or were written when the kernel was made."""
 
     @property
-    def emb_module(self) -> TieredTBE:  # type: ignore[override]
+    def emb_module(self) -> TieredTBE:
         """The group; its ``prefetch(indices, offsets)`` starts a coming batch."""
         return self._emb_module
 
@@ -234,7 +228,7 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
         """None: the pool is not state, its rows are."""
         yield from ()
 
-    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """``"<table>.weight"`` as a ``ShardedTensor`` of lazy shards."""
         destination = {} if destination is None else destination
         for table in self.table_states:

@@ -60,7 +60,7 @@ class LazyRows(torch.Tensor):
 
     @staticmethod
     def __new__(cls, source: RowSource, first_row: int, row_count: int) -> LazyRows:
-        made = torch.Tensor._make_wrapper_subclass(cls, (row_count, *source.row_shape), dtype=source.dtype, device="cpu")
+        made = torch.Tensor._make_wrapper_subclass(cls, (row_count, *source.row_shape), dtype=source.dtype, device=torch.device("cpu"))
         made.source, made.first_row = source, first_row
         return made
 
@@ -79,7 +79,7 @@ class LazyRows(torch.Tensor):
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if function in (_aten.detach.default, _aten.alias.default):
             return _again(args[0], 0, args[0].shape[0])
@@ -97,11 +97,11 @@ class LazyRows(torch.Tensor):
             return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **kwargs)
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
-            f"{function} on rows of table {lazy.source.name!r} would materialise them. Take a range with narrow(0, first, count) and read it with "
-            "cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint"
+            f"{function} on rows of table {lazy.source.name!r} would materialise them. Take a range with narrow(0, first, count) and "
+            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint"
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         last = self.first_row + (self.shape[0] if self.dim() else 0)
         return f"LazyRows({self.source.name!r}, rows {self.first_row}:{last}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -145,10 +145,10 @@ def _blocks(lazy: LazyRows) -> Iterator[tuple[int, int]]:
 
 def _check_shapes(to: Tensor, source: Tensor) -> None:
     if to.shape != source.shape:
-        name = (to if isinstance(to, LazyRows) else source).source.name  # type: ignore[union-attr]
+        lazy = next(t for t in (to, source) if isinstance(t, LazyRows))
         raise errors.ConfigurationError(
-            f"table {name!r}: rows of shape {tuple(source.shape)} do not fit rows of shape {tuple(to.shape)}; tables must have the "
-            "sizes that the values were saved with"
+            f"table {lazy.source.name!r}: rows of shape {tuple(source.shape)} do not fit rows of shape {tuple(to.shape)}; "
+            "tables must have the sizes that the values were saved with"
         )
 
 

@@ -71,7 +71,8 @@ class TableState:
     """One table's shard of a group, with the sharding of the whole table as the plan has it."""
 
     def __init__(self, tbe: TieredTBE, index: int, table: ShardedEmbeddingTable, pg: dist.ProcessGroup | None) -> None:
-        assert table.global_metadata is not None and table.local_metadata is not None
+        assert table.global_metadata is not None
+        assert table.local_metadata is not None
         self.tbe, self.index, self.pg, self.name = tbe, index, pg, table.name
         self.plan_shards: Sequence[ShardMetadata] = table.global_metadata.shards_metadata
         self.local_shard: ShardMetadata = table.local_metadata
@@ -104,8 +105,8 @@ class TieredFusedOptimizer(FusedOptimizer):
 
     def step(self, closure: Any = None) -> None:
         """Backward has updated the rows already; the learning rate of the next one is set."""
-        self._tbe.set_learning_rate(self.param_groups[0]["lr"])  # type: ignore[index]
+        self._tbe.set_learning_rate(self.param_groups[0]["lr"])
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Rows have no gradients; the learning rate of the next backward is set."""
-        self._tbe.set_learning_rate(self.param_groups[0]["lr"])  # type: ignore[index]
+        self._tbe.set_learning_rate(self.param_groups[0]["lr"])

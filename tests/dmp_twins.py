@@ -51,6 +51,7 @@ class Job:
     prefetch_depths: list[int] = field(default_factory=lambda: [0, 0, 0])
     seed: int = 0
     on_ssd: bool = False
+    id_dtype: torch.dtype = torch.int64
 
     def fused_params(self) -> dict[str, object]:
         """Equal on both sides."""
@@ -114,7 +115,8 @@ def jobs(draw: st.DrawFn, world_size: int) -> Job:
         steps=steps,
         prefetch_depths=draw(st.lists(st.integers(0, 3), min_size=steps, max_size=steps)),
         seed=draw(st.integers(0, 2**31)),
-        on_ssd=False,
+        on_ssd=draw(st.booleans()),
+        id_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
     )
 
 
@@ -176,11 +178,11 @@ def batch(job: Job, generator: torch.Generator) -> KeyedJaggedTensor:
             hot = torch.rand(n, generator=generator) < 0.5
             cold = torch.randint(0, rows, (n,), generator=generator)
             ids.append(torch.where(hot, cold % max(1, rows // 10), cold))
-    values = torch.cat(ids)
+    values = torch.cat(ids).to(job.id_dtype)
     return KeyedJaggedTensor(
         keys=list(job.features()),
         values=values,
-        lengths=torch.tensor(lengths),
+        lengths=torch.tensor(lengths, dtype=job.id_dtype),
         weights=torch.rand(values.numel(), generator=generator) if job.weighted else None,
     )
 

@@ -7,6 +7,7 @@ from .tiers import DdrHome, SsdHome, TierChain
 
 if TYPE_CHECKING:
     from . import kernels, planner
+    from .checkpoint import load_checkpoint, save_checkpoint
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
@@ -23,8 +24,10 @@ __all__ = [
     "TieredParameterSharding",
     "__version__",
     "kernels",
+    "load_checkpoint",
     "planner",
     "register",
+    "save_checkpoint",
     "sharders",
     "tiered_groups",
     "uniform_init_fn",
@@ -35,7 +38,9 @@ __all__ = [
 _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredParameterSharding": ".parameter_sharding",
+    "load_checkpoint": ".checkpoint",
     "register": ".registration",
+    "save_checkpoint": ".checkpoint",
     "sharders": ".sharder",
     "tiered_groups": ".groups",
     "uniform_init_fn": ".kernels.initial_values",

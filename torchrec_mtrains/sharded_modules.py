@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D
-from torchrec.modules.embedding_configs import data_type_to_dtype
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.optim.fused import EmptyFusedOptimizer
 
@@ -49,8 +49,8 @@ class ShardedTieredEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for name, sharding in table_name_to_parameter_sharding.items():
             if sharding.compute_kernel == TIERED_KERNEL and not isinstance(sharding, TieredParameterSharding):
                 raise ConfigurationError(
-                    f"table {name!r} has compute_kernel={TIERED_KERNEL!r} but no tiers; use TieredParameterSharding(…, tiers=TierChain(…)) in "
-                    "its plan"
+                    f"table {name!r} has compute_kernel={TIERED_KERNEL!r} but no tiers; use TieredParameterSharding(…, tiers=TierChain(…)) "
+                    "in its plan"
                 )
         infos = super().create_grouped_sharding_infos(module, table_name_to_parameter_sharding, *args, **kwargs)
         init_fns = {config.name: config.init_fn for config in module.embedding_bag_configs()}
@@ -117,7 +117,8 @@ class ShardedTieredEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     @contextmanager
     def _without_tiered_tables(self) -> Iterator[None]:
-        everything, tiered = self._embedding_bag_configs, self._tiered_tables()
+        everything: list[EmbeddingBagConfig] = self._embedding_bag_configs  # type: ignore[has-type]
+        tiered = self._tiered_tables()
         self._embedding_bag_configs = [c for c in everything if c.name not in tiered]
         try:
             yield

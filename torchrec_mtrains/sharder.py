@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingType
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from .parameter_sharding import TIERED_KERNEL, TIERED_SHARDING_TYPES
 from .sharded_modules import ShardedTieredEmbeddingBagCollection
 
 
 class TieredEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder for ``EmbeddingBagCollection``; tables with a ``TieredParameterSharding`` live in its tiers.
 
-    Takes the stock sharder's arguments. ``fused_params`` names the optimizer of stock and tiered tables alike.
+    Takes the stock sharder's arguments. ``fused_params`` names the optimizer of stock and tiered tables alike. To a planner it
+    offers what the stock sharder offers: TorchRec's own cannot price a tiered table, and ours needs no offer.
     """
 
     def shard(
@@ -41,22 +40,6 @@ class TieredEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
         )
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """The stock sharder's and, on a CPU, ROW_WISE: gloo runs it."""
-        types = super().sharding_types(compute_device_type)
-        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """The stock sharder's and ours, for the sharding types that tiered tables have."""
-        kernels = super().compute_kernels(sharding_type, compute_device_type)
-        return [*kernels, TIERED_KERNEL] if sharding_type in TIERED_SHARDING_TYPES else kernels
-
-    def storage_usage(self, tensor: torch.Tensor, compute_device_type: str, compute_kernel: str) -> dict[str, int]:
-        """TorchRec's estimate; a tiered table is charged by the planner, from its chain, and by size not at all."""
-        if compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value:
-            return {}
-        return super().storage_usage(tensor, compute_device_type, compute_kernel)
 
     @property
     def sharded_module_type(self) -> type[ShardedTieredEmbeddingBagCollection]:

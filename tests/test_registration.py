@@ -1,0 +1,92 @@
+"""``register`` makes tiered tables available where no sharders are passed, and ``unregister`` takes them away again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torchrec.distributed.sharding_plan as sharding_plan
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.shard import shard
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+import torchrec_mtrains as mtrains
+from dmp_twins import Job, Table, plan
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+JOB = Job([Table(20, 8, ["a"], 6)])
+
+
+@pytest.fixture(autouse=True)
+def _undo() -> Iterator[None]:
+    yield
+    mtrains.unregister()
+
+
+def model() -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(tables=JOB.configs(), device=torch.device("meta"))
+
+
+def default_sharder() -> object:
+    return next(s for s in sharding_plan.get_default_sharders() if s.module_type is EmbeddingBagCollection)
+
+
+def test_register_reaches_distributed_model_parallel_and_shard() -> None:
+    mtrains.register()
+    assert len(mtrains.tiered_groups(DistributedModelParallel(model(), plan=plan(JOB, True)))) == 1
+    assert len(mtrains.tiered_groups(shard(model(), plan(JOB, True).plan[""]))) == 1
+
+
+def test_register_leaves_the_stock_planner_its_plans() -> None:
+    def made() -> ShardingPlan:
+        planner = EmbeddingShardingPlanner(topology=Topology(world_size=1, compute_device="cpu"))
+        return planner.plan(model(), sharding_plan.get_default_sharders())
+
+    before = made()
+    mtrains.register()
+    assert made().plan == before.plan
+
+
+def test_register_and_unregister_are_idempotent() -> None:
+    for _ in range(2):
+        mtrains.register()
+        assert type(default_sharder()) is mtrains.TieredEmbeddingBagCollectionSharder
+    for _ in range(2):
+        mtrains.unregister()
+        assert type(default_sharder()) is EmbeddingBagCollectionSharder
+
+
+def test_sharders_are_torchrecs_with_ours_in_place_of_one() -> None:
+    stock = {s.module_type for s in sharding_plan.get_default_sharders()}
+    for registered in (False, True):
+        if registered:
+            mtrains.register()
+        ours = mtrains.sharders({"learning_rate": 0.5})
+        assert {s.module_type for s in ours} == stock
+        assert len(ours) == len(stock)
+        assert [type(s) for s in ours if s.module_type is EmbeddingBagCollection] == [mtrains.TieredEmbeddingBagCollectionSharder]
+
+
+def imported(statement: str) -> str:
+    code = f"import sys\n{statement}\nprint(*(m for m in ('torchrec_mtrains.kernels._core', 'torchrec') if m in sys.modules))"
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_vocabulary_needs_no_torchrec_and_the_planner_no_native_core() -> None:
+    assert imported("import torchrec_mtrains") == ""
+    assert imported("import torchrec_mtrains as m; m.planner") == "torchrec"
+    assert "torchrec_mtrains.kernels._core" in imported("import torchrec_mtrains as m; m.sharders()")
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mtrains.__all__:
+        assert getattr(mtrains, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        mtrains.nothing  # noqa: B018
