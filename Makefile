@@ -60,7 +60,7 @@ $(STAMPS)/core: $(CORE_SOURCES) $(STAMPS)/dev $(STAMPS)/liburing
 demo: setup  ## Train a small DLRM from an SSD tier and compare it with training in memory
 	@$(BIN)/mtrains demo
 
-test: setup  ## Run the lint and the whole test suite, except what is marked slow
+test: lint  ## Run the lint and the whole test suite, except what is marked slow
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
 soak: setup  ## Run the slow tests: crash loops, long random histories
@@ -73,7 +73,7 @@ lint: setup wheel  ## Check style, formatting, types (of the installed package) 
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@rm -rf build/typed && $(BIN)/python -m zipfile -e build/wheel/*.whl build/typed
-	@MYPYPATH=build/typed $(BIN)/mypy -p torchrec_mtrains
+	@MYPYPATH=build/typed $(BIN)/mypy --cache-dir=build/typed/cache -p torchrec_mtrains
 	@$(BIN)/check-wheel-contents build/wheel/*.whl
 
 format:  ## Rewrite the Python sources in the project's format

@@ -127,7 +127,10 @@ def measure(args: Any, root: Path) -> dict[str, Any]:
             ("rocksdb_16", many),
         ):
             figures[key].append(value)
-        print(f"round {round_}: ceiling {reads / seconds:,.0f} reads/s, SsdVolume {mine:,.0f} rows/s, RocksDB {one:,.0f} / {many:,.0f}", flush=True)
+        print(
+            f"round {round_}: ceiling {reads / seconds:,.0f} reads/s, SsdVolume {mine:,.0f} rows/s, RocksDB {one:,.0f} / {many:,.0f}",
+            flush=True,
+        )
     rows_per_io = ios["rows"] / max(1, ios["reads"])
     return {
         "backend": volume.backend,
@@ -160,9 +163,15 @@ def main() -> None:
         f = measure(args, root)
     finally:
         shutil.rmtree(root)
-    print(f"{args.rows} rows of {args.record_bytes} bytes, batches of {args.batch}, {f['backend']} at depth {args.depth}, O_DIRECT {f['direct']}")
+    print(
+        f"{args.rows} rows of {args.record_bytes} bytes, batches of {args.batch}, "
+        f"{f['backend']} at depth {args.depth}, O_DIRECT {f['direct']}"
+    )
     print(f"{'device ceiling':<28}{f['ceiling_median']:>12,.0f} reads/s  {f['ceiling_cpu_us_median']:>6.2f} µs CPU a read")
-    print(f"{'SsdVolume':<28}{f['ours_median']:>12,.0f} rows/s   {f['ours_cpu_us_median']:>6.2f} µs CPU a row, {f['rows_per_io']:.3f} rows a read")
+    print(
+        f"{'SsdVolume':<28}{f['ours_median']:>12,.0f} rows/s   {f['ours_cpu_us_median']:>6.2f} µs CPU a row, "
+        f"{f['rows_per_io']:.3f} rows a read"
+    )
     print(f"{'RocksDB MultiGet, 1 thread':<28}{f['rocksdb_1_median']:>12,.0f} rows/s")
     print(f"{'RocksDB MultiGet, 16 threads':<28}{f['rocksdb_16_median']:>12,.0f} rows/s")
     print(f"{'figure':<44}{'measured':>10}{'goal ≥':>10}")

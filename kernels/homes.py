@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import errors
 from ..tiers import DdrHome, Home, SsdHome
+from .deferred_init import UniformInit
 from .volumes import MemoryVolume, SsdVolume, VolumeTable
 
 _open: weakref.WeakValueDictionary[tuple[tuple[str, ...], int], SsdHomeVolume] = weakref.WeakValueDictionary()
@@ -64,7 +65,7 @@ def open_home(home: Home, rank: int) -> SsdHomeVolume | MemoryVolume:
     return found
 
 
-def open_table(home: SsdHomeVolume | MemoryVolume, name: str, row_count: int, record_bytes: int, init: object) -> VolumeTable:
+def open_table(home: SsdHomeVolume | MemoryVolume, name: str, row_count: int, record_bytes: int, init: UniformInit | None) -> VolumeTable:
     """A table of its own in a home; a second one of the same name gets a numbered name."""
     if isinstance(home, MemoryVolume):
         return home.table(name, row_count=row_count, record_bytes=record_bytes, init=init)

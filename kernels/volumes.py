@@ -168,7 +168,9 @@ class SsdVolume(_NativeVolume):
         self, paths: tuple[str, ...], capacity_bytes: int, *, keep_checkpoints: int = 2, backend: str | None = None, depth: int = 128
     ) -> None:
         if isinstance(paths, str) or not paths:
-            raise errors.ConfigurationError(f'SsdVolume: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)')
+            raise errors.ConfigurationError(
+                f'SsdVolume: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)'
+            )
         self._native = _core.SsdVolume([str(p) for p in paths], capacity_bytes, keep_checkpoints, backend or "", depth)
         self.paths, self.capacity_bytes = tuple(paths), capacity_bytes
         if reason := self._native.fallback_reason():

@@ -82,13 +82,14 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             plan = super().plan(module, sharders)
         except PlannerError as error:
             raise self._reason(error) from error
-        for option in self._best_plan or []:
+        best_plan: list[ShardingOption] = self._best_plan or []
+        for option in best_plan:
             if isinstance(option, TieredShardingOption):
                 stock = plan.plan[option.path][option.name]
                 assert self._ssd is not None
                 chain = TierChain(pool_rows=option.pool_rows, tiers=(self._ssd,))
                 plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=chain)
-        self._planned = (plan, self.described(self._best_plan or []))
+        self._planned = (plan, self.described(best_plan))
         return plan
 
     def collective_plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,9 +65,8 @@ def fill_pools(
 
 
 def _level(residents: Sequence[_Resident], free_ddr_bytes: int) -> float:
-    full = [r.full_level for r in residents]
-    top = max((level for r in residents if (level := full_pool_level(r.option)) != float("inf")), default=0.0)
-    level = highest(full, top, lambda level: sum(r.ddr_bytes(level) for r in residents) <= free_ddr_bytes)
+    top = max((full for r in residents if (full := full_pool_level(r.option)) < math.inf), default=0.0)
+    level = highest([r.full_level for r in residents], top, lambda at: sum(r.ddr_bytes(at) for r in residents) <= free_ddr_bytes)
     assert level is not None, "the plan was placed with smaller pools"
     return level
 

@@ -273,9 +273,13 @@ def test_a_volume_at_its_cap_says_so_and_keeps_everything_up_to_the_last_checkpo
     first = torch.arange(500)
     table.put(first, torch.ones(500, 4000, dtype=torch.uint8))
     volume.checkpoint(1)
-    with pytest.raises(VolumeFullError, match=r"capacity_bytes is 8388608.*Raise capacity_bytes"):
+
+    def overfill() -> None:
         for k in range(20):
             table.put(torch.arange(1000 + 500 * k, 1500 + 500 * k), torch.ones(500, 4000, dtype=torch.uint8))
+
+    with pytest.raises(VolumeFullError, match=r"capacity_bytes is 8388608.*Raise capacity_bytes"):
+        overfill()
     out = torch.empty(500, 4000, dtype=torch.uint8)
     table.get(first, out)
     assert out.eq(1).all()

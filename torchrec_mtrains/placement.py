@@ -95,6 +95,7 @@ def place(model: nn.Module, source: BatchSource, model_options: ModelOptions, op
         plan = _plan_by_hand(source.tables, model_options, TierChain(options.pool_rows, (home,)), world_size)
         return Placement(tiered, plan, _plan_rows(plan, source.tables, model_options))
 
+    assert options.ddr_budget_bytes is not None, "PlacementOptions has one of the two"
     planner = TieredShardingPlanner(
         topology=TieredTopology(
             world_size=world_size,
