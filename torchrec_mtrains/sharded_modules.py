@@ -79,13 +79,14 @@ class ShardedTieredEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sharding = TIERED_SHARDINGS[sharding_infos[0].param_sharding.sharding_type]
         return sharding(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
 
-    def tiered_kernels(self) -> Iterator[BatchedTieredEmbeddingBag]:
-        """The compute kernels of tiered tables on this rank, in the order of lookups and groups."""
+    def _kernels(self) -> Iterator[Any]:
         for lookup in self._lookups:
             inner = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
-            for kernel in inner._emb_modules:
-                if isinstance(kernel, BatchedTieredEmbeddingBag):
-                    yield kernel
+            yield from inner._emb_modules
+
+    def tiered_kernels(self) -> Iterator[BatchedTieredEmbeddingBag]:
+        """The compute kernels of tiered tables on this rank, in the order of lookups and groups."""
+        return (kernel for kernel in self._kernels() if isinstance(kernel, BatchedTieredEmbeddingBag))
 
     def _tiered_tables(self) -> dict[str, TieredParameterSharding]:
         return {name: s for name, s in self.module_sharding_plan.items() if isinstance(s, TieredParameterSharding)}
@@ -129,6 +130,13 @@ class ShardedTieredEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """Initial values of stock tables. A tiered table's are deferred, or were written when it was made."""
         with self._without_tiered_tables():
             super().reset_parameters()
+
+    @staticmethod
+    def _pre_state_dict_hook(self: ShardedTieredEmbeddingBagCollection, prefix: str = "", keep_vars: bool = False) -> None:
+        # Stock tables flush their caches. Tiered rows are read wherever they are, when they are read.
+        for kernel in self._kernels():
+            if not isinstance(kernel, BatchedTieredEmbeddingBag):
+                kernel.flush()
 
     @staticmethod
     def _pre_load_state_dict_hook(self: ShardedTieredEmbeddingBagCollection, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
