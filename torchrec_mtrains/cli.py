@@ -177,9 +177,11 @@ def _plan(o: dict[str, Any]) -> None:
 @click.version_option(__version__, prog_name="mtrains")
 def main() -> None:
     """Storage tiers for TorchRec: train embedding tables larger than memory from an SSD."""
+    from .meters import keep_freed_memory_small
     from .show import quiet
 
     quiet()
+    keep_freed_memory_small()
 
 
 @main.command()

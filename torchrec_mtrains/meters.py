@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import time
@@ -40,6 +41,18 @@ class StepClock:
         self.lap(phase)
         self._mark = None
         return sum(self.seconds.values())
+
+
+def keep_freed_memory_small(threshold_bytes: int = 1 << 20) -> None:
+    """Have glibc give memory that a step frees back to the system.
+
+    By itself it raises its thresholds with every large buffer that is freed and keeps up to 64 MiB, more or less by chance, so
+    that a process's resident memory says little about what it holds. Elsewhere than on glibc this does nothing.
+    """
+    m_trim_threshold = -1  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(m_trim_threshold, threshold_bytes)
 
 
 def peak_rss_bytes() -> int:
