@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from torchrec.distributed.planner.types import ShardingOption
+from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from .sharding_options import TieredShardingOption
 
@@ -33,14 +34,14 @@ class Table:
     in_memory: ShardingOption | None
     tiered: TieredShardingOption | None
 
-    @property
+    @cached_property
     def full_level(self) -> float:
         """The level from which the table is in memory. Infinite where it must not be, 0 where the SSD would save no DDR."""
         if self.tiered is None:
             return 0.0
         if self.in_memory is None:
             return math.inf
-        if self.tiered.resized(0).total_storage.ddr >= self.in_memory.total_storage.ddr:
+        if self.tiered.storage_with(self.tiered.min_pool_rows).ddr >= self.in_memory.total_storage.ddr:
             return 0.0
         return full_pool_level(self.tiered)
 
@@ -50,6 +51,12 @@ class Table:
             assert self.in_memory is not None
             return self.in_memory
         return self.tiered.resized(pool_rows(self.tiered, level))
+
+    def storage_at(self, level: float) -> Storage:
+        """Storage of all shards at a level."""
+        if self.tiered is None or level >= self.full_level:
+            return self.at(level).total_storage
+        return self.tiered.storage_with(pool_rows(self.tiered, level))
 
 
 def full_pool_level(tiered: TieredShardingOption) -> float:

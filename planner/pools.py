@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
@@ -23,7 +24,7 @@ class _Resident:
     shard: int
     in_memory: ShardingOption | None
 
-    @property
+    @cached_property
     def full_level(self) -> float:
         return Table(self.option.name, self.in_memory, self.option).full_level
 

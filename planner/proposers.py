@@ -62,9 +62,8 @@ class TieredProposer(Proposer):
         if self._fits or any(table.in_memory is None and table.tiered is None for table in self.tables):
             return
         for level in breakpoints(table.full_level for table in self.tables):
-            proposal = [table.at(level) for table in self.tables]
-            if total(proposal).fits_in(everything):
-                yield proposal
+            if total_at(self.tables, level).fits_in(everything):
+                yield [table.at(level) for table in self.tables]
                 if self._fits:
                     return
 
@@ -97,6 +96,6 @@ def _in_memory(options: list[ShardingOption]) -> list[ShardingOption]:
     return [o for o in options if not isinstance(o, TieredShardingOption)]
 
 
-def total(options: Sequence[ShardingOption]) -> Storage:
-    """Storage of all shards of all options."""
-    return sum((o.total_storage for o in options), Storage(0, 0, 0))
+def total_at(tables: Sequence[Table], level: float) -> Storage:
+    """Storage of all shards of all tables at a level."""
+    return sum((table.storage_at(level) for table in tables), Storage(0, 0, 0))

@@ -63,6 +63,11 @@ class TieredShardingOption(ShardingOption):
         option._resize(max(self.min_pool_rows, min(pool_rows, self.shard_rows)))
         return option
 
+    def storage_with(self, pool_rows: int) -> Storage:
+        """Storage of all shards, had they pools of ``pool_rows``."""
+        ddr = sum(self.ddr_bytes(i, pool_rows) for i in range(self.num_shards))
+        return Storage(hbm=0, ddr=ddr, ssd=self.total_storage.ssd)
+
     def ddr_bytes(self, shard: int, pool_rows: int) -> int:
         """DDR of one shard, had it a pool of ``pool_rows``."""
         rows = self.shards[shard].size[0]

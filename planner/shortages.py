@@ -10,7 +10,7 @@ from .errors import InsufficientStorageError
 from .estimators import charged
 from .levels import Table, breakpoints
 from .partitioners import NoRoomError, place_by_room
-from .proposers import total
+from .proposers import total_at
 
 _ADVICE = {
     "ddr": "Raise ddr_budget_bytes, add ranks, shrink the batch (pools hold the rows of a batch at least; see min_pool_rows) or the "
@@ -32,20 +32,17 @@ def shortage(
         found = _shard_too_large(table.name, options, capacity)
         if found:
             return found
-    smallest = [table.at(0.0) for table in tables]
-    short = total(smallest).ddr - everything.ddr
-    if short > 0:
-        return _error(
-            "ddr", short, f"the tables need {total(smallest).ddr} bytes even with the smallest pools, the ranks have {everything.ddr}"
-        )
-    plans = [[table.at(level) for table in tables] for level in breakpoints(table.full_level for table in tables)]
-    short = min(total(plan).ssd - everything.ssd for plan in plans if total(plan).ddr <= everything.ddr)
-    if short > 0:
-        return _error(
-            "ssd", short, f"tables that do not fit in memory need {everything.ssd + short} bytes, the ranks have {everything.ssd}"
-        )
+    need = total_at(tables, 0.0).ddr
+    if need > everything.ddr:
+        what = f"the tables need {need} bytes even with the smallest pools, the ranks have {everything.ddr}"
+        return _error("ddr", need - everything.ddr, what)
+    levels = breakpoints(table.full_level for table in tables)
+    need = min(storage.ssd for level in levels if (storage := total_at(tables, level)).ddr <= everything.ddr)
+    if need > everything.ssd:
+        what = f"the tables that do not fit in memory need {need} bytes, the ranks have {everything.ssd}"
+        return _error("ssd", need - everything.ssd, what)
     try:
-        place_by_room(smallest, capacity)
+        place_by_room([table.at(0.0) for table in tables], capacity)
     except NoRoomError as error:
         return _error(error.tier, error.short_bytes, str(error))
     return None
