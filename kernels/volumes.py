@@ -81,6 +81,14 @@ class Volume(Protocol):
     def stats(self) -> dict[str, Any]:
         """Counters since the volume was opened; units are in the names."""
 
+    @property
+    def epochs(self) -> list[int]:
+        """The checkpoints that are kept, oldest first."""
+
+    @property
+    def id(self) -> str:
+        """A name that no other volume has."""
+
     def close(self) -> None:
         """Lets go of the volume. What was not checkpointed is lost."""
 
@@ -177,6 +185,11 @@ class SsdVolume(_NativeVolume):
             _say_once(f"SSD volumes read through pread threads, slower than io_uring: {reason}")
         if not self._native.direct():
             _say_once(f"the file system of {self.paths} has no O_DIRECT: reads go through the page cache")
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Whether room is short and checkpoints hold some back: the training loop then commits one at its next step boundary."""
+        return self._native.wants_checkpoint()
 
 
 @functools.cache

@@ -467,3 +467,38 @@ def test_files_are_private(path: str) -> None:
     small_table(volume).put(ids(1), records(1))
     volume.checkpoint(1)
     assert {f.stat().st_mode & 0o777 for f in Path(path).iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("every", [None, 8, 40])
+def test_cleaning_makes_room_for_random_overwrites_and_loses_nothing(path: str, share: float, every: int | None) -> None:
+    capacity, record_bytes = 24 << 20, 260
+    rows = int(capacity * (share if every is None else share / 2.5) / 293)
+    volume = SsdVolume((path,), capacity)
+    tables = [v.table("t", row_count=rows, record_bytes=record_bytes) for v in (volume, MemoryVolume())]
+    generator = torch.Generator().manual_seed(0)
+    for table in tables:
+        table.put(torch.arange(rows), torch.zeros(rows, record_bytes, dtype=torch.uint8))
+    out = [torch.empty(500, record_bytes, dtype=torch.uint8) for _ in tables]
+    for step in range(300):
+        put, get = torch.randint(0, rows, (2, 500), generator=generator)
+        values = torch.randint(0, 256, (500, record_bytes), dtype=torch.uint8, generator=generator)
+        for table, o in zip(tables, out, strict=True):
+            table.put(put, values)
+            table.get(get, o)
+        assert torch.equal(*out), step
+        if every is not None and (step % every == 0 or volume.wants_checkpoint):
+            volume.checkpoint(step)
+            committed = torch.empty(rows, record_bytes, dtype=torch.uint8)
+            tables[1].get(torch.arange(rows), committed)
+    assert volume.stats()["moved_rows"] > 0
+    assert sum(f.stat().st_blocks * 512 for f in Path(path).iterdir()) <= capacity + 16 * 4096
+    if every is None:
+        volume.checkpoint(1)
+        committed = torch.empty(rows, record_bytes, dtype=torch.uint8)
+        tables[1].get(torch.arange(rows), committed)
+    volume.close()
+    volume = SsdVolume((path,), capacity)
+    mine = torch.empty(rows, record_bytes, dtype=torch.uint8)
+    volume.table("t", row_count=rows, record_bytes=record_bytes).get(torch.arange(rows), mine)
+    assert torch.equal(mine, committed)

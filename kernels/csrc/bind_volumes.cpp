@@ -57,6 +57,10 @@ nb::dict stats_of(const Volume& volume) {
   d["write_bytes"] = s.write_bytes;
   d["disk_bytes"] = s.disk_bytes;
   d["checkpoints"] = s.checkpoints;
+  d["cleaned_segments"] = s.cleaned_segments;
+  d["moved_rows"] = s.moved_rows;
+  d["clean_read_ios"] = s.clean_read_ios;
+  d["clean_read_bytes"] = s.clean_read_bytes;
   d["read_wait_seconds"] = s.read_wait_seconds;
   return d;
 }
@@ -106,7 +110,8 @@ void bind_volumes(nb::module_& m) {
            "paths"_a, "capacity_bytes"_a, "keep_checkpoints"_a, "backend"_a, "depth"_a)
       .def("await_restore", &SsdVolume::await_restore)
       .def("fallback_reason", &SsdVolume::fallback_reason)
-      .def("direct", &SsdVolume::direct);
+      .def("direct", &SsdVolume::direct)
+      .def("wants_checkpoint", &SsdVolume::wants_checkpoint);
 
   m.def("random_reads",
         [](const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend, uint64_t seed) {

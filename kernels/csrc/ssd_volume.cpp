@@ -48,10 +48,11 @@ SsdVolume::SsdVolume(SsdOptions options) : options_(std::move(options)) {
                                                std::to_string(options_.capacity_bytes));
   }
   for (const std::string& path : options_.paths) folders_.emplace_back(path);
-  segment_bytes_ = std::clamp(std::bit_floor(options_.capacity_bytes / 64), kLeastSegmentBytes, kMostSegmentBytes);
+  segment_bytes_ = std::clamp(std::bit_floor(options_.capacity_bytes / 256), kLeastSegmentBytes, kMostSegmentBytes);
   open_newest();
   queue_ = std::make_unique<IoQueue>(options_.backend, options_.depth,
                                      [this](const IoJob& job, const std::byte* data, int error) { on_io(job, data, error); });
+  cleaner_ = std::thread([this] { clean(); });
 }
 
 SsdVolume::~SsdVolume() {
@@ -59,6 +60,7 @@ SsdVolume::~SsdVolume() {
     close();
   } catch (const Error&) {  // nothing more can be done with it
   }
+  stop_cleaner();
 }
 
 void SsdVolume::open_newest() {
@@ -122,7 +124,7 @@ void SsdVolume::load(const Manifest& manifest) {
     segment->capacity_blocks = static_cast<uint32_t>((segment_bytes_ - kPageBytes) / segment->block_bytes);
     segment->blocks = at->second.blocks;
     replay(*segment, sequences);
-    Stream& stream = stream_of(segment->block_bytes);
+    Stream& stream = stream_of(segment->block_bytes, false);
     if (segment->blocks < segment->capacity_blocks) stream.current = segment;  // the newest of them goes on
   }
   for (Table& t : tables_) {
@@ -130,6 +132,8 @@ void SsdVolume::load(const Manifest& manifest) {
       if (t.index[row]) ++segments_.at(Place::unpack(t.index[row]).segment)->live;
     }
   }
+  coming_ = 0;
+  for (const Kept& k : kept_) keep(k);
 }
 
 void SsdVolume::replay(Segment& segment, std::vector<LazyArray<uint64_t>>& sequences) {
@@ -156,13 +160,14 @@ void SsdVolume::replay(Segment& segment, std::vector<LazyArray<uint64_t>>& seque
     const uint32_t count = std::min(blocks_per_read, segment.blocks - first);
     read_whole(block_offset(segment.block_bytes, first), uint64_t{count} * segment.block_bytes);
     for (uint32_t b = 0; b < count; ++b) {
-      replay_block(segment, first + b, buffer.get() + uint64_t{b} * segment.block_bytes, sequences);
+      segment.records += replay_block(segment, first + b, buffer.get() + uint64_t{b} * segment.block_bytes, sequences);
     }
   }
 }
 
-void SsdVolume::replay_block(const Segment& segment, uint32_t block, const std::byte* data,
-                             std::vector<LazyArray<uint64_t>>& sequences) {
+uint32_t SsdVolume::replay_block(const Segment& segment, uint32_t block, const std::byte* data,
+                                 std::vector<LazyArray<uint64_t>>& sequences) {
+  uint32_t records = 0;
   const std::string file = folders_[segment.path].segment_file(segment.number);
   const TableId number = header_of(data).table;
   auto fail = [&](const std::string& what) {
@@ -182,18 +187,21 @@ void SsdVolume::replay_block(const Segment& segment, uint32_t block, const std::
       fail("the record of table '" + table.spec.name + "', row " + std::to_string(h.row) + " fails its checksum");
     }
     uint64_t& newest = sequences[number - 1][static_cast<size_t>(h.row)];
+    ++records;
     if (h.sequence < newest) continue;
     newest = h.sequence;
     table.index[static_cast<size_t>(h.row)] = place.pack();
   }
+  return records;
 }
 
-SsdVolume::Stream& SsdVolume::stream_of(uint32_t block_bytes) {
+SsdVolume::Stream& SsdVolume::stream_of(uint32_t block_bytes, bool survivors) {
   for (Stream& s : streams_) {
-    if (s.block_bytes == block_bytes) return s;
+    if (s.block_bytes == block_bytes && s.survivors == survivors) return s;
   }
   Stream& s = streams_.emplace_back();
   s.block_bytes = block_bytes;
+  s.survivors = survivors;
   s.chunk_blocks = static_cast<uint32_t>(std::max<uint64_t>(kChunkBytes / block_bytes, 1));
   return s;
 }
@@ -205,12 +213,15 @@ SsdVolume::Table& SsdVolume::add_table(const TableSpec& spec, const Initializer&
                                                " bytes does not fit this volume's segments of " + std::to_string(segment_bytes_) +
                                                "; raise capacity_bytes of a new volume");
   }
-  Stream& stream = stream_of(shape.block_bytes);
-  ++stream.tables;
-  Table& t = tables_.emplace_back(Table{static_cast<TableId>(tables_.size() + 1), spec, init, shape, &stream,
-                                        LazyArray<uint64_t>(static_cast<size_t>(spec.row_count)), aligned(shape.block_bytes), {}});
-  t.open_rows.reserve(shape.records);
-  return t;
+  auto open = [&](bool survivors) {
+    Stream& stream = stream_of(shape.block_bytes, survivors);
+    ++stream.tables;
+    OpenBlock block{&stream, survivors ? kOpen | kMoved : kOpen, aligned(shape.block_bytes), {}};
+    block.rows.reserve(shape.records);
+    return block;
+  };
+  return tables_.emplace_back(Table{static_cast<TableId>(tables_.size() + 1), spec, init, shape,
+                                    LazyArray<uint64_t>(static_cast<size_t>(spec.row_count)), open(false), open(true)});
 }
 
 TableId SsdVolume::table(const TableSpec& spec, const Initializer& init) {
@@ -259,27 +270,26 @@ uint64_t SsdVolume::used_bytes() const {
 }
 
 void SsdVolume::refuse_full() const {
-  uint64_t live = 0, held = 0;
-  std::set<uint32_t> kept;
-  for (const Kept& k : kept_) kept.insert(k.segments.begin(), k.segments.end());
+  uint64_t live = 0, records = 0;
   for (const auto& [number, s] : segments_) {
-    if (s->blocks == 0) continue;
-    if (s->live > 0) ++live;
-    if (s->live == 0 && kept.contains(number)) ++held;
+    live += s->live;
+    records += s->records;
   }
   throw Error(ErrorKind::kVolumeFull,
               "volume " + name() + " is full: capacity_bytes is " + std::to_string(options_.capacity_bytes) + ", " +
                   std::to_string(used_bytes()) + " are used by " + std::to_string(segments_.size()) + " segments of " +
-                  std::to_string(segment_bytes_) + " bytes (" + std::to_string(live) + " hold newest rows, " +
-                  std::to_string(held) + " are kept for checkpoints alone). Nothing was changed, and everything up to the last "
-                  "checkpoint is intact. Raise capacity_bytes, keep fewer checkpoints, or raise pool_rows so that fewer rows are "
-                  "written back");
+                  std::to_string(segment_bytes_) + " bytes; of their " + std::to_string(records) + " records " +
+                  std::to_string(live) + " are the newest of their rows, and " + std::to_string(coming_) +
+                  " segments are kept for checkpoints alone. Nothing was changed, and everything up to the last checkpoint is "
+                  "intact. Raise capacity_bytes, commit a checkpoint more often, or keep fewer of them");
+}
+
+bool SsdVolume::fits(uint64_t more_segments) const {
+  return used_bytes() + more_segments * segment_bytes_ + manifest_bytes() <= options_.capacity_bytes;
 }
 
 std::shared_ptr<SsdVolume::Segment> SsdVolume::make_segment(uint32_t block_bytes) {
-  auto fits = [&] { return used_bytes() + segment_bytes_ + manifest_bytes() <= options_.capacity_bytes; };
-  if (!fits()) reclaim();
-  if (!fits()) refuse_full();
+  if (!fits(1)) refuse_full();
   if (next_segment_ >= kMostSegments) throw Error(ErrorKind::kVolumeFull, "volume " + name() + " has used up its segment numbers");
   auto segment = std::make_shared<Segment>();
   segment->number = next_segment_;
@@ -299,31 +309,71 @@ std::shared_ptr<SsdVolume::Segment> SsdVolume::make_segment(uint32_t block_bytes
     throw_io("write", folders_[segment->path].segment_file(segment->number), error);
   }
   ++next_segment_;
+  ++made_segments_;
   segments_[segment->number] = segment;
   return segment;
 }
 
-void SsdVolume::ensure_room(const Table& table, size_t rows) {
-  Stream& stream = *table.stream;
-  const uint64_t needed = (table.open_rows.size() + rows) / table.shape.records + stream.tables;
+uint64_t SsdVolume::room_of(const Stream& stream) {
   uint64_t room = stream.current ? stream.current->capacity_blocks - stream.current->blocks : 0;
   for (const auto& s : stream.ready) room += s->capacity_blocks;
-  while (room < needed) {
+  return room;
+}
+
+void SsdVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
+  Stream& stream = *table.fresh.stream;
+  // Blocks that these rows fill, and one for every block that a flush would seal.
+  const uint64_t needed = (table.fresh.rows.size() + rows) / table.shape.records + stream.tables;
+  while (room_of(stream) < needed) {
+    if (!fits(comfortable())) reclaim();
+    if (!fits(comfortable())) {  // the cleaner first does what it can
+      const uint64_t round = idle_rounds_;
+      ++waiting_for_room_;
+      asked_ = true;
+      cleaner_wake_.notify_one();
+      room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty(); });
+      --waiting_for_room_;
+      require_usable();
+    }
+    if (!fits(1 + reserve())) refuse_full();
     stream.ready.push_back(make_segment(stream.block_bytes));
-    room += stream.ready.back()->capacity_blocks;
+  }
+  if (cleaning_is_due()) cleaner_wake_.notify_one();
+}
+
+void SsdVolume::lose(uint64_t place) {
+  Segment& segment = *segments_.at(Place::unpack(place).segment);
+  if (--segment.live == 0 && segment.kept > 0) ++coming_;
+}
+
+void SsdVolume::keep(const Kept& kept) {
+  for (const uint32_t number : kept.segments) {
+    Segment& segment = *segments_.at(number);
+    if (segment.kept++ == 0 && segment.live == 0) ++coming_;
   }
 }
 
-void SsdVolume::reclaim() {
-  std::set<uint32_t> wanted;
-  for (const Kept& k : kept_) wanted.insert(k.segments.begin(), k.segments.end());
-  for (const Stream& s : streams_) {
-    if (s.current) wanted.insert(s.current->number);
-    for (const auto& r : s.ready) wanted.insert(r->number);
+void SsdVolume::let_go(const Kept& kept) {
+  for (const uint32_t number : kept.segments) {
+    Segment& segment = *segments_.at(number);
+    if (--segment.kept == 0 && segment.live == 0) --coming_;
   }
+}
+
+std::set<uint32_t> SsdVolume::filling() const {
+  std::set<uint32_t> numbers;
+  for (const Stream& s : streams_) {
+    if (s.current) numbers.insert(s.current->number);
+    for (const auto& r : s.ready) numbers.insert(r->number);
+  }
+  return numbers;
+}
+
+void SsdVolume::reclaim() {
+  const std::set<uint32_t> busy = filling();
   std::vector<uint32_t> dead;
   for (const auto& [number, s] : segments_) {
-    if (s->live == 0 && s->chunks.empty() && !wanted.contains(number)) dead.push_back(number);
+    if (s->live == 0 && s->kept == 0 && s->chunks.empty() && !busy.contains(number)) dead.push_back(number);
   }
   for (const uint32_t number : dead) remove_segment(number);
 }
@@ -344,55 +394,58 @@ void SsdVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   require_usable();
   Table& table = tables_.at(id);
   require_rows(table.spec, rows);
-  ensure_room(table, rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) append(table, rows[i], parts, slots[i], lock);
+  ensure_room(table, rows.size(), lock);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    gather_record(parts, slots[i], append(table, table.fresh, rows[i], next_sequence_++, lock));
+  }
   stats_.put_rows += rows.size();
 }
 
-void SsdVolume::append(Table& table, int64_t row, std::span<const Part> parts, int32_t slot, Lock& lock) {
-  const uint64_t stride = table.shape.stride_bytes;
+std::byte* SsdVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock) {
   uint64_t& entry = table.index[static_cast<size_t>(row)];
+  const RecordHeader header{0, table.id, row, sequence};
   for (;;) {  // seal may wait, and another thread may put meanwhile
     if (entry & kOpen) {
-      gather_record(parts, slot, table.open_block.get() + (entry & ~kOpen) * stride + kRecordHeaderBytes);
-      return;
+      std::byte* record = table.open_record(entry);
+      std::memcpy(record, &header, sizeof header);
+      return record + kRecordHeaderBytes;
     }
-    if (table.open_rows.size() < table.shape.records) break;
-    seal(table, lock);
+    if (open.rows.size() < table.shape.records) break;
+    seal(table, open, lock);
   }
-  if (entry) --segments_.at(Place::unpack(entry).segment)->live;
-  const size_t i = table.open_rows.size();
-  std::byte* record = table.open_block.get() + i * stride;
-  const RecordHeader header{0, table.id, row, next_sequence_++};
+  if (entry) lose(entry);
+  entry = open.flag | open.rows.size();
+  std::byte* record = table.open_record(entry);
   std::memcpy(record, &header, sizeof header);
-  gather_record(parts, slot, record + kRecordHeaderBytes);
   const size_t used = kRecordHeaderBytes + table.spec.record_bytes;
-  std::memset(record + used, 0, stride - used);
-  table.open_rows.push_back(row);
-  entry = kOpen | i;
+  std::memset(record + used, 0, table.shape.stride_bytes - used);
+  open.rows.push_back(row);
+  return record + kRecordHeaderBytes;
 }
 
-void SsdVolume::seal(Table& table, Lock& lock) {
-  if (table.open_rows.empty()) return;
-  Stream& stream = *table.stream;
+void SsdVolume::seal(Table& table, OpenBlock& open, Lock& lock) {
+  if (open.rows.empty()) return;
+  Stream& stream = *open.stream;
   Chunk* chunk = take_chunk(stream, lock);
-  if (table.open_rows.empty()) return;  // another thread sealed it while this one waited
+  if (open.rows.empty()) return;  // another thread sealed it while this one waited
   Segment& segment = *chunk->segment;
   const uint32_t block = segment.blocks++;
-  for (uint32_t i = 0; i < table.open_rows.size(); ++i) {
-    std::byte* record = table.open_block.get() + uint64_t{i} * table.shape.stride_bytes;
+  for (uint32_t i = 0; i < open.rows.size(); ++i) {
+    std::byte* record = open.bytes.get() + uint64_t{i} * table.shape.stride_bytes;
     const uint64_t place = Place{segment.number, block, i}.pack();
     const uint32_t crc = record_crc(record, table.spec.record_bytes, place);
     std::memcpy(record, &crc, sizeof crc);
-    table.index[static_cast<size_t>(table.open_rows[i])] = place;
+    table.index[static_cast<size_t>(open.rows[i])] = place;
   }
-  segment.live += table.open_rows.size();
+  if (segment.live == 0 && segment.kept > 0) --coming_;
+  segment.live += open.rows.size();
+  segment.records += static_cast<uint32_t>(open.rows.size());
   segment.unsynced = true;
   std::byte* to = chunk->buffer.get() + uint64_t{chunk->blocks++} * stream.block_bytes;
-  const size_t used = table.open_rows.size() * table.shape.stride_bytes;
-  std::memcpy(to, table.open_block.get(), used);
+  const size_t used = open.rows.size() * table.shape.stride_bytes;
+  std::memcpy(to, open.bytes.get(), used);
   std::memset(to + used, 0, stream.block_bytes - used);
-  table.open_rows.clear();
+  open.rows.clear();
   if (chunk->blocks == stream.chunk_blocks || segment.blocks == segment.capacity_blocks) dispatch(stream);
 }
 
@@ -400,6 +453,7 @@ SsdVolume::Chunk* SsdVolume::take_chunk(Stream& stream, Lock& lock) {
   if (stream.chunk) return stream.chunk;
   if (stream.spare.empty() && stream.chunks.size() < kMostChunks) {
     stream.chunks.push_back(std::make_unique<Chunk>());
+    stream.chunks.back()->stream = &stream;
     stream.chunks.back()->buffer = aligned(uint64_t{stream.chunk_blocks} * stream.block_bytes);
     stream.spare.push_back(stream.chunks.back().get());
   }
@@ -442,15 +496,16 @@ void SsdVolume::on_written(Chunk& chunk, int error) {
     }
   } else {
     std::erase(chunk.segment->chunks, &chunk);
-    for (Stream& s : streams_) {
-      if (s.block_bytes == chunk.segment->block_bytes) s.spare.push_back(&chunk);
-    }
+    chunk.stream->spare.push_back(&chunk);
   }
   written_.notify_all();
 }
 
 void SsdVolume::drain(Lock& lock) {
-  for (Table& t : tables_) seal(t, lock);
+  for (Table& t : tables_) {
+    seal(t, t.fresh, lock);
+    seal(t, t.moved, lock);
+  }
   for (Stream& s : streams_) dispatch(s);
   written_.wait(lock, [&] { return writing_ == 0; });
   require_usable();
@@ -460,6 +515,132 @@ void SsdVolume::flush() {
   Lock lock(mutex_);
   require_usable();
   drain(lock);
+}
+
+// -- cleaning
+
+bool SsdVolume::cleaning_is_due() const {
+  // What a kept manifest names comes back only when that manifest goes: with checkpoints, cleaning begins as many segments
+  // earlier as are filled until then, and what it has emptied already counts as room.
+  const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * std::max(made_segments_, made_before_);
+  const uint64_t wanted = 1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then;
+  return !fits(wanted > coming_ ? wanted - coming_ : 0);
+}
+
+uint64_t SsdVolume::held_back() const {
+  return 2 + reserve() + (made_before_ > made_segments_ ? made_before_ - made_segments_ : 0);
+}
+
+uint64_t SsdVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() : held_back()); }
+
+std::shared_ptr<SsdVolume::Segment> SsdVolume::victim() const {
+  const std::set<uint32_t> busy = filling();
+  // One that is held gives nothing back yet, and puts go on until it does.
+  const bool roomy = fits(held_back());
+  std::shared_ptr<Segment> best;
+  double best_share = 0.95;  // of its records that are newest: beyond, copying gains nothing
+  for (const auto& [number, s] : segments_) {
+    if (s->records == 0 || s->live == 0 || !s->chunks.empty() || busy.contains(number)) continue;
+    if (s->kept > 0 && !roomy) continue;
+    const double share = static_cast<double>(s->live) / s->records + (s->kept > 0 ? 0.1 : 0);
+    if (share < best_share) {
+      best = s;
+      best_share = share;
+    }
+  }
+  return best;
+}
+
+void SsdVolume::clean() {
+  auto due = [&] { return cleaning_is_due() || (waiting_for_room_ > 0 && !fits(comfortable())); };
+  Lock lock(mutex_);
+  while (!stop_cleaner_) {
+    cleaner_wake_.wait(lock, [&] { return stop_cleaner_ || asked_ || due(); });
+    asked_ = false;
+    reclaim();
+    const std::shared_ptr<Segment> segment = due() ? victim() : nullptr;
+    bool moved = false;
+    if (segment && !stop_cleaner_) {
+      lock.unlock();
+      moved = move_survivors(segment);
+      lock.lock();
+      stats_.cleaned_segments += moved;
+      reclaim();
+    }
+    if (!moved) ++idle_rounds_;
+    room_made_.notify_all();
+    // Nothing to do until something changes: a checkpoint, or puts that make newest records old.
+    if (!moved) cleaner_wake_.wait_for(lock, std::chrono::milliseconds(20), [&] { return stop_cleaner_ || asked_; });
+  }
+}
+
+bool SsdVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
+  const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kReplayBytes / segment->block_bytes, 1));
+  const AlignedBytes buffer = aligned(uint64_t{per_read} * segment->block_bytes);
+  for (uint32_t first = 0; first < segment->blocks; first += per_read) {
+    std::lock_guard commit(commit_mutex_);
+    Lock lock(mutex_);
+    const auto at = segments_.find(segment->number);
+    if (stop_cleaner_ || at == segments_.end() || at->second != segment || !write_error_.empty()) return false;
+    if (segment->live == 0) return true;
+    lock.unlock();
+    const uint32_t count = std::min(per_read, segment->blocks - first);
+    const uint64_t bytes = uint64_t{count} * segment->block_bytes;
+    const ssize_t n = pread(segment->file.fd(), buffer.get(), bytes, static_cast<off_t>(block_offset(segment->block_bytes, first)));
+    lock.lock();
+    if (n != static_cast<ssize_t>(bytes)) {
+      write_error_ = "cleaning could not read " + folders_[segment->path].segment_file(segment->number) + " at block " +
+                     std::to_string(first) + " (" + text_of(n < 0 ? errno : IoQueue::kShort) + ")";
+      return false;
+    }
+    ++stats_.clean_read_ios;
+    stats_.clean_read_bytes += bytes;
+    try {
+      for (uint32_t b = 0; b < count; ++b) {
+        move_block(*segment, first + b, buffer.get() + uint64_t{b} * segment->block_bytes, lock);
+      }
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kVolumeFull) write_error_ = e.what();
+      return false;
+    }
+  }
+  return true;
+}
+
+void SsdVolume::move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock) {
+  const TableId number = header_of(data).table;
+  if (number == 0 || number > tables_.size()) {
+    throw Error(ErrorKind::kDamagedRecord, "segment " + std::to_string(segment.number) + ", block " + std::to_string(block) +
+                                               " holds no record of a known table");
+  }
+  Table& table = tables_[number - 1];
+  Stream& stream = *table.moved.stream;
+  while (room_of(stream) < 1 + stream.tables) stream.ready.push_back(make_segment(stream.block_bytes));
+  for (uint32_t i = 0; i < table.shape.records; ++i) {
+    const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
+    const RecordHeader h = header_of(record);
+    if (h.table == 0) break;
+    const Place place{segment.number, block, i};
+    if (h.table != number || h.row < 0 || h.row >= table.spec.row_count) {
+      throw Error(ErrorKind::kDamagedRecord, "damaged: " + describe(table, h.row, place));
+    }
+    if (table.moved.rows.size() == table.shape.records) seal(table, table.moved, lock);  // may let puts in, so before the look
+    if (table.index[static_cast<size_t>(h.row)] != place.pack()) continue;  // no longer the newest
+    if (h.crc != record_crc(record, table.spec.record_bytes, place.pack())) {
+      throw Error(ErrorKind::kDamagedRecord, "damaged: " + describe(table, h.row, place) + " fails its checksum");
+    }
+    std::memcpy(append(table, table.moved, h.row, h.sequence, lock), record + kRecordHeaderBytes, table.spec.record_bytes);
+    ++stats_.moved_rows;
+  }
+}
+
+void SsdVolume::stop_cleaner() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_cleaner_ = true;
+  }
+  cleaner_wake_.notify_all();
+  if (cleaner_.joinable()) cleaner_.join();
 }
 
 // -- reading
@@ -483,7 +664,7 @@ uint64_t SsdVolume::submit_get(std::vector<GetRequest> requests) {
   std::vector<std::byte> initial;
   for (uint32_t r = 0; r < batch->requests.size(); ++r) {
     const GetRequest& request = batch->requests[r];
-    const Table& table = tables_[request.table];
+    Table& table = tables_[request.table];
     batch->tables.push_back(&table);
     stats_.get_rows += request.rows.size();
     for (uint32_t i = 0; i < request.rows.size(); ++i) {
@@ -497,7 +678,7 @@ uint64_t SsdVolume::submit_get(std::vector<GetRequest> requests) {
         continue;
       }
       if (entry & kOpen) {
-        record = table.open_block.get() + (entry & ~kOpen) * table.shape.stride_bytes;
+        record = table.open_record(entry);
       } else {
         const Place place = Place::unpack(entry);
         const Segment& segment = *segments_.at(place.segment);
@@ -631,6 +812,7 @@ void SsdVolume::checkpoint(uint64_t epoch) {
     s->unsynced = false;
   }
   kept_.push_back(kept);  // from here on its segments stay
+  keep(kept);
   lock.unlock();
   try {
     for (const auto& s : unsynced) sync_file(s->file.fd(), folders_[s->path].segment_file(s->number));
@@ -641,18 +823,22 @@ void SsdVolume::checkpoint(uint64_t epoch) {
     kept_.back().bytes = bytes.size();
   } catch (const Error& e) {
     lock.lock();
+    let_go(kept_.back());
     kept_.pop_back();
     if (e.kind() != ErrorKind::kVolumeFull) sync_error_ = e.what();
     for (const auto& s : unsynced) s->unsynced = true;
     throw;
   }
   ++stats_.checkpoints;
+  made_before_ = std::exchange(made_segments_, 0);
   while (kept_.size() > options_.keep_checkpoints) {
     folders_[0].remove_manifest(kept_.front().epoch);
+    let_go(kept_.front());
     kept_.erase(kept_.begin());
   }
   folders_[0].sync();
   reclaim();
+  room_made_.notify_all();
 }
 
 std::vector<uint64_t> SsdVolume::epochs() const {
@@ -691,7 +877,8 @@ void SsdVolume::restore(uint64_t epoch) {
   folders_[0].sync();
   for (Table& t : tables_) {
     t.index.clear();
-    t.open_rows.clear();
+    t.fresh.rows.clear();
+    t.moved.rows.clear();
   }
   for (Stream& s : streams_) {
     s.current.reset();
@@ -741,7 +928,13 @@ std::string SsdVolume::describe(const Table& table, int64_t row, Place place) co
          ", record " + std::to_string(place.position) + ", table '" + table.spec.name + "', row " + std::to_string(row);
 }
 
+bool SsdVolume::wants_checkpoint() const {
+  std::lock_guard lock(mutex_);
+  return !kept_.empty() && !fits(2 + reserve() + options_.capacity_bytes / segment_bytes_ / 16);
+}
+
 void SsdVolume::close() {
+  stop_cleaner();
   std::lock_guard commit(commit_mutex_);
   Lock lock(mutex_);
   if (closed_) return;
@@ -753,10 +946,8 @@ void SsdVolume::close() {
       return std::all_of(batches_.begin(), batches_.end(), [](const auto& b) { return b.second->left == 0; });
     });
   }
-  std::set<uint32_t> wanted;
-  for (const Kept& k : kept_) wanted.insert(k.segments.begin(), k.segments.end());
   for (const auto& [number, s] : segments_) {
-    if (!wanted.contains(number)) folders_[s->path].remove_segment(number);
+    if (s->kept == 0) folders_[s->path].remove_segment(number);
   }
   segments_.clear();
   for (Stream& s : streams_) {

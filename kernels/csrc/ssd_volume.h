@@ -5,9 +5,10 @@
 // stream's chunk, which goes to disk in one large O_DIRECT write. An index in memory says where the newest record of each
 // row is, 8 bytes a row, mapped lazily:
 //
-//   0             never put: the table's initial value
-//   kOpen | i     record i of the table's open block
-//   a Place       in a sealed block: in a chunk that is still in memory, or on disk
+//   0                     never put: the table's initial value
+//   kOpen | i             record i of the table's open block
+//   kOpen | kMoved | i    record i of the open block of survivors
+//   a Place               in a sealed block: in a chunk that is still in memory, or on disk
 //
 // Reads look at the index when they are submitted. What is in memory is copied at once; what is on disk becomes one read
 // per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used.
@@ -15,6 +16,11 @@
 // A checkpoint seals the open blocks, waits for every write, syncs the segments, and commits a manifest (manifest.h) that
 // lists segments and how many of their blocks count. Opening replays the log that the manifest names. Segments that no kept
 // manifest names and that hold no newest record are removed.
+//
+// Cleaning (a thread of its own) makes such segments: it takes the one with the fewest newest records, copies those into
+// streams of survivors, keeping their sequence, and leaves it without any. One that a kept manifest names is held until
+// that manifest goes; the volume then wants a checkpoint. Puts leave a few segments to the cleaner, and wait for it when
+// there is no other room.
 //
 // What always holds:
 //   - the files of all segments and manifests never exceed capacity_bytes: put makes sure of room before it changes
@@ -31,7 +37,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "errors.h"
@@ -76,14 +84,18 @@ class SsdVolume final : public Volume {
   const char* backend() const override { return queue_->backend(); }
   const std::string& fallback_reason() const { return queue_->fallback_reason(); }
   bool direct() const;  // whether the page cache is out of the way
+  bool wants_checkpoint() const;  // room is short, and what checkpoints hold would make some
   std::string id() const override;
   void close() override;
 
  private:
   static constexpr uint64_t kOpen = uint64_t{1} << 63;
+  static constexpr uint64_t kMoved = uint64_t{1} << 62;
 
   struct Segment;
+  struct Stream;
   struct Chunk {
+    Stream* stream = nullptr;
     Segment* segment = nullptr;
     uint32_t first_block = 0, blocks = 0;
     AlignedBytes buffer;
@@ -93,12 +105,15 @@ class SsdVolume final : public Volume {
     uint32_t number, path, block_bytes, capacity_blocks;
     uint32_t blocks = 0;  // sealed
     uint64_t live = 0;    // newest records
+    uint32_t kept = 0;    // manifests that name it
     bool unsynced = false;
+    uint32_t records = 0;  // in its sealed blocks
     File file;
     std::vector<Chunk*> chunks;  // blocks that are not on disk yet
   };
   struct Stream {
     uint32_t block_bytes, chunk_blocks;
+    bool survivors;
     uint32_t tables = 0;
     std::shared_ptr<Segment> current;
     std::deque<std::shared_ptr<Segment>> ready;  // made ahead, still empty
@@ -106,15 +121,22 @@ class SsdVolume final : public Volume {
     std::vector<std::unique_ptr<Chunk>> chunks;  // all, with their buffers
     std::vector<Chunk*> spare;
   };
+  struct OpenBlock {
+    Stream* stream;
+    uint64_t flag;  // of its entries in the index
+    AlignedBytes bytes;
+    std::vector<int64_t> rows;
+  };
   struct Table {
     TableId id;
     TableSpec spec;
     Initializer init;
     BlockShape shape;
-    Stream* stream;
     LazyArray<uint64_t> index;
-    AlignedBytes open_block;  // shape.block_bytes
-    std::vector<int64_t> open_rows;
+    OpenBlock fresh, moved;
+    std::byte* open_record(uint64_t entry) {
+      return ((entry & kMoved) ? moved : fresh).bytes.get() + (entry & ~(kOpen | kMoved)) * shape.stride_bytes;
+    }
   };
   struct Batch {
     struct Item {
@@ -146,24 +168,40 @@ class SsdVolume final : public Volume {
   void open_newest();
   void load(const Manifest& manifest);
   void replay(Segment& segment, std::vector<LazyArray<uint64_t>>& sequences);
-  void replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  uint32_t replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
   Table& add_table(const TableSpec& spec, const Initializer& init);
-  Stream& stream_of(uint32_t block_bytes);
+  Stream& stream_of(uint32_t block_bytes, bool survivors);
 
   void require_usable() const;
-  void ensure_room(const Table& table, size_t rows);
+  static uint64_t room_of(const Stream& stream);  // blocks
+  void ensure_room(Table& table, size_t rows, Lock& lock);
+  bool fits(uint64_t more_segments) const;
+  uint64_t reserve() const { return streams_.size() / 2 + 1; }  // segments that puts leave to the cleaner
   std::shared_ptr<Segment> make_segment(uint32_t block_bytes);
+  void lose(uint64_t place);  // the record there is no longer its row's newest
+  void keep(const Kept& kept);
+  void let_go(const Kept& kept);
+  std::set<uint32_t> filling() const;
   void reclaim();
   void remove_segment(uint32_t number);
   uint64_t used_bytes() const;
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
 
-  void append(Table& table, int64_t row, std::span<const Part> parts, int32_t slot, Lock& lock);
-  void seal(Table& table, Lock& lock);
+  std::byte* append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock);  // where the payload goes
+  void seal(Table& table, OpenBlock& open, Lock& lock);
   Chunk* take_chunk(Stream& stream, Lock& lock);
   void dispatch(Stream& stream);
   void drain(Lock& lock);  // seals and writes everything, and waits for it
+
+  void clean();  // the cleaner's thread
+  bool cleaning_is_due() const;
+  uint64_t held_back() const;    // segments that must be free for one that a manifest names to be cleaned
+  uint64_t comfortable() const;  // segments that must be free for a put not to wait for the cleaner
+  std::shared_ptr<Segment> victim() const;
+  bool move_survivors(const std::shared_ptr<Segment>& segment);
+  void move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock);
+  void stop_cleaner();
 
   const std::byte* in_memory(const Segment& segment, uint32_t block) const;
   void plan_reads(Batch& batch, std::vector<IoJob>& jobs);
@@ -182,21 +220,27 @@ class SsdVolume final : public Volume {
   std::map<uint32_t, std::shared_ptr<Segment>> segments_;
   std::vector<Grave> graves_;
   std::vector<Kept> kept_;
+  uint64_t coming_ = 0;  // segments that hold no newest record and wait for a manifest to go
   uint32_t next_segment_ = 1;
   uint64_t next_sequence_ = 1;
+  uint64_t made_segments_ = 0, made_before_ = 0;  // since the last checkpoint, and between the two before
   size_t writing_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
+  bool stop_cleaner_ = false, asked_ = false;
+  size_t waiting_for_room_ = 0;
+  uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
   VolumeStats stats_;
   mutable std::mutex mutex_;
-  std::condition_variable written_;
-  std::mutex commit_mutex_;  // one checkpoint, restore or close at a time; taken before mutex_
+  std::condition_variable written_, cleaner_wake_, room_made_;
+  std::mutex commit_mutex_;  // one checkpoint, restore, close or cleaning of a piece at a time; taken before mutex_
 
   std::map<uint64_t, std::unique_ptr<Batch>> batches_;
   uint64_t last_batch_ = 0;
   mutable std::mutex batch_mutex_;
   std::condition_variable batch_done_;
-  std::unique_ptr<IoQueue> queue_;  // last: its thread uses the rest
+  std::unique_ptr<IoQueue> queue_;  // after the rest: its thread uses it
+  std::thread cleaner_;
 };
 
 }  // namespace mtrains

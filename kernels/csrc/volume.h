@@ -57,6 +57,10 @@ struct VolumeStats {
   uint64_t write_bytes = 0;
   uint64_t disk_bytes = 0;          // space the volume occupies now
   uint64_t checkpoints = 0;
+  uint64_t cleaned_segments = 0;
+  uint64_t moved_rows = 0;          // newest records that cleaning copied; write_bytes counts them too
+  uint64_t clean_read_ios = 0;
+  uint64_t clean_read_bytes = 0;
   double read_wait_seconds = 0;     // callers blocked in wait()
 };
 
