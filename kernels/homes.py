@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 from .. import errors
@@ -73,3 +74,12 @@ def open_table(home: SsdHomeVolume | MemoryVolume, name: str, row_count: int, re
     home.names[name] = taken + 1
     own = f"{name}#{taken}" if taken else name
     return home.volume.table(own, row_count=row_count, record_bytes=record_bytes, init=init)
+
+
+def close_homes(volumes: Iterable[SsdVolume]) -> None:
+    """Closes volumes, so that their paths can be opened anew; tables that are still alive above them can do nothing any more."""
+    closing = {id(volume) for volume in volumes}
+    for key, home in list(_open.items()):
+        if id(home.volume) in closing:
+            del _open[key]
+            home.volume.close()

@@ -74,7 +74,6 @@ def save_checkpoint(
     root = Path(directory)
     folder = root / f"step_{step:012d}"
     groups = tiered_groups(dmp)
-    volumes = durability.volumes(groups)
     state = _state(dmp, dense_optimizer, groups)
     first = dist.get_rank() == 0
 
@@ -89,12 +88,12 @@ def save_checkpoint(
     _together("make the folder", root, prepare_folder)
     _together("commit the volumes", root, lambda: durability.checkpoint(groups, step))
     _dcp("write", root, lambda: dcp.save(state, checkpoint_id=folder))
-    ids: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ids, [volume.id for volume in volumes])
+    homes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(homes, _homes(groups))
 
     def commit() -> None:
         if first:
-            about = {"format": FORMAT, "step": step, "world_size": len(ids), "volumes": ids, "extra_state": extra_state}
+            about = {"format": FORMAT, "step": step, "world_size": len(homes), "homes": homes, "extra_state": extra_state}
             (folder / ABOUT).write_text(json.dumps(about) + "\n")
             for path in (*folder.rglob("*"), folder, root):
                 _sync(path)
@@ -123,12 +122,11 @@ def load_checkpoint(
             raise VolumeMismatchError(
                 f"checkpoint {folder} was saved by {about['world_size']} ranks, this job has {dist.get_world_size()}; start as many"
             )
-        asked = about["volumes"][dist.get_rank()]
-        opened = [volume.id for volume in durability.volumes(groups)]
-        if sorted(asked) != sorted(opened):
+        asked, opened = about["homes"][dist.get_rank()], _homes(groups)
+        if asked != opened:
             raise VolumeMismatchError(
-                f"checkpoint {folder}: its tables live in the volumes {asked}, this job has opened {opened}; name the same SSD paths and "
-                "plan the same tables for them as the job that saved it"
+                f"checkpoint {folder}: volumes and their tables were {asked}, this job has opened {opened}; name the same SSD paths, plan "
+                "the same tables for them as the job that saved it, and close an earlier job of this process first"
             )
         durability.restore(groups, about["step"])
 
@@ -148,6 +146,16 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     """The step of the last committed checkpoint in a folder, if there is one."""
     root = Path(directory)
     return int(_read(root)[1]["step"]) if (root / LATEST).exists() else None
+
+
+def _homes(groups: Sequence[TieredTBE]) -> dict[str, list[str]]:
+    """The names of the tables in every durable volume of this rank, by the volume's id."""
+    names: dict[str, list[str]] = {volume.id: [] for volume in durability.volumes(groups)}
+    for group in groups:
+        for i, table in enumerate(group._home_tables):
+            if group.durable(i):
+                names[table.volume.id].append(table.name)
+    return {volume: sorted(tables) for volume, tables in names.items()}
 
 
 # -- what goes through torch.distributed.checkpoint

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -113,10 +113,16 @@ def stock_sharders(options: ModelOptions) -> list[ModuleSharder[nn.Module]]:
     return [EmbeddingBagCollectionSharder(fused_params=fused_params(options))]
 
 
-def stock_plan(model: nn.Module, sharders: list[ModuleSharder[nn.Module]], world_size: int, pg: Any) -> ShardingPlan:
-    """TorchRec's own plan with every table in memory."""
-    planner = EmbeddingShardingPlanner(topology=Topology(world_size=world_size, compute_device="cpu", local_world_size=world_size))
-    return planner.collective_plan(model, sharders, pg)
+def stock_plan(
+    model: nn.Module, tables: Sequence[TableShape], sharders: list[ModuleSharder[nn.Module]], world_size: int, pg: Any
+) -> ShardingPlan:
+    """TorchRec's own plan with every table in memory, whole on one rank.
+
+    Data-parallel or split tables add gradients up in another order, and would not train bit for bit like tiered ones.
+    """
+    constraints = {t.name: ParameterConstraints(sharding_types=[ShardingType.TABLE_WISE.value]) for t in tables}
+    topology = Topology(world_size=world_size, compute_device="cpu", local_world_size=world_size)
+    return EmbeddingShardingPlanner(topology=topology, constraints=constraints).collective_plan(model, sharders, pg)
 
 
 def parallelize(model: nn.Module, plan: ShardingPlan, sharders: list[ModuleSharder[nn.Module]]) -> DistributedModelParallel:

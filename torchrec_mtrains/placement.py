@@ -86,7 +86,7 @@ def place(model: nn.Module, source: BatchSource, model_options: ModelOptions, op
     world_size = pg.size()
     if options.in_memory:
         stock = stock_sharders(model_options)
-        plan = stock_plan(model, stock, world_size, pg)
+        plan = stock_plan(model, source.tables, stock, world_size, pg)
         return Placement(stock, plan, _plan_rows(plan, source.tables, model_options))
     home = ssd_home(source.tables, model_options, options, world_size)
 

@@ -26,7 +26,9 @@ from . import counters, placement
 from .checkpoint import latest_step, load_checkpoint, save_checkpoint
 from .data import BatchSource
 from .errors import ConfigurationError
+from .groups import tiered_groups
 from .job_model import MarkedOptimizer, ModelOptions, build_model, dense_optimizer, parallelize
+from .kernels import durability
 from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
 
@@ -135,9 +137,20 @@ class Job:
         self.pipeline = TrainPipelineSparseDist(self.dmp, self.optimizer, torch.device("cpu"))
         self.trained = 0
         if options.resume:
-            assert options.checkpoint is not None
-            self.trained = load_checkpoint(self.dmp, options.checkpoint, dense_optimizer=self.dense).step
+            self._resume()
         self._saved = self.trained if options.resume else None
+
+    def _resume(self) -> None:
+        assert self.options.checkpoint is not None
+        try:
+            self.trained = load_checkpoint(self.dmp, self.options.checkpoint, dense_optimizer=self.dense).step
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the SSD: the tables are of no use any more."""
+        durability.close(tiered_groups(self.dmp))
 
     def _mark_phases(self, model: DLRMTrain) -> None:
         clock, sparse = self.clock, model.model.sparse_arch
@@ -273,13 +286,25 @@ def train(
     steps, ssd = steps_of(source, options), options.placement.ssd
     disk_before = disk_counters(ssd[0]) if ssd else None
     job = Job(source, options, pg)
-    if on_plan is not None:
-        on_plan(job.plan)
+    try:
+        if on_plan is not None:
+            on_plan(job.plan)
+        result = _train(job, steps, on_step)
+        if disk_before is not None and (after := disk_counters(ssd[0])) is not None:
+            result.disk = after.since(disk_before)
+        result.auc, result.held_out_loss, result.held_out_samples = job.evaluate()
+    finally:
+        job.close()
+    return result
+
+
+def _train(job: Job, steps: int | None, on_step: Callable[[StepRecord], None] | None) -> TrainResult:
+    """Train, save, and read the meters: everything before the held-out split is looked at."""
     result = TrainResult(
-        data=source.name,
-        batch_size=source.batch_size,
-        world_size=pg.size(),
-        options=options,
+        data=job.source.name,
+        batch_size=job.source.batch_size,
+        world_size=job.pg.size(),
+        options=job.options,
         plan=job.plan,
         first_step=job.trained,
     )
@@ -292,11 +317,8 @@ def train(
     start = time.perf_counter()
     job.train(steps, record)
     result.train_seconds = time.perf_counter() - start
-    if options.checkpoint is not None and result.steps:
+    if job.options.checkpoint is not None and result.steps:
         job.save()
     result.peak_rss_bytes = peak_rss_bytes()
     result.tables, result.volumes = counters.tables(job.dmp), counters.volumes(job.dmp)
-    if disk_before is not None and (after := disk_counters(ssd[0])) is not None:
-        result.disk = after.since(disk_before)
-    result.auc, result.held_out_loss, result.held_out_samples = job.evaluate()
     return result

@@ -1,0 +1,209 @@
+"""Checkpoints of a whole job: killed at any instant it resumes from the last committed one, and the same bits follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import jobs
+from ranks import RankFailureError, Ranks
+from torchrec_mtrains.checkpoint import LATEST, latest_step
+from torchrec_mtrains.errors import ConfigurationError, VolumeIoError, VolumeMismatchError
+
+KILLS = 4
+WORLD_SIZE = 2
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[list[float], float | None]:
+    """Losses and AUC of the job in memory, without checkpoints."""
+    done = jobs.run(jobs.options(None))
+    return done.losses, done.auc
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """An SSD folder and a checkpoint folder."""
+    (tmp_path / "ssd").mkdir()
+    return tmp_path / "ssd", tmp_path / "checkpoint"
+
+
+def test_a_tiered_job_with_checkpoints_trains_as_one_in_memory_without(folders, undisturbed):
+    ssd, checkpoint = folders
+    done = jobs.run(jobs.options(ssd, checkpoint=str(checkpoint), checkpoint_every=7))
+    assert (done.losses, done.auc) == undisturbed
+    assert latest_step(checkpoint) == jobs.STEPS
+
+
+def test_a_job_in_three_parts_trains_as_one(folders, undisturbed):
+    ssd, checkpoint = folders
+    losses: list[float] = []
+    for steps in (9, 23, jobs.STEPS):
+        done = jobs.run(jobs.options(ssd, steps=steps, checkpoint=str(checkpoint), resume=bool(losses)))
+        assert done.first_step == len(losses)
+        losses += done.losses
+    assert (losses, done.auc) == undisturbed
+
+
+def test_a_job_in_memory_resumes_too(folders, undisturbed):
+    _, checkpoint = folders
+    first = jobs.run(jobs.options(None, steps=13, checkpoint=str(checkpoint)))
+    second = jobs.run(jobs.options(None, checkpoint=str(checkpoint), resume=True))
+    assert (first.losses + second.losses, second.auc) == undisturbed
+
+
+def start(folders: tuple[Path, Path], losses: Path, resume: bool) -> subprocess.Popen[bytes]:
+    command = [sys.executable, jobs.__file__, *map(str, folders), str(losses), "resume" if resume else "new"]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def read(losses: Path) -> list[list]:
+    """Whole lines of the file; a killed job may have left half of one."""
+    lines = losses.read_text().split("\n")[:-1] if losses.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def test_a_job_killed_at_random_instants_ends_with_the_bits_of_one_that_was_not(folders, tmp_path, undisturbed):
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    seen: dict[int | str, str] = {}
+    kills = 0
+    for attempt in range(100):
+        losses = tmp_path / f"losses_{attempt}"
+        resume = (folders[1] / LATEST).exists()
+        if not resume:
+            shutil.rmtree(folders[0])
+            folders[0].mkdir()
+        child = start(folders, losses, resume)
+        if kills < KILLS:
+            target = len(read(losses)) + rng.randrange(1, 12)
+            while child.poll() is None and len(read(losses)) < target:
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.02)
+            child.send_signal(signal.SIGKILL)
+            kills += 1
+        error = child.communicate()[1].decode()
+        assert child.returncode in (0, -signal.SIGKILL), error
+        for number, loss in read(losses):
+            assert seen.setdefault(number, loss) == loss, f"step {number} differs after a kill"
+        if child.returncode == 0:
+            break
+    expected, auc = undisturbed
+    assert kills == KILLS
+    assert [float.fromhex(seen[n]) for n in range(1, jobs.STEPS + 1)] == expected
+    assert float.fromhex(seen["auc"]) == auc
+
+
+def test_a_new_job_neither_overwrites_nor_continues_an_earlier_one(folders):
+    ssd, checkpoint = folders
+    jobs.run(jobs.options(ssd, steps=5, checkpoint=str(checkpoint)))
+    with pytest.raises(ConfigurationError, match="step 5 of an earlier job"):
+        jobs.run(jobs.options(ssd, steps=9, checkpoint=str(checkpoint)))
+    with pytest.raises(VolumeMismatchError, match=r"load_checkpoint\), or name another path"):
+        jobs.run(jobs.options(ssd, steps=9, checkpoint=f"{checkpoint}_other"))
+    assert jobs.run(jobs.options(ssd, steps=9, checkpoint=str(checkpoint), resume=True)).first_step == 5
+
+
+def test_a_checkpoint_of_other_volumes_is_refused(folders, tmp_path):
+    ssd, checkpoint = folders
+    jobs.run(jobs.options(ssd, steps=5, checkpoint=str(checkpoint)))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(VolumeMismatchError, match="name the same SSD paths"):
+        jobs.run(jobs.options(tmp_path / "other", checkpoint=str(checkpoint), resume=True))
+    with pytest.raises(VolumeMismatchError, match="name the same SSD paths"):
+        jobs.run(jobs.options(None, checkpoint=str(checkpoint), resume=True))
+
+
+def test_nothing_to_resume_from_is_an_error(folders):
+    ssd, checkpoint = folders
+    with pytest.raises(ConfigurationError, match="nothing to resume from"):
+        jobs.run(jobs.options(ssd, checkpoint=str(checkpoint), resume=True))
+
+
+def test_a_checkpoint_of_another_model_is_refused(folders):
+    _, checkpoint = folders
+    jobs.run(jobs.options(None, steps=5, checkpoint=str(checkpoint)))
+    job = jobs.options(None, checkpoint=str(checkpoint), resume=True)
+    object.__setattr__(job.model, "embedding_dim", 16)
+    with pytest.raises(VolumeMismatchError, match="does not fit this model"):
+        jobs.run(job)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folders, undisturbed):
+    ssd, checkpoint = folders
+    jobs.run(jobs.options(ssd, steps=5, checkpoint=str(checkpoint)))
+    obstacle = checkpoint / f"step_{12:012d}"
+    obstacle.write_text("a file where a folder must go")
+    with pytest.raises(VolumeIoError, match="make the folder"):
+        jobs.run(jobs.options(ssd, steps=12, checkpoint=str(checkpoint), resume=True))
+    assert latest_step(checkpoint) == 5
+    obstacle.unlink()
+    done = jobs.run(jobs.options(ssd, checkpoint=str(checkpoint), resume=True))
+    assert (done.first_step, done.losses, done.auc) == (5, undisturbed[0][5:], undisturbed[1])
+
+
+def test_two_checkpoints_are_kept(folders):
+    ssd, checkpoint = folders
+    jobs.run(jobs.options(ssd, steps=20, checkpoint=str(checkpoint), checkpoint_every=5))
+    assert sorted(p.name for p in checkpoint.glob("step_*")) == ["step_000000000015", "step_000000000020"]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    two = Ranks(WORLD_SIZE)
+    yield two
+    two.close()
+
+
+def losses_of(job) -> tuple[int, list[float], float | None]:
+    done = jobs.run(job)
+    return done.first_step, done.losses, done.auc
+
+
+def test_two_ranks_resume_with_the_same_bits(ranks, folders):
+    ssd, checkpoint = folders
+    whole = ranks.run(losses_of, jobs.options(None, steps=24))
+    first = ranks.run(losses_of, jobs.options(ssd, steps=11, checkpoint=str(checkpoint)))
+    second = ranks.run(losses_of, jobs.options(ssd, steps=24, checkpoint=str(checkpoint), resume=True))
+    for rank in range(WORLD_SIZE):
+        assert second[rank][0] == 11
+        assert first[rank][1] + second[rank][1] == whole[rank][1]
+        assert second[rank][2] == whole[rank][2]
+
+
+def test_one_ranks_failure_to_open_a_checkpoint_is_raised_on_all(ranks, folders):
+    ssd, checkpoint = folders
+    ranks.run(losses_of, jobs.options(ssd, steps=5, checkpoint=str(checkpoint)))
+    shutil.rmtree(ssd / "rank_1")
+    with pytest.raises(RankFailureError) as caught:
+        ranks.run(losses_of, jobs.options(ssd, steps=9, checkpoint=str(checkpoint), resume=True))
+    assert str(caught.value).count("name the same SSD paths") >= WORLD_SIZE
+
+
+def test_a_checkpoint_of_two_ranks_is_refused_by_one(ranks, folders):
+    _, checkpoint = folders
+    ranks.run(losses_of, jobs.options(None, steps=5, checkpoint=str(checkpoint)))
+    with pytest.raises(VolumeMismatchError, match="saved by 2 ranks"):
+        jobs.run(jobs.options(None, checkpoint=str(checkpoint), resume=True))
+
+
+def test_random_numbers_go_on_where_they_were(folders):
+    _, checkpoint = folders
+    torch.manual_seed(5)
+    jobs.run(jobs.options(None, steps=5, checkpoint=str(checkpoint)))
+    expected = torch.rand(3)
+    torch.manual_seed(77)
+    jobs.run(jobs.options(None, steps=5, checkpoint=str(checkpoint), resume=True))
+    assert torch.equal(torch.rand(3), expected)
