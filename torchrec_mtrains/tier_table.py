@@ -71,11 +71,12 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
 
 
 def written_row_bytes(result: TrainResult) -> int:
-    """At least so many bytes of distinct rows were written to this rank's SSD, each row counted once and without its header.
+    """Bytes of the distinct rows that this rank gave to its SSD, each row counted once and without its header.
 
     A row is generated when it is first touched and trained at once, so one that was ever touched and is in no pool any more
-    has been written.
+    has been given away. The last few MiB may still be in the volume's write buffer.
     """
     touched = sum(volume["get_rows_initial"] for volume in result.volumes)
     resident = sum(table["resident_rows"] for table in result.tables)
-    return max(0, touched - resident) * min((table["record_bytes"] for table in result.tables), default=0)
+    given = max(0, touched - resident) * min((table["record_bytes"] for table in result.tables), default=0)
+    return min(given, sum(volume["write_bytes"] for volume in result.volumes))
