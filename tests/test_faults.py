@@ -171,7 +171,7 @@ def test_a_failed_read_names_its_record_and_the_next_one_works(storage) -> None:
 
 @pytest.mark.parametrize("fault", HIDDEN)
 def test_a_write_that_storage_lied_about_is_noticed(storage, fault) -> None:
-    folder, system, volume, table = storage
+    _, system, volume, table = storage
     table.put(torch.arange(ROWS), values(1, ROWS))
     system.arm(fault, 0)
     volume.flush()
