@@ -87,8 +87,9 @@ void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
       ++waiting_for_room_;
       asked_ = true;
       cleaner_wake_.notify_one();
-      room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty(); });
+      room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
       --waiting_for_room_;
+      require_open(stop_cleaner_, name());
       require_usable();
     }
     if (!fits(1 + reserve())) refuse_full();
@@ -160,8 +161,9 @@ uint64_t LogVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() 
 
 std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
-  // One that is held gives nothing back yet, and puts go on until it does.
-  const bool roomy = fits(held_back());
+  // One that is held gives nothing back yet, and puts go on until it does. Without room for that one is emptied all the same,
+  // into what puts leave to the cleaner, so that the next checkpoint frees something.
+  const bool roomy = fits(held_back()) || coming_ == 0;
   std::shared_ptr<Segment> best;
   double best_share = 0.95;  // of its bytes that are newest records: beyond, copying gains nothing
   for (const auto& [number, s] : segments_) {
@@ -183,7 +185,8 @@ void LogVolume::clean() {
     cleaner_wake_.wait(lock, [&] { return stop_cleaner_ || asked_ || due(); });
     asked_ = false;
     reclaim();
-    const std::shared_ptr<Segment> segment = due() ? victim() : nullptr;
+    const bool wanted = due();
+    const std::shared_ptr<Segment> segment = wanted ? victim() : nullptr;
     bool moved = false;
     if (segment && !stop_cleaner_) {
       lock.unlock();
@@ -192,7 +195,7 @@ void LogVolume::clean() {
       stats_.cleaned_segments += moved;
       reclaim();
     }
-    if (!moved) ++idle_rounds_;
+    if (wanted && !moved) ++idle_rounds_;  // not when there is room: who waits for it may find it taken by another
     room_made_.notify_all();
     // Nothing to do until something changes: a checkpoint, or puts that make newest records old.
     if (!moved) cleaner_wake_.wait_for(lock, std::chrono::milliseconds(20), [&] { return stop_cleaner_ || asked_; });
@@ -206,8 +209,8 @@ bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
     std::lock_guard commit(commit_mutex_);
     Lock lock(mutex_);
     const auto at = segments_.find(segment->number);
-    if (stop_cleaner_ || at == segments_.end() || at->second != segment || !write_error_.empty()) return false;
-    if (segment->live_bytes == 0) return true;
+    if (stop_cleaner_ || !write_error_.empty()) return false;
+    if (at == segments_.end() || at->second != segment || segment->live_bytes == 0) return true;  // it emptied by itself
     lock.unlock();
     const uint32_t count = std::min(per_read, segment->blocks - first);
     std::string error;
@@ -266,6 +269,7 @@ void LogVolume::stop_cleaner() {
     stop_cleaner_ = true;
   }
   cleaner_wake_.notify_all();
+  room_made_.notify_all();
   if (cleaner_.joinable()) cleaner_.join();
 }
 
