@@ -26,21 +26,22 @@ std::vector<std::string> Folder::stripes(size_t count) const {
   return paths;
 }
 
-SsdOptions options_for(const std::string& backend, std::vector<std::string> paths, uint64_t capacity_bytes) {
-  SsdOptions options;
+LogOptions options_for(const std::string& medium, std::vector<std::string> paths, uint64_t capacity_bytes) {
+  LogOptions options;
   options.paths = std::move(paths);
   options.capacity_bytes = capacity_bytes;
-  options.backend = backend;
+  options.mapped = medium == "mapped";
+  options.backend = options.mapped ? "" : medium;
   options.depth = 8;
   return options;
 }
 
-std::unique_ptr<SsdVolume> open_volume(const SsdOptions& options) {
+std::unique_ptr<LogVolume> open_volume(const LogOptions& options) {
   if (options.backend == "io_uring") {
     std::string reason;
     if (!make_uring_engine(1, &reason)) throw Skipped(reason);
   }
-  return std::make_unique<SsdVolume>(options);
+  return std::make_unique<LogVolume>(options);
 }
 
 void write_record(std::byte* record, uint32_t record_bytes, int64_t row, uint64_t version) {

@@ -11,18 +11,29 @@
 #include <vector>
 
 #include "check.h"
-#include "ssd_volume.h"
+#include "log_volume.h"
 
 namespace mtrains::test {
 
 // Registers the test once for each I/O back end, named by `backend` in its body.
-#define TEST_ON_EACH_BACKEND(sentence)                                                                              \
-  static void MTRAINS_JOIN(test_, __LINE__)(const std::string& backend);                                            \
-  static const ::mtrains::test::Registered MTRAINS_JOIN(pread_, __LINE__)(std::string(sentence) + " (pread)",       \
-                                                                          [] { MTRAINS_JOIN(test_, __LINE__)("pread"); }); \
-  static const ::mtrains::test::Registered MTRAINS_JOIN(uring_, __LINE__)(std::string(sentence) + " (io_uring)",    \
-                                                                          [] { MTRAINS_JOIN(test_, __LINE__)("io_uring"); }); \
+#define TEST_ON_EACH_BACKEND(sentence)                                                                      \
+  static void MTRAINS_JOIN(test_, __LINE__)(const std::string& backend);                                    \
+  static const ::mtrains::test::RegisteredOnEach MTRAINS_JOIN(registered_, __LINE__)(                       \
+      sentence, {"pread", "io_uring"}, MTRAINS_JOIN(test_, __LINE__));                                      \
   static void MTRAINS_JOIN(test_, __LINE__)(const std::string& backend)
+
+// The same for each medium that a volume can lie on: blocks through one of the back ends, or "mapped" files.
+#define TEST_ON_EACH_MEDIUM(sentence)                                                                       \
+  static void MTRAINS_JOIN(test_, __LINE__)(const std::string& medium);                                     \
+  static const ::mtrains::test::RegisteredOnEach MTRAINS_JOIN(registered_, __LINE__)(                       \
+      sentence, {"pread", "io_uring", "mapped"}, MTRAINS_JOIN(test_, __LINE__));                            \
+  static void MTRAINS_JOIN(test_, __LINE__)(const std::string& medium)
+
+struct RegisteredOnEach {
+  RegisteredOnEach(const std::string& sentence, const std::vector<std::string>& names, void (*body)(const std::string&)) {
+    for (const std::string& name : names) tests().push_back({sentence + " (" + name + ")", [=] { body(name); }});
+  }
+};
 
 // A new folder below the working directory (/tmp may be in memory, where there is no O_DIRECT), removed at the end.
 class Folder {
@@ -37,8 +48,8 @@ class Folder {
   std::string path_;
 };
 
-SsdOptions options_for(const std::string& backend, std::vector<std::string> paths, uint64_t capacity_bytes);
-std::unique_ptr<SsdVolume> open_volume(const SsdOptions& options);  // Skipped where the kernel forbids io_uring
+LogOptions options_for(const std::string& medium, std::vector<std::string> paths, uint64_t capacity_bytes);
+std::unique_ptr<LogVolume> open_volume(const LogOptions& options);  // Skipped where the kernel forbids io_uring
 
 void write_record(std::byte* record, uint32_t record_bytes, int64_t row, uint64_t version);
 uint64_t version_of(const std::byte* record, uint32_t record_bytes, int64_t row);  // fails for a record that is none

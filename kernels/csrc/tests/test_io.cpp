@@ -37,7 +37,7 @@ bool holds_block(const std::byte* block, uint32_t number) {
 
 std::unique_ptr<IoEngine> engine_of(const std::string& backend) {
   std::string reason;
-  auto engine = backend == "pread" ? make_pread_engine(kDepth) : make_uring_engine(kDepth, &reason);
+  auto engine = backend == "pread" ? make_pread_engine(kDepth, System::real()) : make_uring_engine(kDepth, &reason);
   if (!engine) throw Skipped(reason);
   CHECK(engine->name() == backend);
   return engine;
@@ -46,7 +46,7 @@ std::unique_ptr<IoEngine> engine_of(const std::string& backend) {
 TEST_ON_EACH_BACKEND("an engine writes and reads what it was told, and names each completion") {
   const auto engine = engine_of(backend);
   const Folder folder;
-  const File file(open((folder.path() + "/blocks").c_str(), O_RDWR | O_CREAT, 0600));
+  const File file(System::real(), open((folder.path() + "/blocks").c_str(), O_RDWR | O_CREAT, 0600));
   const Buffers buffers(kDepth * kBlock);
   for (const bool write : {true, false}) {
     std::vector<uint32_t> block_of(kDepth);
@@ -77,7 +77,7 @@ TEST_ON_EACH_BACKEND("an engine writes and reads what it was told, and names eac
 TEST_ON_EACH_BACKEND("an engine reports a short read by its length and a failed one by its errno") {
   const auto engine = engine_of(backend);
   const Folder folder;
-  const File file(open((folder.path() + "/short").c_str(), O_RDWR | O_CREAT, 0600));
+  const File file(System::real(), open((folder.path() + "/short").c_str(), O_RDWR | O_CREAT, 0600));
   CHECK(ftruncate(file.fd(), 1000) == 0);
   const Buffers buffers(2 * kBlock);
   engine->start({false, file.fd(), kBlock, 0, buffers.data}, 5);
@@ -96,7 +96,7 @@ TEST_ON_EACH_BACKEND("an engine reports a short read by its length and a failed 
 TEST_ON_EACH_BACKEND("a queue calls its handler once for each job of every thread, and finishes them all before it goes") {
   (void)engine_of(backend);
   const Folder folder;
-  const File file(open((folder.path() + "/blocks").c_str(), O_RDWR | O_CREAT, 0600));
+  const File file(System::real(), open((folder.path() + "/blocks").c_str(), O_RDWR | O_CREAT, 0600));
   const Buffers blocks(kBlocks * kBlock);
   for (uint32_t b = 0; b < kBlocks; ++b) fill_block(blocks.data + b * kBlock, b);
   CHECK_EQ(pwrite(file.fd(), blocks.data, kBlocks * kBlock, 0), static_cast<ssize_t>(kBlocks * kBlock));
@@ -104,7 +104,7 @@ TEST_ON_EACH_BACKEND("a queue calls its handler once for each job of every threa
   std::vector<std::atomic<int>> calls(kThreads * kJobs);
   std::atomic<int> wrong{0};
   {
-    IoQueue queue(backend, kDepth, [&](const IoJob& job, const std::byte* data, int error) {
+    IoQueue queue(System::real(), backend, kDepth, [&](const IoJob& job, const std::byte* data, int error) {
       ++calls[job.index];
       const auto block = static_cast<uint32_t>(job.offset / kBlock);
       const bool beyond = block >= kBlocks;

@@ -12,6 +12,7 @@ Manifest some_manifest(Random& random) {
   for (uint8_t& b : m.volume) b = static_cast<uint8_t>(random());
   m.epoch = random();
   m.next_sequence = random();
+  m.snapshot = random();
   m.segment_bytes = uint64_t{1} << (20 + below(random, 7));
   m.path_count = static_cast<uint32_t>(1 + below(random, 3));
   for (uint64_t t = below(random, 4); t > 0; --t) {
@@ -28,7 +29,9 @@ Manifest some_manifest(Random& random) {
     const BlockShape shape = BlockShape::of(m.tables[below(random, m.tables.size())].spec.record_bytes);
     const auto most = static_cast<uint32_t>((m.segment_bytes - kPageBytes) / shape.block_bytes);
     m.segments.push_back({number++, static_cast<uint32_t>(below(random, m.path_count)), shape.block_bytes,
-                          static_cast<uint32_t>(below(random, most + 1))});
+                          0, 0});
+    m.segments.back().blocks = static_cast<uint32_t>(below(random, most + 1));
+    m.segments.back().in_snapshot = static_cast<uint32_t>(below(random, m.segments.back().blocks + 1));
   }
   return m;
 }
@@ -44,7 +47,7 @@ TEST("a manifest survives encoding") {
     const Manifest m = some_manifest(random);
     const std::vector<std::byte> bytes = m.encode();
     const Manifest back = Manifest::decode(bytes, "file");
-    CHECK(back.volume == m.volume && back.epoch == m.epoch && back.next_sequence == m.next_sequence);
+    CHECK(back.volume == m.volume && back.epoch == m.epoch && back.snapshot == m.snapshot && back.next_sequence == m.next_sequence);
     CHECK(back.segment_bytes == m.segment_bytes && back.path_count == m.path_count);
     CHECK_EQ(back.tables.size(), m.tables.size());
     for (size_t t = 0; t < m.tables.size(); ++t) {
@@ -57,7 +60,7 @@ TEST("a manifest survives encoding") {
     CHECK_EQ(back.segments.size(), m.segments.size());
     for (size_t s = 0; s < m.segments.size(); ++s) {
       const ManifestSegment &a = m.segments[s], &b = back.segments[s];
-      CHECK(a.number == b.number && a.path_index == b.path_index && a.block_bytes == b.block_bytes && a.blocks == b.blocks);
+      CHECK(a.number == b.number && a.path_index == b.path_index && a.block_bytes == b.block_bytes && a.blocks == b.blocks && a.in_snapshot == b.in_snapshot);
     }
     CHECK(back.encode() == bytes);
   }
@@ -104,7 +107,7 @@ TEST("a manifest whose numbers cannot be is a typed error though its checksum is
   good.tables[0] = {{"a", 10, 64}, {false, 1, 0.0f, 1.0f, 0, 0, 16, WeightType::kFloat32}};
   good.tables[1] = {{"b", 10, 64}, {}};
   const uint32_t block_bytes = BlockShape::of(64).block_bytes;
-  good.segments = {{1, 0, block_bytes, 3}, {2, 0, block_bytes, 0}};
+  good.segments = {{1, 0, block_bytes, 3, 2}, {2, 0, block_bytes, 0, 0}};
   Manifest::decode(good.encode(), "file");
   const auto refused = [&](auto&& spoil) {
     Manifest bad = good;
@@ -124,6 +127,7 @@ TEST("a manifest whose numbers cannot be is a typed error though its checksum is
   refused([](Manifest& m) { m.segments[0].path_index = 1; });
   refused([](Manifest& m) { m.segments[0].block_bytes = 2 * kMostBlockBytes; });  // of no table
   refused([](Manifest& m) { m.segments[0].blocks = (1 << 20) / kPageBytes; });    // beyond the segment's end
+  refused([](Manifest& m) { m.segments[0].in_snapshot = 4; });
   refused([](Manifest& m) { m.segment_bytes = 0; });
   refused([](Manifest& m) { m.segment_bytes = uint64_t{1} << 63; });
   refused([](Manifest& m) { m.path_count = 0; });

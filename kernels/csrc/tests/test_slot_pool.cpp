@@ -163,10 +163,10 @@ TEST("a slot pool over memory trains like a table in memory, released on other t
   train_on_threads(random, volume, 600 * rounds());
 }
 
-TEST_ON_EACH_BACKEND("a slot pool over an SSD volume trains like a table in memory, released on other threads") {
+TEST_ON_EACH_MEDIUM("a slot pool over an SSD volume trains like a table in memory, released on other threads") {
   Random random = fresh_random();
   const Folder folder;
-  const auto volume = open_volume(options_for(backend, {folder.path()}, 64u << 20));
+  const auto volume = open_volume(options_for(medium, {folder.path()}, 64u << 20));
   train_on_threads(random, *volume, 300 * rounds());
 }
 

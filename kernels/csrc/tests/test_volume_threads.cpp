@@ -8,20 +8,21 @@
 namespace mtrains::test {
 namespace {
 
-constexpr uint32_t kBytes = 500;
-constexpr int64_t kRows = 6000;  // 3 MiB of records
-constexpr uint64_t kCapacity = 10u << 20;
+constexpr uint32_t kBytes = 2000;
+constexpr int64_t kRows = 4000;  // 8 MB of records
+constexpr uint64_t kCapacity = 32u << 20;
 
 struct Shared {
-  explicit Shared(SsdVolume& v) : volume(v), table(v.table({"t", kRows, kBytes}, {})), begun(kRows), done(kRows) {}
-  SsdVolume& volume;
+  explicit Shared(LogVolume& v) : volume(v), table(v.table({"t", kRows, kBytes}, {})), begun(kRows), done(kRows) {}
+  LogVolume& volume;
   TableId table;
   std::vector<std::atomic<uint64_t>> begun, done;  // versions, by row
   std::atomic<bool> stop{false};
 
   std::vector<uint64_t> now(const std::vector<std::atomic<uint64_t>>& versions) const { return {versions.begin(), versions.end()}; }
 
-  // Writer w of n puts random rows of its own, 60 at a time.
+  // Writer w of n puts random rows of its own, 60 at a time. Faster than the cleaner and the checkpoints it may find the
+  // volume full; it tries again then, for as long as others can be expected to make room.
   void write(Random random, int64_t w, int64_t n, uint32_t puts) {
     for (uint32_t p = 0; p < puts && !stop; ++p) {
       std::vector<int64_t> rows;
@@ -31,7 +32,15 @@ struct Shared {
         rows.push_back(row);
         versions.push_back(++begun[row]);
       }
-      put_versions(volume, table, kBytes, rows, versions);
+      for (int tries = 0;; ++tries) {
+        try {
+          put_versions(volume, table, kBytes, rows, versions);
+          break;
+        } catch (const Error& e) {
+          if (e.kind() != ErrorKind::kVolumeFull || tries == 2000) throw;
+          std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        }
+      }
       for (size_t i = 0; i < rows.size(); ++i) done[rows[i]] = versions[i];
     }
   }
@@ -46,11 +55,12 @@ struct Shared {
   }
 };
 
-TEST_ON_EACH_BACKEND("readers, writers, the cleaner and checkpoints on threads of their own see no stale and no torn row") {
+TEST_ON_EACH_MEDIUM("readers, writers, the cleaner and checkpoints on threads of their own see no stale and no torn row") {
   Random random = fresh_random();
   const Folder folder;
-  SsdOptions options = options_for(backend, folder.stripes(2), kCapacity);
+  LogOptions options = options_for(medium, folder.stripes(2), kCapacity);
   options.keep_checkpoints = 1;
+  options.snapshot_after_bytes = 1u << 20;
   std::vector<uint64_t> least, most;  // of the last checkpoint
   {
     const auto volume = open_volume(options);
@@ -94,11 +104,12 @@ TEST_ON_EACH_BACKEND("readers, writers, the cleaner and checkpoints on threads o
   for (int64_t r = 0; r < kRows; ++r) CHECK(got[r] >= least[r] && got[r] <= most[r]);
 }
 
-TEST_ON_EACH_BACKEND("a checkpoint taken while others put opens again, with every row put before it began") {
+TEST_ON_EACH_MEDIUM("a checkpoint taken while others put opens again, with every row put before it began") {
   Random random = fresh_random();
   for (uint32_t i = 0; i < 25 * rounds(); ++i) {
     const Folder folder;
-    const SsdOptions options = options_for(backend, {folder.path()}, 64u << 20);
+    LogOptions options = options_for(medium, {folder.path()}, 64u << 20);
+    if (i % 2) options.snapshot_after_bytes = 64u << 10;
     std::vector<uint64_t> least, most;
     {
       const auto volume = open_volume(options);
@@ -123,9 +134,10 @@ TEST_ON_EACH_BACKEND("a checkpoint taken while others put opens again, with ever
   }
 }
 
-TEST_ON_EACH_BACKEND("closing a volume waits for reads in flight, which can be waited for afterwards") {
+TEST_ON_EACH_MEDIUM("closing a volume waits for reads in flight, which can be waited for afterwards") {
   const Folder folder;
-  const auto volume = open_volume(options_for(backend, {folder.path()}, 64u << 20));
+  const LogOptions options = options_for(medium, {folder.path()}, 64u << 20);
+  const auto volume = open_volume(options);
   Shared shared(*volume);
   shared.write(Random(1), 0, 1, 300);
   volume->checkpoint(1);
@@ -135,21 +147,21 @@ TEST_ON_EACH_BACKEND("closing a volume waits for reads in flight, which can be w
   std::vector<GetRequest> requests;
   requests.push_back({shared.table, rows, slots, {{records.data(), kBytes, kBytes}}});
   const uint64_t token = volume->submit_get(std::move(requests));
-  CHECK(token != 0);
+  CHECK((token == 0) == options.mapped);  // a mapped medium is read at once
   volume->close();
   for (const int64_t r : rows) {  // before wait: close has already waited
     CHECK_EQ(version_of(records.data() + r * kBytes, kBytes, r), shared.done[r].load());
   }
   volume->wait(token);
-  check_error(ErrorKind::kVolume, [&] { volume->wait(token); });
+  if (token != 0) check_error(ErrorKind::kVolume, [&] { volume->wait(token); });
 }
 
-TEST_ON_EACH_BACKEND("a volume that closes under readers and writers gives each its values or the typed error") {
+TEST_ON_EACH_MEDIUM("a volume that closes under readers and writers gives each its values or the typed error") {
   Random random = fresh_random();
   for (uint32_t i = 0; i < 25 * rounds(); ++i) {
     const Folder folder;
     // Half of them so small that writers wait for the cleaner.
-    const auto volume = open_volume(options_for(backend, {folder.path()}, i % 2 ? 8u << 20 : 64u << 20));
+    const auto volume = open_volume(options_for(medium, {folder.path()}, i % 2 ? 24u << 20 : 4 * kCapacity));
     Shared shared(*volume);
     Threads threads;
     const auto until_closed = [&](auto&& act) {
