@@ -221,6 +221,10 @@ class _LogVolume(_NativeVolume):
         """
         return cls(paths, 0, backend=backend, depth=depth, _read_only=True, _epoch=epoch)
 
+    def withdraw(self, epoch: int) -> None:
+        """Takes back the newest epoch, which the rest of the job did not commit; rows stay as they are."""
+        self._native.withdraw(epoch)
+
     @property
     def wants_checkpoint(self) -> bool:
         """Whether room is short and checkpoints hold some back: the training loop then commits one at its next step boundary."""

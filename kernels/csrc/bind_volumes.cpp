@@ -134,6 +134,7 @@ void bind_volumes(nb::module_& m) {
            "paths"_a, "capacity_bytes"_a, "keep_checkpoints"_a, "backend"_a, "depth"_a, "mapped"_a, "read_only"_a,
            "epoch"_a.none(), "snapshot_after_bytes"_a, "system"_a.none())
       .def("await_restore", &LogVolume::await_restore)
+      .def("withdraw", &LogVolume::withdraw, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("grow", &LogVolume::grow, "table"_a, "row_count"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("tables",
            [](const LogVolume& self) {

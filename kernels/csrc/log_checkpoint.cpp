@@ -211,6 +211,13 @@ void LogVolume::count_live() {
 // -- committing
 
 void LogVolume::checkpoint(uint64_t epoch) {
+  {
+    Lock lock(mutex_);
+    require_usable();
+    const auto over = [](bool* waits) { *waits = false; };
+    const std::unique_ptr<bool, decltype(over)> guard(&(commit_waits_ = true), over);
+    if (!options_.read_only && !kept_.empty()) wait_for_cleaner(lock);
+  }
   std::lock_guard commit(commit_mutex_);
   Lock lock(mutex_);
   require_usable();
@@ -360,6 +367,21 @@ std::vector<uint64_t> LogVolume::epochs() const {
 }
 
 // -- going back
+
+void LogVolume::withdraw(uint64_t epoch) {
+  std::lock_guard commit(commit_mutex_);
+  Lock lock(mutex_);
+  require_open(closed_, name());
+  require_writable();
+  if (kept_.empty() || kept_.back().epoch != epoch) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + ": only the newest epoch can be withdrawn, " + std::to_string(epoch) + " is not");
+  }
+  folders_[0].remove_manifest(epoch);
+  folders_[0].sync();
+  let_go(kept_.back());
+  kept_.pop_back();
+  remove_unnamed_snapshots();
+}
 
 void LogVolume::await_restore() {
   std::lock_guard lock(mutex_);

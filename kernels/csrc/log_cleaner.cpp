@@ -65,7 +65,6 @@ std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes
     throw;
   }
   ++next_segment_;
-  ++made_segments_;
   segments_[segment->number] = segment;
   return segment;
 }
@@ -82,20 +81,24 @@ void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
   const uint64_t needed = (table.fresh.rows.size() + rows) / table.shape.records + stream.tables;
   while (room_of(stream) < needed) {
     if (!fits(comfortable())) reclaim();
-    if (!fits(comfortable())) {  // the cleaner first does what it can
-      const uint64_t round = idle_rounds_;
-      ++waiting_for_room_;
-      asked_ = true;
-      cleaner_wake_.notify_one();
-      room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
-      --waiting_for_room_;
-      require_open(stop_cleaner_, name());
-      require_usable();
-    }
+    wait_for_cleaner(lock);
     if (!fits(1 + reserve())) refuse_full();
     stream.ready.push_back(make_segment(stream.block_bytes));
+    ++made_segments_;
   }
   if (cleaning_is_due()) cleaner_wake_.notify_one();
+}
+
+void LogVolume::wait_for_cleaner(Lock& lock) {
+  if (fits(comfortable())) return;
+  const uint64_t round = idle_rounds_;
+  ++waiting_for_room_;
+  asked_ = true;
+  cleaner_wake_.notify_one();
+  room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
+  --waiting_for_room_;
+  require_open(stop_cleaner_, name());
+  require_usable();
 }
 
 void LogVolume::lose(const Table& table, uint64_t place) {
@@ -161,15 +164,15 @@ uint64_t LogVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() 
 
 std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
-  // One that is held gives nothing back yet, and puts go on until it does. Without room for that one is emptied all the same,
-  // into what puts leave to the cleaner, so that the next checkpoint frees something.
-  const bool roomy = fits(held_back()) || coming_ == 0;
+  // One that is held gives nothing back yet, and puts go on until it does.
+  // A commit is what gives it back: for one that waits, the cleaner goes as far as it can.
+  const bool roomy = fits(held_back()) || (commit_waits_ && fits(reserve()));
   std::shared_ptr<Segment> best;
   double best_share = 0.95;  // of its bytes that are newest records: beyond, copying gains nothing
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0 || !s->chunks.empty() || busy.contains(number)) continue;
     if (s->kept > 0 && !roomy) continue;
-    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.1 : 0);
+    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.3 : 0);
     if (share < best_share) {
       best = s;
       best_share = share;
@@ -185,17 +188,20 @@ void LogVolume::clean() {
     cleaner_wake_.wait(lock, [&] { return stop_cleaner_ || asked_ || due(); });
     asked_ = false;
     reclaim();
-    const bool wanted = due();
-    const std::shared_ptr<Segment> segment = wanted ? victim() : nullptr;
+    if (!due()) {
+      room_made_.notify_all();
+      continue;
+    }
+    const std::shared_ptr<Segment> segment = victim();
     bool moved = false;
-    if (segment && !stop_cleaner_) {
+    if (segment) {
       lock.unlock();
       moved = move_survivors(segment);
       lock.lock();
       stats_.cleaned_segments += moved;
       reclaim();
     }
-    if (wanted && !moved) ++idle_rounds_;  // not when there is room: who waits for it may find it taken by another
+    if (!moved) ++idle_rounds_;
     room_made_.notify_all();
     // Nothing to do until something changes: a checkpoint, or puts that make newest records old.
     if (!moved) cleaner_wake_.wait_for(lock, std::chrono::milliseconds(20), [&] { return stop_cleaner_ || asked_; });

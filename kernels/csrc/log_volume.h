@@ -122,6 +122,7 @@ class LogVolume final : public Volume {
   void checkpoint(uint64_t epoch) override;
   std::vector<uint64_t> epochs() const override;
   void restore(uint64_t epoch) override;
+  void withdraw(uint64_t epoch);  // the newest epoch no longer counts; its rows stay as they are
   void await_restore();  // refuse reads and writes until restore()
   void grow(TableId table, int64_t row_count);
   std::vector<TableInfo> tables() const;
@@ -271,7 +272,8 @@ class LogVolume final : public Volume {
   void clean();  // the cleaner's thread
   bool cleaning_is_due() const;
   uint64_t held_back() const;    // segments that must be free for one that a manifest names to be cleaned
-  uint64_t comfortable() const;  // segments that must be free for a put not to wait for the cleaner
+  uint64_t comfortable() const;  // segments that must be free for a put or a commit not to wait for the cleaner
+  void wait_for_cleaner(Lock& lock);
   std::shared_ptr<Segment> victim() const;
   bool move_survivors(const std::shared_ptr<Segment>& segment);
   void move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock);
@@ -302,12 +304,13 @@ class LogVolume final : public Volume {
   uint64_t coming_ = 0;  // segments that hold no newest record and wait for a manifest to go
   uint32_t next_segment_ = 1;
   uint64_t next_sequence_ = 1;
-  uint64_t made_segments_ = 0, made_before_ = 0;  // since the last checkpoint, and between the two before
+  uint64_t made_segments_ = 0, made_before_ = 0;  // for puts, since the last checkpoint, and between the two before
   size_t writing_ = 0, checkpointing_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;
-  size_t waiting_for_room_ = 0;
+  size_t waiting_for_room_ = 0;  // puts and commits that have asked the cleaner to do what it can
+  bool commit_waits_ = false;
   uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
   VolumeStats stats_;
   mutable std::mutex mutex_;

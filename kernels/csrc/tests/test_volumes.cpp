@@ -213,8 +213,9 @@ TEST_ON_EACH_MEDIUM("a volume that is full of what its checkpoint names takes pu
       }
     }
     for (const int64_t r : rows) newest[r] = version;
+    // Seldom enough that each segment holds some newest record; then for a while only when the volume is full.
+    if (version % 200 < 100 && version % 20 == 0) volume->checkpoint(++epoch);
   }
-  CHECK(epoch > 0);
   CHECK(get_versions(*volume, table, kBytes, rows_up_to(kCount)) == newest);
 }
 
