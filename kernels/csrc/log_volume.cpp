@@ -172,6 +172,7 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   require_rows(table.spec, rows);
   do {
     written_.wait(lock, [&] { return checkpointing_ == 0; });
+    require_usable();
     ensure_room(table, rows.size(), lock);  // may wait, and a checkpoint begin meanwhile
   } while (checkpointing_ > 0);
   for (size_t i = 0; i < rows.size(); ++i) {
