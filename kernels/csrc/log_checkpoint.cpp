@@ -49,6 +49,10 @@ void LogVolume::open_folders() {
     if (options_.read_only && epoch != options_.epoch.value_or(epochs.back())) continue;
     const std::vector<std::byte> bytes = folders_[0].read_manifest(epoch);
     const Manifest& manifest = chosen.emplace(Manifest::decode(bytes, folders_[0].manifest_file(epoch)));
+    if (manifest.epoch != epoch) {
+      throw Error(ErrorKind::kDamagedRecord, "manifest " + folders_[0].manifest_file(epoch) + " is that of epoch " +
+                                                 std::to_string(manifest.epoch) + ". Give it back its name");
+    }
     if (manifest.path_count != folders_.size()) {
       throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " was made over " + std::to_string(manifest.path_count) +
                                                   " paths, opened with " + std::to_string(folders_.size()) +
@@ -74,14 +78,21 @@ void LogVolume::load(const Manifest& manifest) {
   }
   for (const Kept& k : kept_) {
     for (const ManifestSegment& s : k.segments) {
-      if (segments_.contains(s.number)) continue;
-      auto segment = std::make_shared<Segment>();
-      segment->number = s.number;
-      segment->path = s.path_index;
-      segment->block_bytes = s.block_bytes;
-      segment->file = folders_[s.path_index].open_segment(s.number);
-      if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, !options_.read_only);
-      segments_[s.number] = segment;
+      const auto at = segments_.find(s.number);
+      const auto segment = at != segments_.end() ? at->second : std::make_shared<Segment>();
+      if (at == segments_.end()) {
+        segment->number = s.number;
+        segment->path = s.path_index;
+        segment->block_bytes = s.block_bytes;
+        segment->file = folders_[s.path_index].open_segment(s.number);
+        if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, !options_.read_only);
+        segments_[s.number] = segment;
+      }
+      if (segment->path != s.path_index || segment->block_bytes != s.block_bytes) {
+        throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": its checkpoints disagree about segment " +
+                                                   std::to_string(s.number) + ". Restore the volume from a copy");
+      }
+      require_bytes(segment->file, block_offset(s.block_bytes, s.blocks), folders_[s.path_index].segment_file(s.number));
     }
   }
   if (!options_.read_only) {
@@ -187,7 +198,8 @@ void LogVolume::count_live() {
       if (!t.index[row]) continue;
       const Place place = Place::unpack(t.index[row]);
       const auto at = segments_.find(place.segment);
-      if (at == segments_.end() || place.block >= at->second->blocks || place.position >= t.shape.records) {
+      if (at == segments_.end() || place.block >= at->second->blocks || place.position >= t.shape.records ||
+          at->second->block_bytes != t.shape.block_bytes) {
         throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": the index says that " + describe(t, static_cast<int64_t>(row), place) +
                                                    " is where the checkpoint has no record. Restore the volume from a copy");
       }
@@ -202,9 +214,9 @@ void LogVolume::checkpoint(uint64_t epoch) {
   {
     Lock lock(mutex_);
     require_usable();
-    commit_waits_ = true;
+    const auto over = [](bool* waits) { *waits = false; };
+    const std::unique_ptr<bool, decltype(over)> guard(&(commit_waits_ = true), over);
     if (!options_.read_only && !kept_.empty()) wait_for_cleaner(lock);
-    commit_waits_ = false;
   }
   std::lock_guard commit(commit_mutex_);
   Lock lock(mutex_);
@@ -217,7 +229,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   std::vector<uint64_t> have;
   for (const Kept& k : kept_) have.push_back(k.epoch);
   require_newer(have, epoch, name());
-  drain(lock);
+  drain_alone(lock);
   Manifest manifest{volume_, epoch, next_sequence_, segment_bytes_, named_ ? named_->epoch : 0,
                     static_cast<uint32_t>(folders_.size()), {}, {}};
   for (const Table& t : tables_) manifest.tables.push_back({t.spec, t.init});
@@ -388,12 +400,12 @@ void LogVolume::restore(uint64_t epoch) {
     throw Error(ErrorKind::kVolume, "volume " + name() + " does not keep epoch " + std::to_string(epoch) + "; it keeps" +
                                         (epochs.empty() ? " none" : epochs));
   }
+  stop_snapshot(lock);
+  written_.wait(lock, [&] { return writing_ == 0; });
   {
     std::lock_guard guard(batch_mutex_);
     if (!batches_.empty()) throw Error(ErrorKind::kVolume, "volume " + name() + ": reads are in flight; wait for them before restore");
   }
-  stop_snapshot(lock);
-  written_.wait(lock, [&] { return writing_ == 0; });
   const Manifest manifest = Manifest::decode(folders_[0].read_manifest(epoch), folders_[0].manifest_file(epoch));
   while (kept_.back().epoch != epoch) {
     folders_[0].remove_manifest(kept_.back().epoch);

@@ -97,6 +97,7 @@ void LogVolume::wait_for_cleaner(Lock& lock) {
   cleaner_wake_.notify_one();
   room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
   --waiting_for_room_;
+  require_open(stop_cleaner_, name());
   require_usable();
 }
 
@@ -214,8 +215,8 @@ bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
     std::lock_guard commit(commit_mutex_);
     Lock lock(mutex_);
     const auto at = segments_.find(segment->number);
-    if (stop_cleaner_ || at == segments_.end() || at->second != segment || !write_error_.empty()) return false;
-    if (segment->live_bytes == 0) return true;
+    if (stop_cleaner_ || !write_error_.empty()) return false;
+    if (at == segments_.end() || at->second != segment || segment->live_bytes == 0) return true;  // it emptied by itself
     lock.unlock();
     const uint32_t count = std::min(per_read, segment->blocks - first);
     std::string error;
@@ -274,6 +275,7 @@ void LogVolume::stop_cleaner() {
     stop_cleaner_ = true;
   }
   cleaner_wake_.notify_all();
+  room_made_.notify_all();
   if (cleaner_.joinable()) cleaner_.join();
 }
 

@@ -13,7 +13,6 @@ namespace {
 
 constexpr uint64_t kChunkBytes = 256u << 10;  // one write
 constexpr size_t kMostChunks = 8;             // of a stream, in memory: full, being written or being filled
-constexpr uint64_t kLeastSegmentBytes = 1u << 20, kMostSegmentBytes = 64u << 20;
 
 bool same(const Initializer& a, const Initializer& b) {
   return a.zero == b.zero && (a.zero || (a.seed == b.seed && a.low == b.low && a.high == b.high && a.first_row == b.first_row &&
@@ -44,6 +43,7 @@ Mapping::~Mapping() {
 
 LogVolume::LogVolume(LogOptions options)
     : options_(std::move(options)), system_(options_.system ? *options_.system : System::real()) {
+  if (options_.paths.empty()) throw Error(ErrorKind::kConfiguration, "a volume needs at least one path, got none");
   if (options_.keep_checkpoints < 1) throw Error(ErrorKind::kConfiguration, "keep_checkpoints must be at least 1");
   if (options_.depth < 1 || options_.depth > 4096) {
     throw Error(ErrorKind::kConfiguration, "depth must be 1 to 4096, got " + std::to_string(options_.depth));
@@ -124,6 +124,7 @@ TableId LogVolume::table(const TableSpec& spec, const Initializer& init) {
 }
 
 void LogVolume::grow(TableId id, int64_t row_count) {
+  std::lock_guard commit(commit_mutex_);  // a checkpoint may be about to start a snapshot of the old size
   Lock lock(mutex_);
   require_usable();
   require_writable();
@@ -169,7 +170,11 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   require_writable();
   Table& table = tables_.at(id);
   require_rows(table.spec, rows);
-  ensure_room(table, rows.size(), lock);
+  do {
+    written_.wait(lock, [&] { return checkpointing_ == 0; });
+    require_usable();
+    ensure_room(table, rows.size(), lock);  // may wait, and a checkpoint begin meanwhile
+  } while (checkpointing_ > 0);
   for (size_t i = 0; i < rows.size(); ++i) {
     gather_record(parts, slots[i], append(table, table.fresh, rows[i], next_sequence_++, lock));
   }
@@ -177,9 +182,9 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
 }
 
 std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock) {
-  uint64_t& entry = table.index[static_cast<size_t>(row)];
   const RecordHeader header{0, table.id, row, sequence};
-  for (;;) {  // seal may wait, and another thread may put meanwhile
+  for (;;) {  // seal may wait, and other threads put or grow the table meanwhile
+    const uint64_t entry = table.index[static_cast<size_t>(row)];
     if (entry & kOpen) {
       std::byte* record = table.open_record(entry);
       std::memcpy(record, &header, sizeof header);
@@ -188,6 +193,7 @@ std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
     if (open.rows.size() < table.shape.records) break;
     seal(table, open, lock);
   }
+  uint64_t& entry = table.index[static_cast<size_t>(row)];
   if (snapshot_) {  // what the snapshot has still to write is kept for it
     const size_t t = table.id - 1;
     const auto r = static_cast<uint64_t>(row);
@@ -252,7 +258,8 @@ LogVolume::Chunk* LogVolume::take_chunk(Stream& stream, Lock& lock) {
     stream.chunks.back()->buffer = aligned_bytes(uint64_t{stream.chunk_blocks} * stream.block_bytes);
     stream.spare.push_back(stream.chunks.back().get());
   }
-  written_.wait(lock, [&] { return stream.chunk || !stream.spare.empty() || !write_error_.empty(); });
+  written_.wait(lock, [&] { return stream.chunk || !stream.spare.empty() || !write_error_.empty() || closed_; });
+  require_open(closed_, name());
   if (stream.chunk) return stream.chunk;
   if (stream.spare.empty()) require_usable();
   next_segment(stream);
@@ -300,6 +307,22 @@ void LogVolume::drain(Lock& lock) {
   for (Stream& s : streams_) dispatch(s);
   written_.wait(lock, [&] { return writing_ == 0; });
   require_usable();
+}
+
+// What a checkpoint commits must be on disk at one moment: puts that begin wait, those that have begun end.
+void LogVolume::drain_alone(Lock& lock) {
+  ++checkpointing_;
+  const auto over = [this](void*) {
+    --checkpointing_;
+    written_.notify_all();
+  };
+  const std::unique_ptr<void, decltype(over)> guard(this, over);
+  const auto is_open = [](const Table& t) { return !t.fresh.rows.empty() || !t.moved.rows.empty(); };
+  const auto is_filling = [](const Stream& s) { return s.chunk != nullptr; };
+  do {
+    drain(lock);
+  } while (std::any_of(tables_.begin(), tables_.end(), is_open) || std::any_of(streams_.begin(), streams_.end(), is_filling) ||
+           writing_ > 0);
 }
 
 void LogVolume::flush() {
@@ -375,7 +398,7 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
     token = ++last_batch_;
     batches_[token] = std::move(batch);
   }
-  queue_->submit(std::move(jobs));
+  if (!jobs.empty()) queue_->submit(std::move(jobs));  // a mapped medium has no queue
   return token;
 }
 

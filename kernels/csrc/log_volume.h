@@ -266,7 +266,8 @@ class LogVolume final : public Volume {
   void next_segment(Stream& stream);
   Chunk* take_chunk(Stream& stream, Lock& lock);
   void dispatch(Stream& stream);
-  void drain(Lock& lock);  // seals and writes everything, and waits for it
+  void drain(Lock& lock);        // seals and writes everything, and waits for it
+  void drain_alone(Lock& lock);  // the same, and nothing has been put since
 
   void clean();  // the cleaner's thread
   bool cleaning_is_due() const;
@@ -304,7 +305,7 @@ class LogVolume final : public Volume {
   uint32_t next_segment_ = 1;
   uint64_t next_sequence_ = 1;
   uint64_t made_segments_ = 0, made_before_ = 0;  // for puts, since the last checkpoint, and between the two before
-  size_t writing_ = 0;
+  size_t writing_ = 0, checkpointing_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;

@@ -76,11 +76,11 @@ class SlotPool {
   void forget();  // every row leaves its pool unwritten; refused while tickets are outstanding
 
   SlotPoolStats stats(size_t table) const;
-  int32_t resident(size_t table) const { return directories_[table].resident(); }
-  int64_t revoked() const { return revoked_; }
-  int64_t declined() const { return declined_; }
-  int64_t outstanding() const { return static_cast<int64_t>(tickets_.size()); }
-  int32_t slot_of_row(size_t table, int64_t row) const { return directories_[table].slot_of_row(row); }
+  int32_t resident(size_t table) const { std::lock_guard lock(mutex_); return directories_[table].resident(); }
+  int64_t revoked() const { std::lock_guard lock(mutex_); return revoked_; }
+  int64_t declined() const { std::lock_guard lock(mutex_); return declined_; }
+  int64_t outstanding() const { std::lock_guard lock(mutex_); return static_cast<int64_t>(tickets_.size()); }
+  int32_t slot_of_row(size_t table, int64_t row) const { std::lock_guard lock(mutex_); return directories_[table].slot_of_row(row); }
   void check() const;
 
  private:

@@ -92,6 +92,7 @@ class Volume {
 
 // What the implementations share.
 void require_open(bool closed, const std::string& volume);
+bool is_valid(const TableSpec& spec);
 void require_valid(const TableSpec& spec);
 void require_same_shape(const TableSpec& have, const TableSpec& asked, const std::string& volume);
 void require_rows(const TableSpec& spec, std::span<const int64_t> rows);

@@ -62,6 +62,14 @@ void sync_file(const File& file, const std::string& name) {
   if (file.system().fdatasync(file.fd()) != 0) throw_io("sync", name, errno);
 }
 
+void require_bytes(const File& file, uint64_t bytes, const std::string& name) {
+  struct stat info{};
+  if (fstat(file.fd(), &info) != 0) throw_io("look at", name, errno);
+  if (static_cast<uint64_t>(info.st_size) >= bytes) return;
+  throw Error(ErrorKind::kDamagedRecord, "file " + name + " has " + std::to_string(info.st_size) + " bytes, its checkpoint counts on " +
+                                             std::to_string(bytes) + ". Restore the volume from a copy");
+}
+
 void read_whole(const File& file, void* data, uint64_t bytes, uint64_t offset, const std::string& name) {
   auto* p = static_cast<char*>(data);
   while (bytes > 0) {

@@ -80,6 +80,7 @@ class VolumeFolder {
 [[noreturn]] void throw_io(const std::string& what, const std::string& file, int error);
 void sync_file(const File& file, const std::string& name);
 void read_whole(const File& file, void* data, uint64_t bytes, uint64_t offset, const std::string& name);   // kDamagedRecord at its end
+void require_bytes(const File& file, uint64_t bytes, const std::string& name);  // kDamagedRecord where it is shorter
 void write_whole(const File& file, const void* data, uint64_t bytes, uint64_t offset, const std::string& name);
 
 }  // namespace mtrains
