@@ -44,4 +44,6 @@ def close(groups: Sequence[TieredTBE]) -> None:
 
     Rows of the last epoch stay; what came after it is lost.
     """
+    for group in groups:
+        group.close_caches()
     close_homes(volumes(groups))

@@ -1,9 +1,9 @@
 // Bindings of the volumes. volumes.py gives them their public names and checks what users pass.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_records.h"
 #include "errors.h"
 #include "io_probe.h"
 #include "memory_volume.h"
@@ -14,27 +14,6 @@ using namespace nb::literals;
 using namespace mtrains;
 
 namespace {
-
-using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Records = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-std::vector<int32_t> counted(size_t n) {
-  std::vector<int32_t> slots(n);
-  for (size_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i);
-  return slots;
-}
-
-std::vector<Part> as_parts(const Records& records) {
-  return {{reinterpret_cast<std::byte*>(records.data()), records.shape(1), static_cast<uint32_t>(records.shape(1))}};
-}
-
-void get_records(Volume& volume, TableId table, const Ids& ids, const Records& out) {
-  GetRequest request{table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out)};
-  std::vector<GetRequest> requests;
-  requests.push_back(std::move(request));
-  nb::gil_scoped_release unlocked;
-  volume.wait(volume.submit_get(std::move(requests)));
-}
 
 void put_records(Volume& volume, TableId table, const Ids& ids, const Records& records) {
   const std::vector<int32_t> slots = counted(ids.size());
@@ -87,7 +66,8 @@ void bind_volumes(nb::module_& m) {
              return self.table({std::move(name), row_count, record_bytes}, init);
            },
            "name"_a, "row_count"_a, "record_bytes"_a, "init"_a)
-      .def("get", &get_records, "table"_a, "ids"_a, "out"_a)
+      .def("get", [](Volume& self, TableId table, const Ids& ids, const Records& out) { get_records(self, table, ids, out, false); },
+           "table"_a, "ids"_a, "out"_a)
       .def("put", &put_records, "table"_a, "ids"_a, "records"_a)
       .def("flush", &Volume::flush, nb::call_guard<nb::gil_scoped_release>())
       .def("checkpoint", &Volume::checkpoint, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
