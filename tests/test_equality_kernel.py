@@ -28,10 +28,10 @@ def tiered(group: Group, folder: Path | None) -> TieredTBE:
             name=f"t{i}",
             rows=rows,
             dim=dim,
-            chain=TierChain(pool_rows=pool, tiers=(home,)),
+            chain=TierChain(pool_rows=pool, tiers=(*caches, home)),
             init=UniformInit(table_seed(f"t{i}"), -0.5, 0.5, columns=dim, weight_type=f"float{8 * group.precision.bit_rate() // 8}"),
         )
-        for i, (rows, dim, pool) in enumerate(zip(group.rows, group.dims, group.pool_rows, strict=True))
+        for i, (rows, dim, pool, caches) in enumerate(zip(group.rows, group.dims, group.pool_rows, group.caches, strict=True))
     ]
     return TieredTBE(tables, group.feature_table_map, group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3)
 
@@ -86,9 +86,19 @@ def train_and_compare(group: Group, folder: Path | None) -> None:
                 gradient = torch.randn(a.shape, generator=generator)
                 a.backward(gradient)
                 b.backward(gradient)
+            if group.between[step] == "flush":
+                ours.flush()
+            elif group.between[step] == "evaluate":
+                with torch.no_grad():
+                    for i, o, w in batches[: step + 1]:
+                        assert torch.equal(ours(i, o, w), theirs(i.long(), o.long(), w))
         ours._pool.check()
+        for cached in ours._cached.values():
+            cached._native.check()
     del a, b
     assert ours._pool.outstanding <= len(ours._waiting)
+    assert_same_state(group, ours, theirs)
+    ours.flush()
     assert_same_state(group, ours, theirs)
     ours.close()
 
