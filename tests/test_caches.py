@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -435,7 +436,7 @@ def test_tier_stats_follow_the_rows_down_the_chain(folder: str) -> None:
     first, second = tbe.tier_stats()
     assert [t["tier"] for t in first] == ["pool", "DdrCache", "PmemCache", "SsdHome"]
     assert [t["tier"] for t in second] == ["pool", "SsdHome"]
-    for above, below in zip(first, first[1:], strict=False):
+    for above, below in itertools.pairwise(first):
         assert above["misses"] == below["hits"] + below.get("misses", 0)
     assert all(t["hits"] > 0 and t["read_bytes"] == t["hits"] * 36 for t in first)
     assert first[1]["evictions"] == first[2]["inserted_rows"] == first[1]["write_backs"] > 0
