@@ -11,12 +11,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from _common import bounded_zipf, finish, median, options, print_machine
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torchrec_mtrains.kernels import durability
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
+from _common import bounded_zipf, finish, median, options, print_machine
 from torchrec_mtrains.tiers import Cache, DdrCache, PmemCache, SsdHome, TierChain
 
 DIM = 64

@@ -302,10 +302,15 @@ def test_an_eviction_that_finds_the_home_full_loses_nothing(folder: str) -> None
     volume = CachedVolume(ssd)
     table = volume.cached_table("t", row_count=rows, record_bytes=4000, caches=(DdrCache(100), PmemCache(PMEM, 100)))
     kept, out = 0, torch.empty(100, 4000, dtype=torch.uint8)
-    with pytest.raises(VolumeFullError):
+
+    def fill() -> None:
+        nonlocal kept
         for first in range(0, rows, 100):
             volume._native.evict(table._id, torch.arange(first, first + 100), torch.full((100, 4000), first // 100 + 1).byte(), True)
             kept += 1
+
+    with pytest.raises(VolumeFullError):
+        fill()
     assert kept > 10
     volume._native.check()
     for batch in range(kept):
