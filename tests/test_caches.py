@@ -53,9 +53,15 @@ def read(table: VolumeTable, *rows: int) -> torch.Tensor:
     return out
 
 
-def take(table: VolumeTable, *rows: int) -> torch.Tensor:
+def submit_take(table: VolumeTable, *rows: int) -> tuple[int, torch.Tensor]:
+    """A token to wait for, and where the records will be then."""
     out = torch.empty(len(rows), RECORD_BYTES, dtype=torch.uint8)
-    table.volume._native.take(table._id, ids(*rows), out)
+    return table.volume._native.submit_take(table._id, ids(*rows), out), out
+
+
+def take(table: VolumeTable, *rows: int) -> torch.Tensor:
+    token, out = submit_take(table, *rows)
+    table.volume._native.wait(token)
     return out
 
 
@@ -105,6 +111,7 @@ class CachesAgree(RuleBasedStateMachine):
             for i, chain in enumerate(self.chains)
         ]
         self.above: list[set[int]] = [set(), set()]
+        self.pending: list[tuple[tuple[int, torch.Tensor], torch.Tensor]] = []
 
     tables_and_rows = {"t": st.integers(0, 1), "rows": st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=20, unique=True)}
 
@@ -118,6 +125,19 @@ class CachesAgree(RuleBasedStateMachine):
         below = [row for row in rows if row not in self.above[t]]
         assert torch.equal(take(self.tables[t], *below), read(self.model[t], *below))
         self.above[t].update(below)
+
+    @rule(**tables_and_rows)
+    def take_and_wait_later(self, t: int, rows: list[int]) -> None:
+        below = [row for row in rows if row not in self.above[t]]
+        self.pending.append((submit_take(self.tables[t], *below), read(self.model[t], *below)))
+        self.above[t].update(below)
+
+    @rule()
+    def wait_for_what_was_taken(self) -> None:
+        for (token, out), expected in self.pending:
+            self.volume._native.wait(token)
+            assert torch.equal(out, expected)
+        self.pending.clear()
 
     @rule(t=st.integers(0, 1), share=st.sampled_from([0.3, 1.0]), seed=st.integers(0, 255))
     def change_and_evict_what_was_taken(self, t: int, share: float, seed: int) -> None:
@@ -156,6 +176,7 @@ class CachesAgree(RuleBasedStateMachine):
             assert torch.equal(read(home, *range(ROWS)), read(model, *range(ROWS)))
 
     def _put_what_is_above(self) -> None:
+        self.wait_for_what_was_taken()
         for t, rows in enumerate(self.above):
             self.tables[t].put(ids(*rows), read(self.model[t], *rows))
             rows.clear()
@@ -175,6 +196,7 @@ class CachesAgree(RuleBasedStateMachine):
     @precondition(lambda self: self.on_ssd and self.committed)
     @rule(crash=st.booleans())
     def crash_or_restore(self, crash: bool) -> None:
+        self.wait_for_what_was_taken()
         if crash:
             self.below.close()
             self._open()
@@ -294,6 +316,24 @@ def test_a_read_that_fails_leaves_what_it_would_have_taken(folder: str) -> None:
     assert stats(table)[0]["resident_rows"] == 2
     assert torch.equal(take(table, 0, 1), records(1, 2))
     assert stats(table)[0]["resident_rows"] == 0
+
+
+@pytest.mark.parametrize("evictions_between", [0, 1, 2, 3, 4, 5])
+def test_a_row_that_comes_back_before_its_read_is_waited_for_stays(folder: str, evictions_between: int) -> None:
+    """However often insertions were numbered anew meanwhile."""
+    ssd = SsdVolume((folder,), CAPACITY)
+    table = CachedVolume(ssd, batch_limit=4).cached_table("t", row_count=ROWS, record_bytes=RECORD_BYTES, caches=(DdrCache(1),))
+    table.put(ids(5), records(9))
+    table.volume.flush()
+    evict(table, [0], records(1))
+    token, out = submit_take(table, 0, 5)
+    for i in range(evictions_between):
+        evict(table, [10], records(100 + i))
+    evict(table, [0], records(2))
+    table.volume._native.wait(token)
+    assert torch.equal(out, records(1, 9))
+    assert stats(table)[0]["resident_rows"] == 1
+    assert torch.equal(read(table, 0), records(2))
 
 
 def test_an_eviction_that_finds_the_home_full_loses_nothing(folder: str) -> None:
@@ -464,6 +504,53 @@ def test_training_moves_rows_and_copies_none(folder: str) -> None:
     tbe._below_pools[0].get(ids(*in_pool), out)
     after = cached.cache_stats(tbe._below_pools[0])
     assert after[0]["hits"] + after[1]["hits"] == before
+
+
+def damage(folder: str) -> None:
+    """Turns over every byte of the log after its first header."""
+    for segment in Path(folder).rglob("segment_*.log"):
+        data = torch.from_file(str(segment), shared=True, size=segment.stat().st_size, dtype=torch.uint8)
+        data[4096:].bitwise_not_()
+
+
+def test_a_volume_that_fails_costs_the_tables_of_the_others_nothing(folder: str) -> None:
+    """What the caches above a healthy home gave to the pool stays there when the read of another home fails."""
+    chains: list[tuple[Cache, ...]] = [(DdrCache(200),), ()]
+    tbe = TieredTBE(
+        [
+            TieredTable(f"t{i}", 200, 8, TierChain(16, (*chain, home)), init=UniformInit(i, -1, 1, columns=8))
+            for i, (chain, home) in enumerate(zip(chains, (DdrHome(), SsdHome((folder,), CAPACITY)), strict=True))
+        ],
+        [0, 1], PoolingMode.SUM, SparseType.FP32, EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, learning_rate=0.1, eps=1e-3,
+    )  # fmt: skip
+    train(tbe, 60)
+    tbe.flush()
+    train(tbe, 30, seed=1)
+    tbe._home_tables[1].volume.flush()
+    before = tbe.read_rows(0, 0, 200)
+    damage(folder)
+    failed = 0
+    for first in range(0, 200, 8):
+        rows = torch.arange(first, first + 8)
+        try:
+            tbe(torch.cat([rows, rows]), torch.arange(17)).sum()
+        except DamagedRecordError:
+            failed += 1
+    assert failed > 10
+    for a, b in zip(tbe.read_rows(0, 0, 200), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_loses_no_training(folder: str) -> None:
+    tbe = tiered([(DdrCache(4), PmemCache(PMEM, 4))], SsdHome((folder,), CAPACITY))
+    train(tbe, 60)
+    before = tbe.read_rows(0, 0, 200)
+    with torch.no_grad():
+        for _ in range(2):
+            for first in range(0, 200, 8):
+                tbe(torch.arange(first, first + 8), torch.arange(9))
+    for a, b in zip(tbe.read_rows(0, 0, 200), before, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_evaluation_brings_rows_into_the_cache_too(folder: str) -> None:

@@ -4,7 +4,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include <utility>
 #include <vector>
 
 #include "volume.h"
@@ -22,14 +21,6 @@ inline std::vector<int32_t> counted(size_t n) {
 
 inline std::vector<Part> as_parts(const Records& records) {
   return {{reinterpret_cast<std::byte*>(records.data()), records.shape(1), static_cast<uint32_t>(records.shape(1))}};
-}
-
-inline void get_records(Volume& volume, TableId table, const Ids& ids, const Records& out, bool take) {
-  GetRequest request{table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out), take};
-  std::vector<GetRequest> requests;
-  requests.push_back(std::move(request));
-  nanobind::gil_scoped_release unlocked;
-  volume.wait(volume.submit_get(std::move(requests)));
 }
 
 }  // namespace mtrains

@@ -15,6 +15,14 @@ using namespace mtrains;
 
 namespace {
 
+void get_records(Volume& volume, TableId table, const Ids& ids, const Records& out) {
+  GetRequest request{table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out)};
+  std::vector<GetRequest> requests;
+  requests.push_back(std::move(request));
+  nb::gil_scoped_release unlocked;
+  volume.wait(volume.submit_get(std::move(requests)));
+}
+
 void put_records(Volume& volume, TableId table, const Ids& ids, const Records& records) {
   const std::vector<int32_t> slots = counted(ids.size());
   const std::vector<Part> parts = as_parts(records);
@@ -66,8 +74,7 @@ void bind_volumes(nb::module_& m) {
              return self.table({std::move(name), row_count, record_bytes}, init);
            },
            "name"_a, "row_count"_a, "record_bytes"_a, "init"_a)
-      .def("get", [](Volume& self, TableId table, const Ids& ids, const Records& out) { get_records(self, table, ids, out, false); },
-           "table"_a, "ids"_a, "out"_a)
+      .def("get", &get_records, "table"_a, "ids"_a, "out"_a)
       .def("put", &put_records, "table"_a, "ids"_a, "records"_a)
       .def("flush", &Volume::flush, nb::call_guard<nb::gil_scoped_release>())
       .def("checkpoint", &Volume::checkpoint, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
