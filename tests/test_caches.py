@@ -318,13 +318,16 @@ def test_a_read_that_fails_leaves_what_it_would_have_taken(folder: str) -> None:
     assert stats(table)[0]["resident_rows"] == 0
 
 
-@pytest.mark.parametrize("evictions_between", [0, 1, 2, 3, 4, 5])
-def test_a_row_that_comes_back_before_its_read_is_waited_for_stays(folder: str, evictions_between: int) -> None:
+@pytest.mark.parametrize("evictions_before", range(3))
+@pytest.mark.parametrize("evictions_between", range(6))
+def test_a_row_that_comes_back_before_its_read_is_waited_for_stays(folder: str, evictions_before: int, evictions_between: int) -> None:
     """However often insertions were numbered anew meanwhile."""
     ssd = SsdVolume((folder,), CAPACITY)
     table = CachedVolume(ssd, batch_limit=4).cached_table("t", row_count=ROWS, record_bytes=RECORD_BYTES, caches=(DdrCache(1),))
     table.put(ids(5), records(9))
     table.volume.flush()
+    for i in range(evictions_before):
+        evict(table, [10], records(100 + i))
     evict(table, [0], records(1))
     token, out = submit_take(table, 0, 5)
     for i in range(evictions_between):
@@ -542,7 +545,7 @@ def test_a_volume_that_fails_costs_the_tables_of_the_others_nothing(folder: str)
 
 
 def test_evaluation_loses_no_training(folder: str) -> None:
-    tbe = tiered([(DdrCache(4), PmemCache(PMEM, 4))], SsdHome((folder,), CAPACITY))
+    tbe = tiered([(DdrCache(60), PmemCache(PMEM, 60))], SsdHome((folder,), CAPACITY))
     train(tbe, 60)
     before = tbe.read_rows(0, 0, 200)
     with torch.no_grad():
