@@ -9,14 +9,10 @@ from pathlib import Path
 
 from .. import errors
 from ..tiers import DdrHome, Home, PmemHome, SsdHome
-from . import volumes
 from .deferred_init import UniformInit
-from .volumes import MemoryVolume, SsdVolume, VolumeTable
+from .volumes import MemoryVolume, PmemVolume, SsdVolume, VolumeTable
 
 _open: weakref.WeakValueDictionary[tuple[str, tuple[str, ...], int], SharedVolume] = weakref.WeakValueDictionary()
-
-
-_MEDIA = {SsdHome: ("SSD", "NVMe device"), PmemHome: ("PMem", "DAX, CXL or tmpfs mount")}
 
 
 class SharedVolume:
@@ -27,7 +23,7 @@ class SharedVolume:
     """
 
     def __init__(self, home: SsdHome | PmemHome, rank: int) -> None:
-        medium, device = _MEDIA[type(home)]
+        medium, device = ("PMem", "DAX, CXL or tmpfs mount") if isinstance(home, PmemHome) else ("SSD", "NVMe device")
         folders = []
         for path in home.paths:
             if not Path(path).is_dir():
@@ -44,8 +40,8 @@ class SharedVolume:
                 ) from e
             folders.append(str(folder))
         self.capacity_bytes = home.capacity_bytes
-        engine = getattr(volumes, f"{medium.capitalize()}Volume")
-        self.volume: SsdVolume = engine(paths=tuple(folders), capacity_bytes=home.capacity_bytes)
+        engine: type[SsdVolume] | type[PmemVolume] = PmemVolume if isinstance(home, PmemHome) else SsdVolume
+        self.volume = engine(paths=tuple(folders), capacity_bytes=home.capacity_bytes)
         self.names: dict[str, int] = {}
         if self.volume.epochs:
             self.volume._native.await_restore()
@@ -72,7 +68,7 @@ def open_home(home: Home, rank: int) -> SharedVolume | MemoryVolume:
     return found
 
 
-def volume_of(home: SharedVolume | MemoryVolume) -> SsdVolume | MemoryVolume:
+def volume_of(home: SharedVolume | MemoryVolume) -> SsdVolume | PmemVolume | MemoryVolume:
     """The volume itself."""
     return home if isinstance(home, MemoryVolume) else home.volume
 
@@ -87,7 +83,7 @@ def open_table(home: SharedVolume | MemoryVolume, name: str, row_count: int, rec
     return home.volume.table(own, row_count=row_count, record_bytes=record_bytes, init=init)
 
 
-def close_homes(volumes: Iterable[SsdVolume]) -> None:
+def close_homes(volumes: Iterable[SsdVolume | PmemVolume]) -> None:
     """Closes volumes, so that their paths can be opened anew; tables that are still alive above them can do nothing any more."""
     closing = {id(volume) for volume in volumes}
     for key, home in list(_open.items()):

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torchrec_mtrains.kernels.deferred_init import UniformInit, table_seed
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
-from strategies import Group, batch, groups
-from torchrec_mtrains import DdrHome, SsdHome, TierChain
+from strategies import PMEM, Group, batch, groups
+from torchrec_mtrains import DdrHome, PmemHome, SsdHome, TierChain
+from torchrec_mtrains.tiers import Home
 
 
-def tiered(group: Group, folder: Path | None) -> TieredTBE:
-    home = DdrHome() if folder is None else SsdHome(paths=(str(folder),), capacity_bytes=64 << 20)
+def tiered(group: Group, home: Home) -> TieredTBE:
     tables = [
         TieredTable(
             name=f"t{i}",
@@ -64,8 +64,8 @@ def assert_same_state(group: Group, ours: TieredTBE, theirs: SplitTableBatchedEm
             assert torch.equal(a, b.detach().reshape(a.shape))
 
 
-def train_and_compare(group: Group, folder: Path | None) -> None:
-    ours = tiered(group, folder)
+def train_and_compare(group: Group, home: Home) -> None:
+    ours = tiered(group, home)
     theirs = stock(group, ours)
     generator = torch.Generator().manual_seed(group.seed)
     batches = [batch(group, generator) for _ in range(group.steps)]
@@ -104,10 +104,10 @@ def train_and_compare(group: Group, folder: Path | None) -> None:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(groups(), st.booleans())
-def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, on_ssd: bool) -> None:
-    if on_ssd:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            train_and_compare(group, Path(folder))
-    else:
-        train_and_compare(group, None)
+@given(groups(), st.sampled_from([DdrHome, SsdHome, PmemHome]))
+def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, home: type[DdrHome | SsdHome | PmemHome]) -> None:
+    if home is DdrHome:
+        train_and_compare(group, DdrHome())
+        return
+    with tempfile.TemporaryDirectory(dir=Path.cwd() if home is SsdHome else PMEM) as folder:
+        train_and_compare(group, home(paths=(folder,), capacity_bytes=64 << 20))

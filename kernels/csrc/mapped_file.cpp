@@ -10,13 +10,14 @@
 #include <cstring>
 
 #include "errors.h"
+#include "system.h"
 #include "volume_folder.h"
 
 namespace mtrains {
 
 MappedFile::MappedFile(const std::string& folder, uint64_t bytes) : bytes_(std::max<uint64_t>(bytes, 1)) {
   std::string name = folder + "/mtrains_cache_XXXXXX";
-  const File file(mkostemp(name.data(), O_CLOEXEC));
+  const File file(System::real(), mkostemp(name.data(), O_CLOEXEC));
   if (!file.is_open()) {
     throw Error(ErrorKind::kVolumeIo, "cannot create a cache file in '" + folder + "': " + std::strerror(errno) +
                                           "; name a writable folder on a DAX, CXL or tmpfs mount");
