@@ -28,6 +28,19 @@ def checkpoint(groups: Sequence[TieredTBE], epoch: int) -> None:
         volume.checkpoint(epoch)
 
 
+def wants_checkpoint(groups: Sequence[TieredTBE]) -> bool:
+    """Whether a volume of this rank is short of room that a checkpoint would give back."""
+    return any(volume.wants_checkpoint for volume in volumes(groups))
+
+
+def trickle(groups: Sequence[TieredTBE], min_age: int) -> int:
+    """Hands a part of the rows that no batch has used for ``min_age`` batches to the volumes. Returns the rows handed down.
+
+    Raises: VolumeFullError, VolumeIoError.
+    """
+    return sum(group.trickle(min_age) for group in groups)
+
+
 def restore(groups: Sequence[TieredTBE], epoch: int) -> None:
     """Takes the durable tables back to a kept epoch. Pools are emptied, unwritten.
 

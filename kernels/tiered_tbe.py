@@ -336,6 +336,24 @@ class TieredTBE(nn.Module):
         self._waiting.clear()
         self._pool.forget()
 
+    def trickle(self, min_age: int) -> int:
+        """Hands rows that no batch has used for ``min_age`` batches to their durable homes, ahead of the next flush.
+
+        A call looks at ``2 / min_age`` of each pool. Returns the rows handed down.
+        """
+        return sum(self._pool.trickle(i, min_age) for i in range(len(self.tables)) if self.durable(i))
+
+    def resident_rows(self) -> list[Any]:
+        """By table: the rows in its pool in the order of eviction. Shapes: (n,) int64, numpy."""
+        return [self._pool.resident_rows(i) for i in range(len(self.tables))]
+
+    def warm(self, table: int, rows: Any) -> int:
+        """Reads rows, in the order of eviction, into free slots; of too many the last ones. Returns the rows read.
+
+        Shapes: rows (n,) int64.
+        """
+        return self._pool.warm(table, rows)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""
         self.tbe.set_learning_rate(learning_rate)

@@ -5,7 +5,8 @@ A checkpoint of step N is made in three stages, each on every rank, and a failur
 1. *Folder.* Rank 0 makes ``DIR/step_N``.
 2. *Prepare.* Every rank flushes its pools and commits epoch N in its volumes; then ``torch.distributed.checkpoint`` writes
    dense parameters, stock tables, tiered tables whose home does not outlive the process, optimizer states and every rank's
-   RNG state into the folder. ``about.json`` says which volumes belong to it.
+   RNG state into the folder. Beside it goes which rows are in the slot pools (``warm_restart``). ``about.json`` says which
+   volumes belong to the checkpoint, and names this commit as no other is named.
 3. *Commit.* All of that is synced; then ``DIR/LATEST``, which names the folder, is replaced by write-aside, fsync and rename.
 
 ``LATEST`` alone decides what opens. A job killed at any instant leaves the checkpoint before, whose epoch the volumes still
@@ -21,6 +22,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,21 +39,23 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
 from .errors import ConfigurationError, MTrainsError, UnsupportedError, VolumeIoError, VolumeMismatchError
+from . import warm_restart
 from .groups import tiered_groups
 from .kernels import durability
 from .kernels.tiered_tbe import TieredTBE
 
 LATEST = "LATEST"
 ABOUT = "about.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a loaded checkpoint was saved with."""
+    """What a loaded checkpoint was saved with, and how many rows this rank read back into its slot pools."""
 
     step: int
     extra_state: Any
+    warm_rows: int = 0
 
 
 def save_checkpoint(
@@ -86,14 +90,26 @@ def save_checkpoint(
             folder.mkdir()
 
     _together("make the folder", root, prepare_folder)
-    _together("commit the volumes", root, lambda: durability.checkpoint(groups, step))
+
+    def prepare_volumes() -> None:
+        durability.checkpoint(groups, step)
+        warm_restart.write(warm_restart.file_of(folder, dist.get_rank()), groups)
+
+    _together("commit the volumes", root, prepare_volumes)
     _dcp("write", root, lambda: dcp.save(state, checkpoint_id=folder))
     homes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(homes, _homes(groups))
 
     def commit() -> None:
         if first:
-            about = {"format": FORMAT, "step": step, "world_size": len(homes), "homes": homes, "extra_state": extra_state}
+            about = {
+                "format": FORMAT,
+                "commit": uuid.uuid4().hex,
+                "step": step,
+                "world_size": len(homes),
+                "homes": homes,
+                "extra_state": extra_state,
+            }
             (folder / ABOUT).write_text(json.dumps(about) + "\n")
             for path in (*folder.rglob("*"), folder, root):
                 _sync(path)
@@ -104,9 +120,15 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    dmp: DistributedModelParallel, directory: str | os.PathLike[str], *, dense_optimizer: Optimizer | None = None
+    dmp: DistributedModelParallel,
+    directory: str | os.PathLike[str],
+    *,
+    dense_optimizer: Optimizer | None = None,
+    warm: bool = True,
 ) -> Checkpoint:
     """Take the whole job back to the last committed checkpoint. Called on every rank, before the first step or between steps.
+
+    ``warm``: read the rows that were in the slot pools back into them. No bit depends on it.
 
     Raises, on every rank: ConfigurationError when there is none; VolumeMismatchError when it belongs to another model, another
     number of ranks or other volumes; DamagedRecordError.
@@ -139,7 +161,38 @@ def load_checkpoint(
     if dense_optimizer is not None:
         dense_optimizer.zero_grad()
     torch.set_rng_state(state["rng"][str(dist.get_rank())])
-    return Checkpoint(int(about["step"]), about["extra_state"])
+    warmed: list[int] = [0]
+
+    def fill_pools() -> None:
+        warmed[0] = warm_restart.warm(warm_restart.file_of(folder, dist.get_rank()), groups)
+
+    if warm:
+        _together("fill the slot pools", root, fill_pools)
+    return Checkpoint(int(about["step"]), about["extra_state"], warmed[0])
+
+
+def wants_checkpoint(dmp: DistributedModelParallel) -> bool:
+    """Whether an SSD volume of any rank is short of room that a checkpoint would give back: commit one before the next step.
+
+    Called on every rank, between steps; every rank gets the same answer.
+    """
+    wish = durability.wants_checkpoint(tiered_groups(dmp))
+    if dist.get_world_size() == 1:
+        return wish
+    wishes = torch.tensor([int(wish)])
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return bool(wishes.item())
+
+
+def trickle(dmp: DistributedModelParallel, *, min_age: int) -> int:
+    """Write some of the changed rows that no batch has used for ``min_age`` batches, so that the next checkpoint is short.
+
+    Called after every step, on any rank; a row is written when its age is between ``min_age`` and 1.5 times that. No bit depends
+    on it. Returns the rows written by this rank. Raises: VolumeFullError, VolumeIoError.
+    """
+    if min_age < 1:
+        raise ConfigurationError(f"min_age must be at least 1 batch, got {min_age}")
+    return durability.trickle(tiered_groups(dmp), min_age)
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
