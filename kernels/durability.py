@@ -33,12 +33,21 @@ def wants_checkpoint(groups: Sequence[TieredTBE]) -> bool:
     return any(volume.wants_checkpoint for volume in volumes(groups))
 
 
-def trickle(groups: Sequence[TieredTBE], min_age: int) -> int:
-    """Hands a part of the rows that no batch has used for ``min_age`` batches to the volumes. Returns the rows handed down.
+TRICKLE_STEPS = 8
+"""Steps before a commit in which rows trickle out: the pools are gone over twice."""
+
+TRICKLE_MIN_AGE = 2
+"""Batches for which a row must have gone unused: a row that the next batch changes is written again by the commit."""
+
+
+def trickle(groups: Sequence[TieredTBE], steps_left: int) -> int:
+    """A step's part of what the commit would have to write, ``steps_left`` steps before it. Returns the rows handed down.
 
     Raises: VolumeFullError, VolumeIoError.
     """
-    return sum(group.trickle(min_age) for group in groups)
+    if not 0 < steps_left <= TRICKLE_STEPS:
+        return 0
+    return sum(group.trickle(TRICKLE_MIN_AGE, 2 / TRICKLE_STEPS) for group in groups)
 
 
 def restore(groups: Sequence[TieredTBE], epoch: int) -> None:

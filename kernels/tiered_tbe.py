@@ -8,6 +8,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -336,12 +337,12 @@ class TieredTBE(nn.Module):
         self._waiting.clear()
         self._pool.forget()
 
-    def trickle(self, min_age: int) -> int:
-        """Hands rows that no batch has used for ``min_age`` batches to their durable homes, ahead of the next flush.
+    def trickle(self, min_age: int, share: float) -> int:
+        """Looks at a share of each pool, round after round, and hands rows unused for ``min_age`` batches to their durable homes.
 
-        A call looks at ``2 / min_age`` of each pool. Returns the rows handed down.
+        Returns the rows handed down.
         """
-        return sum(self._pool.trickle(i, min_age) for i in range(len(self.tables)) if self.durable(i))
+        return sum(self._pool.trickle(i, min_age, math.ceil(share * self.pool_rows[i])) for i in range(len(self.tables)) if self.durable(i))
 
     def resident_rows(self) -> list[Any]:
         """By table: the rows in its pool in the order of eviction. Shapes: (n,) int64, numpy."""

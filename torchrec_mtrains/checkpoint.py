@@ -19,10 +19,8 @@ back travels in ``extra_state``.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +36,12 @@ from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
-from .errors import ConfigurationError, MTrainsError, UnsupportedError, VolumeIoError, VolumeMismatchError
 from . import warm_restart
+from .checkpoint_folder import about_of_latest, commit_folder, latest_step, name_of
+from .errors import ConfigurationError, MTrainsError, UnsupportedError, VolumeIoError, VolumeMismatchError
 from .groups import tiered_groups
 from .kernels import durability
 from .kernels.tiered_tbe import TieredTBE
-
-LATEST = "LATEST"
-ABOUT = "about.json"
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def save_checkpoint(
     UnsupportedError for a model whose ``state_dict`` holds something else than tensors.
     """
     root = Path(directory)
-    folder = root / f"step_{step:012d}"
+    folder = root / name_of(step)
     groups = tiered_groups(dmp)
     state = _state(dmp, dense_optimizer, groups)
     first = dist.get_rank() == 0
@@ -102,19 +97,7 @@ def save_checkpoint(
 
     def commit() -> None:
         if first:
-            about = {
-                "format": FORMAT,
-                "commit": uuid.uuid4().hex,
-                "step": step,
-                "world_size": len(homes),
-                "homes": homes,
-                "extra_state": extra_state,
-            }
-            (folder / ABOUT).write_text(json.dumps(about) + "\n")
-            for path in (*folder.rglob("*"), folder, root):
-                _sync(path)
-            _replace(root / LATEST, folder.name + "\n")
-            _forget_old(root, folder, keep_checkpoints)
+            commit_folder(folder, step, homes, extra_state, keep_checkpoints)
 
     _together("commit", root, commit)
 
@@ -138,7 +121,7 @@ def load_checkpoint(
     found: list[tuple[Path, dict[str, Any]]] = []
 
     def find() -> None:
-        found.append(_read(root))
+        found.append(about_of_latest(root))
         folder, about = found[0]
         if about["world_size"] != dist.get_world_size():
             raise VolumeMismatchError(
@@ -184,21 +167,13 @@ def wants_checkpoint(dmp: DistributedModelParallel) -> bool:
     return bool(wishes.item())
 
 
-def trickle(dmp: DistributedModelParallel, *, min_age: int) -> int:
-    """Write some of the changed rows that no batch has used for ``min_age`` batches, so that the next checkpoint is short.
+def trickle(dmp: DistributedModelParallel, *, steps_left: int) -> int:
+    """Write a part of the changed rows ahead of the checkpoint that is due in ``steps_left`` steps, so that it is short.
 
-    Called after every step, on any rank; a row is written when its age is between ``min_age`` and 1.5 times that. No bit depends
-    on it. Returns the rows written by this rank. Raises: VolumeFullError, VolumeIoError.
+    Called after every step, on every rank or some; it does something in the last few steps before the checkpoint alone. No bit
+    depends on it. Returns the rows written by this rank. Raises: VolumeFullError, VolumeIoError.
     """
-    if min_age < 1:
-        raise ConfigurationError(f"min_age must be at least 1 batch, got {min_age}")
-    return durability.trickle(tiered_groups(dmp), min_age)
-
-
-def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """The step of the last committed checkpoint in a folder, if there is one."""
-    root = Path(directory)
-    return int(_read(root)[1]["step"]) if (root / LATEST).exists() else None
+    return durability.trickle(tiered_groups(dmp), steps_left)
 
 
 def _homes(groups: Sequence[TieredTBE]) -> dict[str, list[str]]:
@@ -240,44 +215,6 @@ def _check(root: Path, step: int, keep_checkpoints: int, state: dict[str, Any]) 
     strange = [key for key, value in state["model"].items() if not isinstance(value, (torch.Tensor, ShardedTensor, DTensor))]
     if strange:
         raise UnsupportedError(f"checkpoint {root}: the model's state_dict holds more than tensors: {strange}; keep that in extra_state")
-
-
-# -- files
-
-
-def _read(root: Path) -> tuple[Path, dict[str, Any]]:
-    try:
-        folder = root / (root / LATEST).read_text().strip()
-        about = json.loads((folder / ABOUT).read_text())
-    except (OSError, ValueError) as e:
-        raise ConfigurationError(
-            f"checkpoint {root}: nothing to resume from ({e}); start without resuming, or name the right folder"
-        ) from e
-    if about.get("format") != FORMAT:
-        raise VolumeMismatchError(f"checkpoint {folder}: format {about.get('format')} is not {FORMAT}, the one that this version reads")
-    return folder, about
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    _sync(aside)
-    aside.rename(path)
-    _sync(path.parent)
-
-
-def _forget_old(root: Path, latest: Path, keep_checkpoints: int) -> None:
-    older = sorted(path for path in root.glob("step_*") if path < latest)
-    for path in older[: max(0, len(older) - keep_checkpoints + 1)]:
-        shutil.rmtree(path)
 
 
 # -- ranks

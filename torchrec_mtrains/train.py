@@ -23,7 +23,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRMTrain
 
 from . import counters, placement
-from .checkpoint import latest_step, load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+from .checkpoint_folder import latest_step
 from .data import BatchSource
 from .errors import ConfigurationError
 from .groups import tiered_groups
@@ -31,10 +32,6 @@ from .job_model import MarkedOptimizer, ModelOptions, build_model, dense_optimiz
 from .kernels import durability
 from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
-
-
-TRICKLE_SHARE = 4
-"""Rows trickle out once unused for this part of the steps between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +216,8 @@ class Job:
         wanted = wants_checkpoint(self.dmp)
         if wanted or (every is not None and self.trained % every == 0):
             self.save(wanted)
-        elif every is not None and every >= TRICKLE_SHARE:
-            trickle(self.dmp, min_age=every // TRICKLE_SHARE)
+        elif every is not None:
+            trickle(self.dmp, steps_left=every - self.trained % every)
 
     def save(self, wanted: bool = False) -> None:
         """Commit a checkpoint of everything that training depends on, unless this step has one."""

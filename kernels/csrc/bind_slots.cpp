@@ -63,7 +63,7 @@ void bind_slots(nb::module_& m) {
       .def("release", &SlotPool::release, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("alive", &SlotPool::alive, "seq"_a)
       .def("flush", &SlotPool::flush, nb::call_guard<nb::gil_scoped_release>())
-      .def("trickle", &SlotPool::trickle, "table"_a, "min_age"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("trickle", &SlotPool::trickle, "table"_a, "min_age"_a, "looks"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("resident_rows",
            [](const SlotPool& self, size_t table) {
              auto* rows = new std::vector<int64_t>(self.resident_rows(table));

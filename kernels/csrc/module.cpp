@@ -5,6 +5,7 @@
 
 namespace nb = nanobind;
 
+void bind_inspector(nb::module_& m);
 void bind_slots(nb::module_& m);
 void bind_volumes(nb::module_& m);
 
@@ -40,4 +41,5 @@ NB_MODULE(_core, m) {
   });
   bind_volumes(m);
   bind_slots(m);
+  bind_inspector(m);
 }

@@ -331,18 +331,17 @@ void SlotPool::flush() {
   }
 }
 
-int64_t SlotPool::trickle(size_t table, uint32_t min_age) {
+int64_t SlotPool::trickle(size_t table, uint32_t min_age, uint32_t looks) {
   std::lock_guard lock(mutex_);
   SlotDirectory& d = directories_.at(table);
   const auto newest = static_cast<uint32_t>(last_seq_ - base_);
   if (newest < min_age) return 0;
   const uint32_t youngest = std::min(newest - min_age, oldest_outstanding() - 1);
-  const auto pool_rows = static_cast<uint64_t>(d.pool_rows());
-  const uint64_t looks = std::min(pool_rows, 2 * pool_rows / std::max(min_age, 1u) + 1);
+  looks = std::min(looks, static_cast<uint32_t>(d.pool_rows()));
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
   int32_t hand = hands_[table];
-  for (uint64_t i = 0; i < looks; ++i) {
+  for (uint32_t i = 0; i < looks; ++i) {
     if (d.dirty(hand) && d.batch_of_slot(hand) <= youngest) {
       rows.push_back(d.row_of_slot(hand));
       slots.push_back(hand);

@@ -71,9 +71,9 @@ class SlotPool {
   bool alive(uint64_t seq) const;
 
   void flush();  // puts every dirty row; rows that an outstanding ticket may still change stay dirty
-  // Puts the dirty rows that no batch has used for `min_age` batches, so that little is left to flush. One call looks at so
-  // many slots that a hand goes over the pool twice in min_age calls, which bounds what it puts. Returns the rows put.
-  int64_t trickle(size_t table, uint32_t min_age);
+  // Puts dirty rows that no batch has used for `min_age` batches, among the `looks` slots where a hand that goes round the
+  // pool comes next. They stay resident, clean. Returns the rows put.
+  int64_t trickle(size_t table, uint32_t min_age, uint32_t looks);
   void read(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& to);
   void write(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& from);  // base null: keep
 
