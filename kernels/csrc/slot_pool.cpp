@@ -453,16 +453,17 @@ std::vector<int64_t> SlotPool::resident_rows(size_t table) const {
 }
 
 int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
-  constexpr size_t kBatchRows = 16384;  // guess: enough reads for the deepest queue
+  constexpr size_t kMostBatchRows = 16384, kBatches = 32;  // guesses: reads for the deepest queue; the grain of the order
   std::lock_guard lock(mutex_);
   SlotDirectory& d = directories_.at(table);
   for (const int64_t row : rows) require_rows(table, row, 1);
   const auto room = static_cast<size_t>(d.pool_rows() - d.resident());
   if (rows.size() > room) rows = rows.last(room);
-  std::vector<int64_t> slots(std::min(rows.size(), kBatchRows));
+  const size_t batch_rows = std::min(rows.size() / kBatches + 1, kMostBatchRows);
+  std::vector<int64_t> slots(batch_rows);
   int64_t read = 0;
   while (!rows.empty()) {
-    const auto batch = rows.first(std::min(rows.size(), kBatchRows));
+    const auto batch = rows.first(std::min(rows.size(), batch_rows));
     const uint64_t seq = next_seq();
     const Stamp stamp = stamp_of(seq, false);
     d.lookup(batch.data(), static_cast<int64_t>(batch.size()), stamp, slots.data());
