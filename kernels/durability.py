@@ -35,6 +35,28 @@ def withdraw(groups: Sequence[TieredTBE], epoch: int) -> None:
             volume.withdraw(epoch)
 
 
+def wants_checkpoint(groups: Sequence[TieredTBE]) -> bool:
+    """Whether a volume of this rank is short of room that a checkpoint would give back."""
+    return any(volume.wants_checkpoint for volume in volumes(groups))
+
+
+TRICKLE_STEPS = 8
+"""Steps before a commit in which rows trickle out: the pools are gone over twice."""
+
+TRICKLE_MIN_AGE = 2
+"""Batches for which a row must have gone unused: a row that the next batch changes is written again by the commit."""
+
+
+def trickle(groups: Sequence[TieredTBE], steps_left: int) -> int:
+    """A step's part of what the commit would have to write, ``steps_left`` steps before it. Returns the rows handed down.
+
+    Raises: VolumeFullError, VolumeIoError.
+    """
+    if not 0 < steps_left <= TRICKLE_STEPS:
+        return 0
+    return sum(group.trickle(TRICKLE_MIN_AGE, 2 / TRICKLE_STEPS) for group in groups)
+
+
 def restore(groups: Sequence[TieredTBE], epoch: int) -> None:
     """Takes the durable tables back to a kept epoch. Pools and caches are emptied, unwritten.
 

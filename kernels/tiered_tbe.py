@@ -8,6 +8,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -350,6 +351,24 @@ class TieredTBE(nn.Module):
         self._pool.forget()
         for cached in self._cached.values():
             cached.forget()
+
+    def trickle(self, min_age: int, share: float) -> int:
+        """Looks at a share of each pool, round after round, and hands rows unused for ``min_age`` batches to their durable homes.
+
+        Returns the rows handed down.
+        """
+        return sum(self._pool.trickle(i, min_age, math.ceil(share * self.pool_rows[i])) for i in range(len(self.tables)) if self.durable(i))
+
+    def resident_rows(self) -> list[Any]:
+        """By table: the rows in its pool in the order of eviction. Shapes: (n,) int64, numpy."""
+        return [self._pool.resident_rows(i) for i in range(len(self.tables))]
+
+    def warm(self, table: int, rows: Any) -> int:
+        """Reads rows, in the order of eviction, into free slots; of too many the last ones. Returns the rows read.
+
+        Shapes: rows (n,) int64.
+        """
+        return self._pool.warm(table, rows)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""

@@ -7,7 +7,7 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 
 if TYPE_CHECKING:
     from . import kernels, planner
-    from .checkpoint import load_checkpoint, save_checkpoint
+    from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
@@ -33,8 +33,10 @@ __all__ = [
     "save_checkpoint",
     "sharders",
     "tiered_groups",
+    "trickle",
     "uniform_init_fn",
     "unregister",
+    "wants_checkpoint",
 ]
 
 # Loaded when first used: the planner works without the native core, and the vocabulary without TorchRec.
@@ -46,8 +48,10 @@ _MODULE_OF = {
     "save_checkpoint": ".checkpoint",
     "sharders": ".sharder",
     "tiered_groups": ".groups",
+    "trickle": ".checkpoint",
     "uniform_init_fn": ".kernels.initial_values",
     "unregister": ".registration",
+    "wants_checkpoint": ".checkpoint",
 }
 
 

@@ -10,7 +10,7 @@ namespace mtrains {
 
 SlotPool::SlotPool(std::vector<SlotPoolTable> tables, std::vector<int32_t> table_of_feature, uint32_t batch_limit)
     : tables_(std::move(tables)), table_of_feature_(std::move(table_of_feature)), batch_limit_(batch_limit),
-      stats_(tables_.size()) {
+      stats_(tables_.size()), hands_(tables_.size(), 0) {
   directories_.reserve(tables_.size());
   for (const SlotPoolTable& t : tables_) directories_.emplace_back(t.rows, t.pool_rows);
 }
@@ -346,6 +346,30 @@ void SlotPool::flush() {
   }
 }
 
+int64_t SlotPool::trickle(size_t table, uint32_t min_age, uint32_t looks) {
+  std::lock_guard lock(mutex_);
+  SlotDirectory& d = directories_.at(table);
+  const auto newest = static_cast<uint32_t>(last_seq_ - base_);
+  if (newest < min_age) return 0;
+  const uint32_t youngest = std::min(newest - min_age, oldest_outstanding() - 1);
+  looks = std::min(looks, static_cast<uint32_t>(d.pool_rows()));
+  std::vector<int64_t> rows;
+  std::vector<int32_t> slots;
+  int32_t hand = hands_[table];
+  for (uint32_t i = 0; i < looks; ++i) {
+    if (d.dirty(hand) && d.batch_of_slot(hand) <= youngest) {
+      rows.push_back(d.row_of_slot(hand));
+      slots.push_back(hand);
+    }
+    hand = hand + 1 == d.pool_rows() ? 0 : hand + 1;
+  }
+  if (!rows.empty()) tables_[table].volume->put(tables_[table].id, rows, slots, tables_[table].parts);
+  for (const int32_t s : slots) d.mark_clean(s);
+  hands_[table] = hand;
+  stats_[table].trickled_rows += static_cast<int64_t>(rows.size());
+  return static_cast<int64_t>(rows.size());
+}
+
 void SlotPool::require_rows(size_t table, int64_t first_row, int64_t count) const {
   if (table >= tables_.size() || first_row < 0 || count < 0 || first_row + count > tables_[table].rows || count > INT32_MAX) {
     throw Error(ErrorKind::kIdOutOfRange, "rows [" + std::to_string(first_row) + ", " + std::to_string(first_row + count) +
@@ -432,6 +456,39 @@ void SlotPool::forget() {
       if (d.row_of_slot(s) >= 0) d.drop(s);
     }
   }
+}
+
+std::vector<int64_t> SlotPool::resident_rows(size_t table) const {
+  std::lock_guard lock(mutex_);
+  const std::vector<int32_t> slots = directories_.at(table).by_age();
+  std::vector<int64_t> rows;
+  rows.reserve(slots.size());
+  for (const int32_t s : slots) rows.push_back(directories_[table].row_of_slot(s));
+  return rows;
+}
+
+int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
+  constexpr size_t kMostBatchRows = 16384, kBatches = 32;  // guesses: reads for the deepest queue; the grain of the order
+  std::lock_guard lock(mutex_);
+  SlotDirectory& d = directories_.at(table);
+  for (const int64_t row : rows) require_rows(table, row, 1);
+  const auto room = static_cast<size_t>(d.pool_rows() - d.resident());
+  if (rows.size() > room) rows = rows.last(room);
+  const size_t batch_rows = std::min(rows.size() / kBatches + 1, kMostBatchRows);
+  std::vector<int64_t> slots(batch_rows);
+  int64_t read = 0;
+  while (!rows.empty()) {
+    const auto batch = rows.first(std::min(rows.size(), batch_rows));
+    const uint64_t seq = next_seq();
+    const Stamp stamp = stamp_of(seq, false);
+    d.lookup(batch.data(), static_cast<int64_t>(batch.size()), stamp, slots.data());
+    read += static_cast<int64_t>(d.missed_rows().size());
+    d.reserve(0, stamp, nullptr);  // free slots alone: there are enough
+    start_fills(seq, stamp, false);
+    drain(seq);
+    rows = rows.subspan(batch.size());
+  }
+  return read;
 }
 
 SlotPoolStats SlotPool::stats(size_t table) const {

@@ -45,6 +45,7 @@ struct SlotPoolStats {
   int64_t evictions = 0;
   int64_t write_backs = 0;  // of these, dirty: put into the home
   int64_t flushed_rows = 0;
+  int64_t trickled_rows = 0;  // dirty rows put into the home between checkpoints, still resident
 };
 
 // The ids of one batch, feature by feature: feature f holds ids[offsets[f * stride]] up to ids[offsets[(f + 1) * stride]].
@@ -71,10 +72,17 @@ class SlotPool {
   bool alive(uint64_t seq) const;
 
   void flush();  // puts every dirty row; rows that an outstanding ticket may still change stay dirty
+  // Puts dirty rows that no batch has used for `min_age` batches, among the `looks` slots where a hand that goes round the
+  // pool comes next. They stay resident, clean. Returns the rows put.
+  int64_t trickle(size_t table, uint32_t min_age, uint32_t looks);
   void read(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& to);
   void write(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& from);  // base null: keep
 
   void forget();  // every row leaves its pool unwritten; refused while tickets are outstanding
+
+  // Warm restart: the resident rows in the order of eviction, and rows in that order read into slots that are free.
+  std::vector<int64_t> resident_rows(size_t table) const;
+  int64_t warm(size_t table, std::span<const int64_t> rows);  // returns the rows read: the last ones, where room is short
 
   SlotPoolStats stats(size_t table) const;
   int32_t resident(size_t table) const { std::lock_guard lock(mutex_); return directories_[table].resident(); }
@@ -125,6 +133,7 @@ class SlotPool {
   uint32_t batch_limit_;
   std::vector<SlotDirectory> directories_;
   std::vector<SlotPoolStats> stats_;
+  std::vector<int32_t> hands_;  // by table: the slot where trickle goes on
   std::map<uint64_t, Ticket> tickets_;  // outstanding
   std::deque<Fill> fills_;              // pending, oldest first
   uint64_t last_seq_ = 0;
