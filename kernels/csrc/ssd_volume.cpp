@@ -538,14 +538,17 @@ std::shared_ptr<SsdVolume::Segment> SsdVolume::victim() const {
   // One that is held gives nothing back yet, and puts go on until it does.
   const bool roomy = fits(held_back());
   std::shared_ptr<Segment> best;
-  double best_share = 0.95;  // of its records that are newest: beyond, copying gains nothing
+  double best_score = 0;
   for (const auto& [number, s] : segments_) {
     if (s->records == 0 || s->live == 0 || !s->chunks.empty() || busy.contains(number)) continue;
     if (s->kept > 0 && !roomy) continue;
-    const double share = static_cast<double>(s->live) / s->records + (s->kept > 0 ? 0.1 : 0);
-    if (share < best_share) {
+    const double share = static_cast<double>(s->live) / s->records + (s->kept > 0 ? 0.1 : 0);  // to be copied
+    if (share >= 0.95) continue;  // copying gains nothing
+    // Room gained per record copied, times how long it has stayed: what an old segment still holds is not being replaced.
+    const double score = (1 - share) / share * (next_segment_ - number);
+    if (score > best_score) {
       best = s;
-      best_share = share;
+      best_score = score;
     }
   }
   return best;

@@ -17,7 +17,8 @@
 // lists segments and how many of their blocks count. Opening replays the log that the manifest names. Segments that no kept
 // manifest names and that hold no newest record are removed.
 //
-// Cleaning (a thread of its own) makes such segments: it takes the one with the fewest newest records, copies those into
+// Cleaning (a thread of its own) makes such segments: it takes the one with the most room to gain for what is to be copied,
+// the older of two alike (what an old segment still holds is seldom replaced), copies its newest records into
 // streams of survivors, keeping their sequence, and leaves it without any. One that a kept manifest names is held until
 // that manifest goes; the volume then wants a checkpoint. Puts leave a few segments to the cleaner, and wait for it when
 // there is no other room.
