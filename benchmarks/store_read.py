@@ -34,7 +34,8 @@ def main() -> None:
             peers=("rocksdb",),
         )
     _store_reads.show(f)
-    print_figures(_store_reads.figures(f))
+    if not args.quick:
+        print_figures(_store_reads.figures(f))
     finish(args, facts, f)
 
 
