@@ -211,7 +211,7 @@ void SlotPool::write_back_victims() {
 
 void SlotPool::start_fills(uint64_t seq, Stamp stamp) {
   std::vector<std::pair<Volume*, std::vector<GetRequest>>> by_volume;
-  Fill fill{seq, {}, {}};
+  Fill fill{seq, (stamp.value & 1) != 0, {}, {}};
   for (size_t t = 0; t < tables_.size(); ++t) {
     const auto missed = directories_[t].missed_rows();
     if (missed.empty()) continue;
@@ -261,6 +261,16 @@ void SlotPool::finish_oldest_fill() {
   if (const std::exception_ptr cause = wait_all(fill)) {
     abandon(fill);
     std::rethrow_exception(cause);
+  }
+  if (fill.dirty) give_up_copies(fill);
+}
+
+void SlotPool::give_up_copies(const Fill& fill) {
+  std::vector<int64_t> rows;
+  for (const auto& [table, slots] : fill.slots) {
+    rows.clear();
+    for (const int32_t slot : slots) rows.push_back(directories_[table].row_of_slot(slot));
+    tables_[table].volume->give_up(tables_[table].id, rows);
   }
 }
 

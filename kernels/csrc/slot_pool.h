@@ -10,6 +10,7 @@
 // What always holds:
 //   - a failed begin (id out of range, no room, volume full) changes nothing that a reader or trainer can see;
 //   - a dirty victim is put into its volume before its slot is given away;
+//   - a row that was read to be trained is dirty until it is put, so its volume may forget it (Volume::give_up);
 //   - fills complete in the order of begin; a slot whose fill is pending is pinned by the ticket that asked for it;
 //   - if a fill fails, its rows leave the pool again and every soft ticket that could have used them is revoked.
 #pragma once
@@ -91,6 +92,7 @@ class SlotPool {
   };
   struct Fill {
     uint64_t seq;
+    bool dirty;
     std::vector<std::pair<Volume*, uint64_t>> tokens;
     std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table
   };
@@ -111,6 +113,7 @@ class SlotPool {
   static std::exception_ptr wait_all(const Fill& fill);  // the first error, if any
   void abandon(const Fill& fill);                        // its rows leave the pool
   void finish_oldest_fill();
+  void give_up_copies(const Fill& fill);
   void drain(uint64_t up_to_seq);
   void rollback();
   void require_rows(size_t table, int64_t first_row, int64_t count) const;

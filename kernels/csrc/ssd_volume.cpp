@@ -401,11 +401,24 @@ void SsdVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   stats_.put_rows += rows.size();
 }
 
+void SsdVolume::give_up(TableId id, std::span<const int64_t> rows) {
+  Lock lock(mutex_);
+  if (closed_ || !write_error_.empty()) return;
+  Table& table = tables_.at(id);
+  for (const int64_t row : rows) {
+    uint64_t& entry = table.index[static_cast<size_t>(row)];
+    if (entry == 0 || (entry & kOpen)) continue;  // on no disk: nothing to save
+    lose(entry);
+    entry = kGivenUp;
+    ++given_up_;
+  }
+}
+
 std::byte* SsdVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock) {
   uint64_t& entry = table.index[static_cast<size_t>(row)];
   const RecordHeader header{0, table.id, row, sequence};
   for (;;) {  // seal may wait, and another thread may put meanwhile
-    if (entry & kOpen) {
+    if (entry != kGivenUp && (entry & kOpen)) {
       std::byte* record = table.open_record(entry);
       std::memcpy(record, &header, sizeof header);
       return record + kRecordHeaderBytes;
@@ -413,7 +426,11 @@ std::byte* SsdVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
     if (open.rows.size() < table.shape.records) break;
     seal(table, open, lock);
   }
-  if (entry) lose(entry);
+  if (entry == kGivenUp) {
+    --given_up_;
+  } else if (entry) {
+    lose(entry);
+  }
   entry = open.flag | open.rows.size();
   std::byte* record = table.open_record(entry);
   std::memcpy(record, &header, sizeof header);
@@ -680,6 +697,11 @@ uint64_t SsdVolume::submit_get(std::vector<GetRequest> requests) {
         ++stats_.get_rows_initial;
         continue;
       }
+      if (entry == kGivenUp) {
+        throw Error(ErrorKind::kVolume, "volume " + name() + ", table '" + table.spec.name + "', row " +
+                                            std::to_string(request.rows[i]) + ": its newest value is in a slot pool that was not "
+                                            "flushed. Read it there, or flush or close the pool first");
+      }
       if (entry & kOpen) {
         record = table.open_record(entry);
       } else {
@@ -802,6 +824,10 @@ void SsdVolume::checkpoint(uint64_t epoch) {
   std::vector<uint64_t> have;
   for (const Kept& k : kept_) have.push_back(k.epoch);
   require_newer(have, epoch, name());
+  if (given_up_ > 0) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + ": the newest values of " + std::to_string(given_up_) +
+                                        " rows are in slot pools. Nothing was committed. Flush the pools first");
+  }
   drain(lock);
   Manifest manifest{volume_, epoch, next_sequence_, segment_bytes_, static_cast<uint32_t>(folders_.size()), {}, {}};
   for (const Table& t : tables_) manifest.tables.push_back({t.spec, t.init});
@@ -892,6 +918,7 @@ void SsdVolume::restore(uint64_t epoch) {
   }
   segments_.clear();
   graves_.clear();
+  given_up_ = 0;
   write_error_.clear();
   load(manifest);
   awaiting_restore_ = false;

@@ -9,6 +9,8 @@
 //   kOpen | i             record i of the table's open block
 //   kOpen | kMoved | i    record i of the open block of survivors
 //   a Place               in a sealed block: in a chunk that is still in memory, or on disk
+//   kGivenUp              nowhere: its newest value is with the caller, who will put it (Volume::give_up). The record that
+//                         was on disk is no longer the newest of its row, so cleaning need not copy it
 //
 // Reads look at the index when they are submitted. What is in memory is copied at once; what is on disk becomes one read
 // per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used.
@@ -26,6 +28,7 @@
 // What always holds:
 //   - the files of all segments and manifests never exceed capacity_bytes: put makes sure of room before it changes
 //     anything, for every block that is open then;
+//   - no manifest is committed while a row is given up: its place in the log would be an older value's;
 //   - a segment that a kept manifest names is neither removed nor rewritten below the blocks that it names;
 //   - after a write has failed its records are still served from memory, and put, flush and checkpoint report it;
 //   - after an fsync has failed nothing is committed any more: what the kernel dropped cannot be known.
@@ -74,6 +77,7 @@ class SsdVolume final : public Volume {
   TableId table(const TableSpec& spec, const Initializer& init) override;
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
+  void give_up(TableId table, std::span<const int64_t> rows) override;
   uint64_t submit_get(std::vector<GetRequest> requests) override;
   void wait(uint64_t token) override;
   void flush() override;
@@ -92,6 +96,7 @@ class SsdVolume final : public Volume {
  private:
   static constexpr uint64_t kOpen = uint64_t{1} << 63;
   static constexpr uint64_t kMoved = uint64_t{1} << 62;
+  static constexpr uint64_t kGivenUp = ~uint64_t{0};
 
   struct Segment;
   struct Stream;
@@ -226,6 +231,7 @@ class SsdVolume final : public Volume {
   uint64_t next_sequence_ = 1;
   uint64_t made_segments_ = 0, made_before_ = 0;  // since the last checkpoint, and between the two before
   size_t writing_ = 0;
+  uint64_t given_up_ = 0;  // rows
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;

@@ -74,6 +74,10 @@ class Volume {
   virtual void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
                    std::span<const Part> parts) = 0;
 
+  // The caller holds the newest values of these rows and will put them before anyone gets them or commits a checkpoint: the
+  // copies here need not be kept. A get before that put may throw; a checkpoint does. Does nothing where copies cost nothing.
+  virtual void give_up(TableId, std::span<const int64_t>) {}
+
   // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
   // Every token must be waited for once. wait(0) is a no-op.
   virtual uint64_t submit_get(std::vector<GetRequest> requests) = 0;
