@@ -1,6 +1,7 @@
 # `make help` lists the targets. Everything is made inside .venv and build/; `make clean` removes both.
 
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+# The first that runs: a name on PATH may be a shim of pyenv without an interpreter behind it.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
 # Another package index for torch alone, such as https://download.pytorch.org/whl/cpu where pip would take a CUDA build.
 TORCH_INDEX_URL ?=
 # More arguments for pytest, such as PYTEST_ARGS="-k planner -x".
@@ -57,7 +58,7 @@ $(STAMPS)/core: $(CORE_SOURCES) $(STAMPS)/dev $(STAMPS)/liburing
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-demo: setup  ## Train a small DLRM from an SSD tier and compare it with training in memory
+demo: setup  ## Train tables 15 times their memory budget from an SSD, then ml-100k from tiers and in memory
 	@$(BIN)/mtrains demo
 
 test: lint  ## Run the lint and the whole test suite, except what is marked slow
