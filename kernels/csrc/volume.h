@@ -38,7 +38,9 @@ struct GetRequest {
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
   std::vector<Part> parts;
-  bool take = false;  // the caller will put or evict every one of these rows as changed: caches need not keep them
+  // The caller will put or evict every one of these rows as changed: the tiers below need not keep what they have. A get of one
+  // before that may throw, and a checkpoint does.
+  bool take = false;
 };
 
 struct TableSpec {
