@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, VolumeTable
+from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, VolumeTable, durability
 from torchrec_mtrains.kernels.caches import CachedVolume
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
@@ -575,3 +576,56 @@ def test_a_flush_leaves_the_pools_rows_out_of_the_caches() -> None:
     before = tbe.tier_stats()[0][1]["resident_rows"]
     tbe.flush()
     assert tbe.tier_stats()[0][1]["resident_rows"] == before
+
+
+def test_a_checkpoint_holds_what_was_in_the_caches_and_restoring_it_empties_them(folder: str) -> None:
+    chains: list[tuple[Cache, ...]] = [(DdrCache(30), PmemCache(PMEM, 30)), ()]
+    home = SsdHome((folder,), CAPACITY)
+    tbe = tiered(chains, home)
+    train(tbe, 60)
+    committed = [tbe.read_rows(t, 0, 200) for t in range(2)]
+    durability.checkpoint([tbe], 1)
+    train(tbe, 60, seed=1)
+
+    def assert_committed(tbe: TieredTBE) -> None:
+        durability.restore([tbe], 1)
+        for t, parts in enumerate(committed):
+            for a, b in zip(tbe.read_rows(t, 0, 200), parts, strict=True):
+                assert torch.equal(a, b)
+
+    assert_committed(tbe)
+    train(tbe, 60, seed=2)
+    durability.close([tbe])
+    del tbe
+    again = tiered(chains, home)
+    assert_committed(again)
+    durability.close([again])
+
+
+def test_threads_that_share_a_table_get_their_own_rows_newest_values(folder: str) -> None:
+    """Each thread evicts, reads and takes rows that no other touches, through caches that all of them fill."""
+    ssd = SsdVolume((folder,), CAPACITY)
+    rows_each, threads = 50, 3
+    table = CachedVolume(ssd).cached_table(
+        "t", row_count=rows_each * threads, record_bytes=RECORD_BYTES, caches=(DdrCache(20), PmemCache(PMEM, 20))
+    )
+    wrong: list[str] = []
+
+    def work(thread: int) -> None:
+        generator = torch.Generator().manual_seed(thread)
+        model = torch.zeros(rows_each, RECORD_BYTES, dtype=torch.uint8)
+        for step in range(300):
+            mine = torch.randperm(rows_each, generator=generator)[:15]
+            rows = (mine + thread * rows_each).tolist()
+            if not torch.equal(take(table, *rows), model[mine]) and not wrong:
+                wrong.append(f"thread {thread}, step {step}")
+            model[mine] = records(*[step + i for i in range(15)])
+            evict(table, rows, model[mine])
+            if step % 50 == thread:
+                table.volume.flush()
+
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, i) for i in range(threads)]:
+            done.result()
+    assert wrong == []
+    table.volume._native.check()
