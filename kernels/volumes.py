@@ -104,6 +104,21 @@ class Volume(Protocol):
         """Lets go of the volume. What was not checkpointed is lost."""
 
 
+def native_initializer(name: str, record_bytes: int, init: UniformInit | None) -> Any:
+    """The initial values of a table as the native core takes them."""
+    initializer = _core.Initializer()
+    if init is not None:
+        initializer.zero = False
+        initializer.seed, initializer.low, initializer.high = init.seed, init.low, init.high
+        initializer.first_row, initializer.first_column = init.first_row, init.first_column
+        initializer.columns, initializer.type = init.columns, getattr(_core.WeightType, init.weight_type)
+        if init.columns * (4 if init.weight_type == "float32" else 2) > record_bytes:
+            raise errors.ConfigurationError(
+                f"table {name!r}: {init.columns} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
+            )
+    return initializer
+
+
 class _NativeVolume:
     """The protocol on a native volume."""
 
@@ -111,17 +126,8 @@ class _NativeVolume:
 
     def table(self, name: str, *, row_count: int, record_bytes: int, init: UniformInit | None = None) -> VolumeTable:
         """Opens or creates a table; see ``Volume.table``."""
-        initializer = _core.Initializer()
-        if init is not None:
-            initializer.zero = False
-            initializer.seed, initializer.low, initializer.high = init.seed, init.low, init.high
-            initializer.first_row, initializer.first_column = init.first_row, init.first_column
-            initializer.columns, initializer.type = init.columns, getattr(_core.WeightType, init.weight_type)
-            if init.columns * (4 if init.weight_type == "float32" else 2) > record_bytes:
-                raise errors.ConfigurationError(
-                    f"table {name!r}: {init.columns} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
-                )
-        return VolumeTable(self, self._native.table(name, row_count, record_bytes, initializer), name, row_count, record_bytes)
+        native = self._native.table(name, row_count, record_bytes, native_initializer(name, record_bytes, init))
+        return VolumeTable(self, native, name, row_count, record_bytes)
 
     def flush(self) -> None:
         """Hands everything put so far to the device."""

@@ -17,7 +17,7 @@ import torch
 
 import jobs
 from ranks import RankFailureError, Ranks
-from torchrec_mtrains.checkpoint import LATEST, latest_step
+from torchrec_mtrains.checkpoint_folder import LATEST, latest_step
 from torchrec_mtrains.errors import ConfigurationError, VolumeIoError, VolumeMismatchError
 
 KILLS = 4

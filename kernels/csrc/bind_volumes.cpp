@@ -1,11 +1,11 @@
 // Bindings of the volumes. volumes.py gives them their public names and checks what users pass.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_records.h"
 #include "errors.h"
 #include "io_probe.h"
 #include "memory_volume.h"
@@ -17,19 +17,6 @@ using namespace nb::literals;
 using namespace mtrains;
 
 namespace {
-
-using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Records = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-std::vector<int32_t> counted(size_t n) {
-  std::vector<int32_t> slots(n);
-  for (size_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i);
-  return slots;
-}
-
-std::vector<Part> as_parts(const Records& records) {
-  return {{reinterpret_cast<std::byte*>(records.data()), records.shape(1), static_cast<uint32_t>(records.shape(1))}};
-}
 
 void get_records(Volume& volume, TableId table, const Ids& ids, const Records& out) {
   GetRequest request{table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out)};

@@ -168,14 +168,17 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   // A commit is what gives it back: for one that waits, the cleaner goes as far as it can.
   const bool roomy = fits(held_back()) || (commit_waits_ && fits(reserve()));
   std::shared_ptr<Segment> best;
-  double best_share = 0.95;  // of its bytes that are newest records: beyond, copying gains nothing
+  double best_score = 0;
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0 || !s->chunks.empty() || busy.contains(number)) continue;
     if (s->kept > 0 && !roomy) continue;
-    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.3 : 0);
-    if (share < best_share) {
+    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.3 : 0);  // to copy
+    if (share >= 0.95) continue;  // copying gains nothing
+    // Room gained per byte copied, times how long it has stayed: what an old segment still holds is not being replaced.
+    const double score = (1 - share) / share * (next_segment_ - number);
+    if (score > best_score) {
       best = s;
-      best_share = share;
+      best_score = score;
     }
   }
   return best;

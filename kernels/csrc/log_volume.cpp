@@ -181,11 +181,39 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   stats_.put_rows += rows.size();
 }
 
+uint64_t& LogVolume::entry_to_change(Table& table, int64_t row) {
+  uint64_t& entry = table.index[static_cast<size_t>(row)];
+  if (snapshot_) {  // what it has still to write is kept for it
+    const size_t t = table.id - 1;
+    const auto r = static_cast<uint64_t>(row);
+    if (t < snapshot_->before.size() && (t > snapshot_->table || (t == snapshot_->table && r >= snapshot_->row))) {
+      snapshot_->before[t].emplace(r, entry);
+    }
+  }
+  return entry;
+}
+
+void LogVolume::give_up(Table& table, int64_t row, uint64_t place) {
+  if (table.index[static_cast<size_t>(row)] != place) return;  // it has been put since
+  lose(table, place);
+  entry_to_change(table, row) = kGivenUp;
+  ++given_up_;
+}
+
+void LogVolume::give_up(const Batch& batch) {
+  Lock lock(mutex_);
+  if (closed_ || !write_error_.empty()) return;
+  for (const Batch::Item& item : batch.items) {
+    const GetRequest& request = batch.requests[item.request];
+    if (request.take) give_up(*batch.tables[item.request], request.rows[item.at], item.place);
+  }
+}
+
 std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock) {
   const RecordHeader header{0, table.id, row, sequence};
   for (;;) {  // seal may wait, and other threads put or grow the table meanwhile
     const uint64_t entry = table.index[static_cast<size_t>(row)];
-    if (entry & kOpen) {
+    if (entry != kGivenUp && (entry & kOpen)) {
       std::byte* record = table.open_record(entry);
       std::memcpy(record, &header, sizeof header);
       return record + kRecordHeaderBytes;
@@ -193,15 +221,12 @@ std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
     if (open.rows.size() < table.shape.records) break;
     seal(table, open, lock);
   }
-  uint64_t& entry = table.index[static_cast<size_t>(row)];
-  if (snapshot_) {  // what the snapshot has still to write is kept for it
-    const size_t t = table.id - 1;
-    const auto r = static_cast<uint64_t>(row);
-    if (t < snapshot_->before.size() && (t > snapshot_->table || (t == snapshot_->table && r >= snapshot_->row))) {
-      snapshot_->before[t].emplace(r, entry);
-    }
+  uint64_t& entry = entry_to_change(table, row);
+  if (entry == kGivenUp) {
+    --given_up_;
+  } else if (entry) {
+    lose(table, entry);
   }
-  if (entry) lose(table, entry);
   entry = open.flag | open.rows.size();
   std::byte* record = table.open_record(entry);
   std::memcpy(record, &header, sizeof header);
@@ -367,6 +392,11 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
         ++stats_.get_rows_initial;
         continue;
       }
+      if (entry == kGivenUp) {
+        throw Error(ErrorKind::kVolume, "volume " + name() + ", table '" + table.spec.name + "', row " +
+                                            std::to_string(request.rows[i]) + ": its newest value is in a slot pool that was not "
+                                            "flushed. Read it there, or flush or close the pool first");
+      }
       if (entry & kOpen) {
         record = table.open_record(entry);
       } else {
@@ -382,6 +412,7 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
       }
       if (record) {
         scatter_record(record + kRecordHeaderBytes, request.parts, request.slots[i]);
+        if (options_.mapped && request.take && !(entry & kOpen)) give_up(table, request.rows[i], entry);
         ++(options_.mapped ? stats_.get_rows_mapped : stats_.get_rows_buffered);
       } else {
         batch->items.push_back({entry, r, i});
@@ -475,6 +506,7 @@ void LogVolume::wait(uint64_t token) {
     stats_.read_wait_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   if (!batch->error.empty()) throw Error(batch->error_kind, batch->error);
+  if (std::any_of(batch->requests.begin(), batch->requests.end(), [](const GetRequest& r) { return r.take; })) give_up(*batch);
 }
 
 // -- looking in, closing

@@ -11,6 +11,8 @@
 //   kOpen | i             record i of the table's open block
 //   kOpen | kMoved | i    record i of the open block of survivors
 //   a Place               in a sealed block: in a chunk that is still in memory, or on disk
+//   kGivenUp              nowhere: its newest value is with the reader that took it (GetRequest::take) and will put it. The
+//                         record that was on disk is no longer the newest of its row, so cleaning need not copy it
 //
 // On a mapped medium a sealed block is stored to its place at once, without chunk or write, and records are loaded from theirs.
 //
@@ -23,7 +25,8 @@
 // manifest names and that hold no newest record are removed. Opening never goes on in an old segment, so that what a crash
 // left behind there can be mistaken for nothing.
 //
-// Cleaning (a thread of its own) makes such segments: it takes the one with the fewest newest records, copies those into
+// Cleaning (a thread of its own) makes such segments: it takes the one with the most room to gain for what is to be copied,
+// the older of two alike (what an old segment still holds is seldom replaced), copies its newest records into
 // streams of survivors, keeping their sequence, and leaves it without any. One that a kept manifest names is held until
 // that manifest goes; the volume then wants a checkpoint. Puts leave a few segments to the cleaner, and wait for it when
 // there is no other room.
@@ -31,6 +34,7 @@
 // What always holds:
 //   - the files of all segments and manifests never exceed capacity_bytes: put makes sure of room before it changes
 //     anything, for every block that is open then;
+//   - no manifest is committed while a row is given up: its place in the log would be an older value's;
 //   - a segment that a kept manifest names is neither removed nor rewritten below the blocks that it names;
 //   - after a write has failed its records are still served from memory, and put, flush and checkpoint report it;
 //   - after an fsync has failed nothing is committed any more: what the kernel dropped cannot be known.
@@ -138,6 +142,7 @@ class LogVolume final : public Volume {
  private:
   static constexpr uint64_t kOpen = uint64_t{1} << 63;
   static constexpr uint64_t kMoved = uint64_t{1} << 62;
+  static constexpr uint64_t kGivenUp = ~uint64_t{0};
 
   struct Segment;
   struct Stream;
@@ -194,7 +199,7 @@ class LogVolume final : public Volume {
       uint32_t first_item, items, skipped_bytes;  // the read begins that far into the block
     };
     std::vector<GetRequest> requests;
-    std::vector<const Table*> tables;  // by request
+    std::vector<Table*> tables;        // by request
     std::vector<Item> items;           // by place
     std::vector<Read> reads;
     std::atomic<size_t> left{0};
@@ -261,6 +266,9 @@ class LogVolume final : public Volume {
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
 
+  uint64_t& entry_to_change(Table& table, int64_t row);  // a snapshot that is being written gets to know of it
+  void give_up(const Batch& batch);
+  void give_up(Table& table, int64_t row, uint64_t place);
   std::byte* append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock);  // where the payload goes
   void seal(Table& table, OpenBlock& open, Lock& lock);
   void next_segment(Stream& stream);
@@ -306,6 +314,7 @@ class LogVolume final : public Volume {
   uint64_t next_sequence_ = 1;
   uint64_t made_segments_ = 0, made_before_ = 0;  // for puts, since the last checkpoint, and between the two before
   size_t writing_ = 0, checkpointing_ = 0;
+  uint64_t given_up_ = 0;  // rows
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;

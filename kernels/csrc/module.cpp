@@ -5,6 +5,8 @@
 
 namespace nb = nanobind;
 
+void bind_caches(nb::module_& m);
+void bind_inspector(nb::module_& m);
 void bind_slots(nb::module_& m);
 void bind_volumes(nb::module_& m);
 
@@ -40,5 +42,7 @@ NB_MODULE(_core, m) {
     }
   });
   bind_volumes(m);
+  bind_caches(m);
   bind_slots(m);
+  bind_inspector(m);
 }

@@ -38,6 +38,9 @@ struct GetRequest {
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
   std::vector<Part> parts;
+  // The caller will put or evict every one of these rows as changed: the tiers below need not keep what they have. A get of one
+  // before that may throw, and a checkpoint does.
+  bool take = false;
 };
 
 struct TableSpec {
@@ -74,6 +77,13 @@ class Volume {
 
   virtual void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
                    std::span<const Part> parts) = 0;
+
+  // The rows leave the caller's memory, where a put says that it keeps them: a cache may hold them for the next get. Those
+  // that are not dirty equal what the volume has.
+  virtual void evict(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
+                     std::span<const Part> parts, bool dirty) {
+    if (dirty) put(table, rows, slots, parts);
+  }
 
   // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
   // Every token must be waited for once. wait(0) is a no-op.
