@@ -15,6 +15,7 @@ from typing import Any
 
 from torchrec_mtrains.kernels import durability
 
+import torch
 from _common import finish, options, print_machine
 from torchrec_mtrains import show, train
 from torchrec_mtrains.data import SyntheticConfig, SyntheticSource
@@ -87,12 +88,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pool-share", type=float, default=0.1)
     parser.add_argument("--trickle", nargs="*", default=["0,1", "4,2", "8,1", "8,2", "8,4", "16,2", "32,2"], help="steps,min_age; 0,1: off")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.every, args.rows, args.trickle = 24, 8, 2000, ["0,1", "4,1"]
     show.quiet()
+    torch.set_num_threads(args.threads)
     facts = print_machine()
     source = SyntheticSource(SyntheticConfig(table_count=4, rows=args.rows, pooling=8), 128 if args.quick else 1024)
     figures: dict[str, Any] = {"trickle": {}, "restart": {}}
