@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchrec_mtrains.kernels import durability
 
-import torch
 from _common import finish, options, print_machine
 from torchrec_mtrains import show, train
 from torchrec_mtrains.data import SyntheticConfig, SyntheticSource
@@ -114,18 +114,19 @@ def main() -> None:
                 checkpoint_every=args.every,
             )
             f = figures["trickle"][trickle] = figures_of(run(source, job, steps, min_age, pg))
+            name = f"{steps} steps, age {min_age}" if steps else "off"
             print(
-                f"trickle {f'{steps} steps, age {min_age}' if steps else 'off':>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms, "
-                f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; rows a commit flushed "
-                f"{f['flushed_rows_per_checkpoint']:,.0f}; rows put {f['rows_put']:,} (evicted {f['write_backs']:,}, trickled "
-                f"{f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); written {f['written_mib']:,.0f} MiB; wanted {f['wanted']}"
+                f"trickle {name:>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms, "
+                f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; rows flushed by a commit {f['flushed_rows_per_checkpoint']:,.0f}; rows put "
+                f"{f['rows_put']:,} (evicted {f['write_backs']:,}, trickled {f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); "
+                f"written {f['written_mib']:,.0f} MiB; wanted {f['wanted']}"
             )
         first = args.every // 2
         for warm in (True, False):
             f = figures["restart"]["warm" if warm else "cold"] = restart(source, job, warm, first, pg)
             print(
-                f"{'warm' if warm else 'cold'} restart, first {first} steps: hit ratio of lookups {f['hit_ratio_of_lookups']:.4f}, of distinct "
-                f"rows {f['hit_ratio_of_unique_rows']:.4f}, {f['steps_per_s']:.1f} steps/s"
+                f"{'warm' if warm else 'cold'} restart, first {first} steps: hit ratio of lookups {f['hit_ratio_of_lookups']:.4f}, "
+                f"of distinct rows {f['hit_ratio_of_unique_rows']:.4f}, {f['steps_per_s']:.1f} steps/s"
             )
     finish(args, facts, figures)
 

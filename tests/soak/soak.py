@@ -187,7 +187,8 @@ class Soak:
         phases = ", ".join(f"{phase} {count}" for phase, count in Counter(s["phases"]).most_common())
         return (
             f"{s['ranks']} rank(s), seed {s['seed']}: {s['kills']} kills in {s['attempts']} attempts ({phases}); "
-            f"{s['losses']:,} losses compared, {s['lives']} jobs trained to their end, {s['disks']} disks lost and pulled back; no difference"
+            f"{s['losses']:,} losses compared, {s['lives']} jobs trained to their end, {s['disks']} disks lost and pulled back; "
+            "no difference"
         )
 
 
