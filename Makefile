@@ -1,6 +1,7 @@
 # `make help` lists the targets. Everything is made inside .venv and build/; `make clean` removes both.
 
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+# The first that runs: a name on PATH may be a shim of pyenv without an interpreter behind it.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
 # Another package index for torch alone, such as https://download.pytorch.org/whl/cpu where pip would take a CUDA build.
 TORCH_INDEX_URL ?=
 # More arguments for pytest, such as PYTEST_ARGS="-k planner -x".
@@ -12,15 +13,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CORE_SOURCES := pyproject.toml $(sort $(wildcard kernels/csrc/*))
+CORE_SOURCES := pyproject.toml $(sort $(wildcard kernels/csrc/*.*))
+comma := ,
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench soak wheel clean
+.PHONY: help setup demo test lint format bench soak wheel clean native-test sanitize fuzz
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
 setup: $(STAMPS)/core  ## Make .venv: the pinned CPU stack, the tools, the project (editable) and its native core
 
@@ -59,7 +61,7 @@ $(STAMPS)/core: $(CORE_SOURCES) $(STAMPS)/dev $(STAMPS)/liburing
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-demo: setup  ## Train a small DLRM from an SSD tier and compare it with training in memory
+demo: setup  ## Train tables 15 times their memory budget from an SSD, then ml-100k from tiers and in memory
 	@$(BIN)/mtrains demo
 
 test: lint  ## Run the lint and the whole test suite, except what is marked slow
@@ -72,6 +74,38 @@ soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earl
 
 bench: setup  ## Run every benchmark in benchmarks/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+# The native core alone: no Python, no torch. NATIVE_ARGS="--rounds 20 --seed 7" makes its random histories longer and others.
+NATIVE_ARGS ?=
+CMAKE := $(firstword $(wildcard $(BIN)/cmake) $(shell command -v cmake 2>/dev/null))
+FUZZ_SECONDS ?= 60
+define build_native
+	@test -n "$(CMAKE)" || { echo "$@: no cmake; install cmake 3.20 or later and a C++20 compiler (apt: cmake g++), or run make setup first"; exit 1; }
+	@$(CMAKE) -S kernels/csrc -B $(1) -DMTRAINS_MODULE=OFF $(2) >$(1).log || { cat $(1).log; exit 1; }
+	@$(CMAKE) --build $(1) --parallel >$(1).log || { cat $(1).log; exit 1; }
+endef
+
+native-test:  ## Build the native core's own tests, without Python or torch, and run them
+	@mkdir -p build/native
+	$(call build_native,build/native,-DMTRAINS_TESTS=ON)
+	@cd build/native && tests/native_tests $(NATIVE_ARGS)
+
+sanitize: $(addprefix build/sanitize-,address undefined thread)  ## Run the native tests under the address, undefined-behaviour and thread sanitizers
+
+build/sanitize-%: FORCE
+	@mkdir -p $@
+	$(call build_native,$@,-DMTRAINS_TESTS=ON -DMTRAINS_SANITIZE=$*)
+	@echo "== $* sanitizer"
+	@cd $@ && tests/native_tests $(NATIVE_ARGS)
+FORCE:
+
+# libFuzzer comes with clang: from Debian's packages where that is allowed, told otherwise.
+fuzz:  ## Fuzz the parsers of what lies on disk, FUZZ_SECONDS (60) a target
+	@command -v clang++ >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq clang libclang-rt-14-dev >/dev/null 2>&1; } || \
+	  { echo "fuzz: no clang++; install clang and its runtime (apt: clang libclang-rt-14-dev)"; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	$(call build_native,build/fuzz,-DMTRAINS_FUZZ=ON -DMTRAINS_SANITIZE=address$(comma)undefined -DCMAKE_CXX_COMPILER=clang++)
+	@kernels/csrc/tests/fuzz.sh build/fuzz $(FUZZ_SECONDS)
 
 lint: setup wheel  ## Check style, formatting, types (of the installed package) and the wheel's contents
 	@$(BIN)/ruff check .

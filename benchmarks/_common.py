@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -53,12 +55,83 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def bounded_zipf(rows: int, exponent: float, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Ids drawn with probability ∝ rank^-exponent over all `rows`, ranks scattered by a shuffle. Shape (count,) int64."""
-    weights = torch.arange(1, rows + 1, dtype=torch.float64).pow(-exponent)
-    cdf = weights.cumsum(0)
-    ranks = torch.searchsorted(cdf, torch.rand(count, dtype=torch.float64, generator=generator) * cdf[-1])
-    return torch.randperm(rows, generator=generator)[ranks.clamp_(max=rows - 1)]
+class ZipfIds:
+    """Ids drawn with probability ∝ rank^-exponent over all ``rows``, ranks scattered by a shuffle."""
+
+    def __init__(self, rows: int, exponent: float, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.cdf = torch.arange(1, rows + 1, dtype=torch.float64).pow(-exponent).cumsum(0)
+        self.row_of_rank = torch.randperm(rows, generator=generator)
+
+    def draw(self, count: int) -> torch.Tensor:
+        """Shape (count,) int64."""
+        draws = torch.rand(count, dtype=torch.float64, generator=self.generator) * self.cdf[-1]
+        return self.row_of_rank[torch.searchsorted(self.cdf, draws).clamp_(max=len(self.cdf) - 1)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a report: what was measured, and the goal it is held against (``"≥ 0.97"``; empty: reported only)."""
+
+    name: str
+    value: float
+    goal: str = ""
+    digits: int = 2
+
+    @property
+    def met(self) -> bool | None:
+        if not self.goal:
+            return None
+        sign, limit = self.goal.split()
+        return self.value >= float(limit) if sign == "≥" else self.value <= float(limit)
+
+
+def print_figures(figures: list[Figure]) -> None:
+    """A table of figures: measured, goal, whether it was met."""
+    width = max(len(f.name) for f in figures)
+    print(f"{'figure':<{width}}  {'measured':>12}  {'goal':>8}")
+    for f in figures:
+        verdict = {None: "", True: "met", False: "MISSED"}[f.met]
+        print(f"{f.name:<{width}}  {f.value:>12,.{f.digits}f}  {f.goal:>8}  {verdict}".rstrip())
+
+
+def cpu_seconds() -> float:
+    """Processor time of the whole process: its I/O threads are part of the cost."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@dataclass
+class Turn:
+    """What one subject did in its turn. ``device_bytes`` is what the kernel fetched from storage for this process."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    device_bytes: int = 0
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows / self.seconds
+
+
+def take_turn(at_least_s: float, prepare: Callable[[], Any], work: Callable[[Any], int]) -> Turn:
+    """Repeats ``work``, which returns the rows it did, until it has run for that long; what ``prepare`` does is not counted."""
+    turn = Turn()
+    while turn.seconds < at_least_s:
+        prepared = prepare()
+        start, cpu, fetched = perf_counter(), cpu_seconds(), own_io_bytes()[0]
+        turn.rows += work(prepared)
+        turn.seconds += perf_counter() - start
+        turn.cpu_seconds += cpu_seconds() - cpu
+        turn.device_bytes += own_io_bytes()[0] - fetched
+    return turn
+
+
+def own_io_bytes() -> tuple[int, int]:
+    """Bytes that this process had read from and written to storage, page cache hits left out (/proc/self/io)."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"]), int(fields["write_bytes"])
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
-from _common import bounded_zipf, finish, median, options, print_machine, seconds
+from _common import ZipfIds, finish, median, options, print_machine, seconds
 from torchrec_mtrains import DdrHome, TierChain
 
 OPTIMIZER = EmbOptimType.EXACT_ROWWISE_ADAGRAD
@@ -72,7 +72,7 @@ def measure(args: Any) -> dict[str, Any]:
     tables, rows, dim, batch_size, pooling = args.tables, args.rows, args.dim, args.batch_size, args.pooling
     per_table = batch_size * pooling * args.batches
     print(f"drawing {args.batches} batches ...", flush=True)
-    ids = torch.stack([bounded_zipf(rows, 1.05, per_table, generator) for _ in range(tables)]).reshape(tables, args.batches, -1)
+    ids = torch.stack([ZipfIds(rows, 1.05, generator).draw(per_table) for _ in range(tables)]).reshape(tables, args.batches, -1)
     offsets = torch.arange(0, tables * batch_size * pooling + 1, pooling)
     batches = [(ids[:, b].reshape(-1).contiguous(), offsets) for b in range(args.batches)]
     gradient = torch.randn(batch_size, tables * dim, generator=generator)

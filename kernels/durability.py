@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from .homes import close_homes
 from .tiered_tbe import TieredTBE
-from .volumes import SsdVolume
+from .volumes import PmemVolume, SsdVolume
 
 
-def volumes(groups: Sequence[TieredTBE]) -> list[SsdVolume]:
+def volumes(groups: Sequence[TieredTBE]) -> list[SsdVolume | PmemVolume]:
     """The volumes below the groups that outlive the process, each once, in a stable order."""
     return list({id(v): v for g in groups for v in g.durable_volumes()}.values())
 
@@ -26,6 +26,13 @@ def checkpoint(groups: Sequence[TieredTBE], epoch: int) -> None:
         group.flush()
     for volume in volumes(groups):
         volume.checkpoint(epoch)
+
+
+def withdraw(groups: Sequence[TieredTBE], epoch: int) -> None:
+    """Takes back ``epoch`` in every volume that has committed it: the job as a whole did not."""
+    for volume in volumes(groups):
+        if volume.epoch == epoch:
+            volume.withdraw(epoch)
 
 
 def wants_checkpoint(groups: Sequence[TieredTBE]) -> bool:
@@ -51,7 +58,7 @@ def trickle(groups: Sequence[TieredTBE], steps_left: int) -> int:
 
 
 def restore(groups: Sequence[TieredTBE], epoch: int) -> None:
-    """Takes the durable tables back to a kept epoch. Pools are emptied, unwritten.
+    """Takes the durable tables back to a kept epoch. Pools and caches are emptied, unwritten.
 
     Raises: VolumeError when a volume does not keep that epoch; TicketError while forward passes await their backward.
     """
@@ -62,8 +69,10 @@ def restore(groups: Sequence[TieredTBE], epoch: int) -> None:
 
 
 def close(groups: Sequence[TieredTBE]) -> None:
-    """Ends the groups' life on their SSDs: closes the volumes, which another job, or this one resumed, may then open.
+    """Ends the groups' life on their devices: closes caches and volumes, which another job, or this one resumed, may then open.
 
     Rows of the last epoch stay; what came after it is lost.
     """
+    for group in groups:
+        group.close_caches()
     close_homes(volumes(groups))

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .tiers import DdrHome, SsdHome, TierChain
+from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 
 if TYPE_CHECKING:
     from . import kernels, planner
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DdrCache",
     "DdrHome",
+    "PmemCache",
+    "PmemHome",
     "SsdHome",
     "TierChain",
     "TieredEmbeddingBagCollectionSharder",

@@ -75,9 +75,7 @@ _MODEL = (
 _PLACEMENT = (
     click.option("--ssd", multiple=True, metavar="PATH", help="Folder on an SSD for the tables that do not fit; repeat to stripe."),
     click.option("--ddr-budget", type=_Bytes(), default=None, help="Memory for tables, pools and indexes, a rank: 64MiB."),
-    click.option(
-        "--ssd-capacity", type=_Bytes(), default=None, help="Cap of what a rank keeps on the SSD; 4 times its tables if left out."
-    ),
+    click.option("--ssd-capacity", type=_Bytes(), default=None, help="Cap of what a rank keeps on the SSD; twice its tables if left out."),
     click.option("--pool-rows", type=click.IntRange(1), default=None, help="Every table in tiers, with a slot pool of so many rows."),
     click.option("--in-memory", is_flag=True, help="Every table whole in memory: TorchRec's own plan."),
     click.option("--threads", type=click.IntRange(1), default=None, help="Of torch; its own choice if left out."),

@@ -27,12 +27,13 @@ from .tiers import SsdHome, TierChain
 
 # Bytes of per-row optimizer state beside the weights, per optimizer: none, one float an element, one float a row.
 _STATE_BYTES = {"sgd": lambda dim: 0, "adagrad": lambda dim: 4 * dim, "rowwise_adagrad": lambda dim: 4}
-# Nothing in the log is reclaimed yet, so it holds every eviction of the job: room for the tables several times over.
-_LOG_FACTOR = 4
-_LEAST_CAPACITY_BYTES = 4 << 30  # guess: what a small disk has to spare
-# What a volume (write chunks, read buffers, the heap's slack) and a batch's missed rows on their way cost beside what the planner
-# charges: benchmarks/demo_memory.py, 2 cores AMD EPYC: 12 MiB at 65,536 lookups a step of which 95% miss; and a third for safety.
-_VOLUME_BYTES = 8 << 20
+# Room for the tables and as much again: at half full, cleaning the log costs little, and two checkpoints may hold rows back.
+_LOG_FACTOR = 2
+_LEAST_CAPACITY_BYTES = 1 << 30  # guess: what a small disk has to spare
+# What a volume (write chunks, read buffers, cleaning, the heap's slack) and a batch's missed rows on their way cost beside what the
+# planner charges. benchmarks/demo_memory.py, 2 cores AMD EPYC, 2026-11-25, 65,536 lookups a step of which 95% miss: 12 MiB over
+# the budget with nothing reserved; 7 to 13 MiB below it with 16 MiB. Here 24 MiB at that size, split by guess.
+_VOLUME_BYTES = 16 << 20
 _BYTES_PER_LOOKUP = 128
 
 

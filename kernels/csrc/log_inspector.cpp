@@ -1,7 +1,6 @@
 #include "log_inspector.h"
 
 #include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -15,19 +14,6 @@ namespace {
 
 constexpr uint64_t kReadBytes = 1u << 20;
 
-void read_whole(const File& from, const std::string& file, uint64_t offset, std::byte* to, uint64_t bytes) {
-  for (uint64_t done = 0; done < bytes;) {
-    const ssize_t n = pread(from.fd(), to + done, bytes - done, static_cast<off_t>(offset + done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) throw_io("read", file, errno);
-    if (n == 0) {
-      throw Error(ErrorKind::kDamagedRecord, "segment " + file + " ends at byte " + std::to_string(offset + done) +
-                                                 ", its checkpoint has more. Restore the volume from a copy");
-    }
-    done += static_cast<uint64_t>(n);
-  }
-}
-
 }  // namespace
 
 LogInspector::LogInspector(Manifest manifest) : manifest_(std::move(manifest)) {
@@ -38,11 +24,12 @@ LogInspector::LogInspector(Manifest manifest) : manifest_(std::move(manifest)) {
 }
 
 void LogInspector::read(const ManifestSegment& segment, uint32_t first, const std::string& file, bool verify) {
-  const File opened(open(file.c_str(), O_RDONLY | O_CLOEXEC));
+  System& system = System::real();
+  const File opened(system, system.open(file.c_str(), O_RDONLY, 0));
   if (!opened.is_open()) throw_io("open", file, errno);
   std::vector<std::byte> buffer(std::max<uint64_t>(kReadBytes / segment.block_bytes, 1) * segment.block_bytes);
   SegmentHeader header;
-  read_whole(opened, file, 0, reinterpret_cast<std::byte*>(&header), sizeof header);
+  read_whole(opened, &header, sizeof header, 0, file);
   if (header.magic != kSegmentMagic || header.crc != crc32c(0, &header, offsetof(SegmentHeader, crc)) ||
       header.volume != manifest_.volume || header.segment != segment.number || header.block_bytes != segment.block_bytes) {
     throw Error(ErrorKind::kDamagedRecord, "segment " + file + " does not begin with the header of this volume's segment " +
@@ -52,7 +39,7 @@ void LogInspector::read(const ManifestSegment& segment, uint32_t first, const st
   const auto per_read = static_cast<uint32_t>(buffer.size() / segment.block_bytes);
   for (; first < segment.blocks; first += per_read) {
     const uint32_t count = std::min(per_read, segment.blocks - first);
-    read_whole(opened, file, kPageBytes + uint64_t{first} * segment.block_bytes, buffer.data(), uint64_t{count} * segment.block_bytes);
+    read_whole(opened, buffer.data(), uint64_t{count} * segment.block_bytes, kPageBytes + uint64_t{first} * segment.block_bytes, file);
     for (uint32_t b = 0; b < count; ++b) read_block(segment, first + b, buffer.data() + uint64_t{b} * segment.block_bytes, verify);
   }
   posix_fadvise(opened.fd(), 0, 0, POSIX_FADV_DONTNEED);

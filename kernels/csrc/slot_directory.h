@@ -57,6 +57,8 @@ class SlotDirectory {
   void rollback();
 
   int32_t slot_of_row(int64_t row) const { return slot_of_row_[row] - 1; }  // -1: not resident
+  void prefetch(int64_t row) const { __builtin_prefetch(&slot_of_row_[static_cast<size_t>(row)]); }
+  void touch(int32_t slot, Stamp stamp) { stamp_[slot] = stamp.value | (stamp_[slot] & 1); }
   void mark_dirty(int32_t slot) { stamp_[slot] |= 1; }
   void mark_clean(int32_t slot) { stamp_[slot] &= ~1u; }
   uint32_t batch_of_slot(int32_t slot) const { return stamp_[slot] >> 1; }

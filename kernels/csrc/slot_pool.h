@@ -9,9 +9,10 @@
 //
 // What always holds:
 //   - a failed begin (id out of range, no room, volume full) changes nothing that a reader or trainer can see;
-//   - a dirty victim is put into its volume before its slot is given away;
+//   - a victim is evicted into its volume before its slot is given away;
 //   - fills complete in the order of begin; a slot whose fill is pending is pinned by the ticket that asked for it;
-//   - if a fill fails, its rows leave the pool again and every soft ticket that could have used them is revoked.
+//   - if a fill fails, the rows of the volume that failed leave the pool again, and every soft ticket that could have used
+//     them is revoked.
 #pragma once
 
 #include <cstdint>
@@ -84,11 +85,11 @@ class SlotPool {
   int64_t warm(size_t table, std::span<const int64_t> rows);  // returns the rows read: the last ones, where room is short
 
   SlotPoolStats stats(size_t table) const;
-  int32_t resident(size_t table) const { return directories_[table].resident(); }
-  int64_t revoked() const { return revoked_; }
-  int64_t declined() const { return declined_; }
-  int64_t outstanding() const { return static_cast<int64_t>(tickets_.size()); }
-  int32_t slot_of_row(size_t table, int64_t row) const { return directories_[table].slot_of_row(row); }
+  int32_t resident(size_t table) const { std::lock_guard lock(mutex_); return directories_[table].resident(); }
+  int64_t revoked() const { std::lock_guard lock(mutex_); return revoked_; }
+  int64_t declined() const { std::lock_guard lock(mutex_); return declined_; }
+  int64_t outstanding() const { std::lock_guard lock(mutex_); return static_cast<int64_t>(tickets_.size()); }
+  int32_t slot_of_row(size_t table, int64_t row) const { std::lock_guard lock(mutex_); return directories_[table].slot_of_row(row); }
   void check() const;
 
  private:
@@ -98,9 +99,13 @@ class SlotPool {
     std::vector<int64_t> bounds;  // by feature, into slots
   };
   struct Fill {
+    struct Read {
+      Volume* volume;
+      uint64_t token;
+      std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table
+    };
     uint64_t seq;
-    std::vector<std::pair<Volume*, uint64_t>> tokens;
-    std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table
+    std::vector<Read> reads;  // one a volume
   };
 
   std::vector<int64_t> bounds_of(const Batch& batch) const;
@@ -114,10 +119,10 @@ class SlotPool {
   size_t pinned_by_others(size_t table, const Ticket& mine, std::vector<uint8_t>& pinned) const;
   void mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_t>& flags) const;
   bool revoke_youngest();
-  void write_back_victims();
-  void start_fills(uint64_t seq, Stamp stamp);
-  static std::exception_ptr wait_all(const Fill& fill);  // the first error, if any
-  void abandon(const Fill& fill);                        // its rows leave the pool
+  void evict_victims();
+  void start_fills(uint64_t seq, Stamp stamp, bool dirty);
+  std::exception_ptr finish(const Fill& fill);  // the first error, if any
+  void abandon(const Fill::Read& read);         // its rows leave the pool
   void finish_oldest_fill();
   void drain(uint64_t up_to_seq);
   void rollback();
