@@ -117,8 +117,9 @@ def main() -> None:
             name = f"{steps} steps, age {min_age}" if steps else "off"
             print(
                 f"trickle {name:>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms, "
-                f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; rows flushed by a commit {f['flushed_rows_per_checkpoint']:,.0f}; rows put "
-                f"{f['rows_put']:,} (evicted {f['write_backs']:,}, trickled {f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); "
+                f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; "
+                f"rows flushed by a commit {f['flushed_rows_per_checkpoint']:,.0f}; rows put {f['rows_put']:,} "
+                f"(evicted {f['write_backs']:,}, trickled {f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); "
                 f"written {f['written_mib']:,.0f} MiB; wanted {f['wanted']}"
             )
         first = args.every // 2
