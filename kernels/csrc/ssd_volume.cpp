@@ -309,7 +309,6 @@ std::shared_ptr<SsdVolume::Segment> SsdVolume::make_segment(uint32_t block_bytes
     throw_io("write", folders_[segment->path].segment_file(segment->number), error);
   }
   ++next_segment_;
-  ++made_segments_;
   segments_[segment->number] = segment;
   return segment;
 }
@@ -426,6 +425,7 @@ std::byte* SsdVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
     if (open.rows.size() < table.shape.records) break;
     seal(table, open, lock);
   }
+  if (entry && !(open.flag & kMoved)) replaced_bytes_ += table.shape.block_bytes / table.shape.records;
   if (entry == kGivenUp) {
     --given_up_;
   } else if (entry) {
@@ -538,17 +538,19 @@ void SsdVolume::flush() {
 
 bool SsdVolume::cleaning_is_due() const {
   // What a kept manifest names comes back only when that manifest goes: with checkpoints, cleaning begins as many segments
-  // earlier as are filled until then, and what it has emptied already counts as room.
-  const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * std::max(made_segments_, made_before_);
+  // earlier as puts replace until then, and what it has emptied already counts as room. Survivors do not count (the more were
+  // cleaned, the more would have to be), nor do rows put for the first time.
+  const uint64_t replaced = std::max(replaced_bytes_, replaced_before_) / segment_bytes_ + 1;
+  const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * replaced;
   const uint64_t wanted = 1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then;
   return !fits(wanted > coming_ ? wanted - coming_ : 0);
 }
 
 uint64_t SsdVolume::held_back() const {
-  return 2 + reserve() + (made_before_ > made_segments_ ? made_before_ - made_segments_ : 0);
+  return 2 + reserve() + (replaced_before_ > replaced_bytes_ ? replaced_before_ - replaced_bytes_ : 0) / segment_bytes_;
 }
 
-uint64_t SsdVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() : held_back()); }
+uint64_t SsdVolume::comfortable() const { return 2 + reserve(); }
 
 std::shared_ptr<SsdVolume::Segment> SsdVolume::victim() const {
   const std::set<uint32_t> busy = filling();
@@ -859,7 +861,7 @@ void SsdVolume::checkpoint(uint64_t epoch) {
     throw;
   }
   ++stats_.checkpoints;
-  made_before_ = std::exchange(made_segments_, 0);
+  replaced_before_ = std::exchange(replaced_bytes_, 0);
   while (kept_.size() > options_.keep_checkpoints) {
     folders_[0].remove_manifest(kept_.front().epoch);
     let_go(kept_.front());
