@@ -231,11 +231,10 @@ def show(f: dict[str, Any]) -> None:
             f"{s['process_over_own']:>14.3f}×{s['device_over_own']:>10.3f}×"
         )
     c = f["with_checkpoints"]
-    print(
-        f"{c['keep_checkpoints']} checkpoints kept ({c['asked_for']} more asked for), {c['rows_per_interval_over_rows']:.0%} of the rows put "
-        f"between two: planned {c['planned_disk_over_live']:.2f} × live on disk and {c['planned_write_amplification']:.2f} writes a put; measured "
-        f"{c['disk_over_live_mean']:.2f} ×, at most {c['disk_over_live_peak']:.2f} ×, and {c['write_amplification']:.2f} writes a put"
-    )
+    put, planned, measured = f"{c['rows_per_interval_over_rows']:.0%}", c["planned_disk_over_live"], c["disk_over_live_mean"]
+    print(f"{c['keep_checkpoints']} checkpoints kept ({c['asked_for']} more asked for), {put} of the rows put between two")
+    print(f"  planned {planned:.2f} × live on disk, {c['planned_write_amplification']:.2f} writes a put")
+    print(f"  measured {measured:.2f} ×, at most {c['disk_over_live_peak']:.2f} ×, {c['write_amplification']:.2f} writes a put")
 
 
 def figures(f: dict[str, Any]) -> list[Figure]:
