@@ -28,6 +28,13 @@ def checkpoint(groups: Sequence[TieredTBE], epoch: int) -> None:
         volume.checkpoint(epoch)
 
 
+def withdraw(groups: Sequence[TieredTBE], epoch: int) -> None:
+    """Takes back ``epoch`` in every volume that has committed it: the job as a whole did not."""
+    for volume in volumes(groups):
+        if volume.epoch == epoch:
+            volume.withdraw(epoch)
+
+
 def restore(groups: Sequence[TieredTBE], epoch: int) -> None:
     """Takes the durable tables back to a kept epoch. Pools are emptied, unwritten.
 

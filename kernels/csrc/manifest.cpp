@@ -69,6 +69,7 @@ std::vector<std::byte> Manifest::encode() const {
   w.put(epoch);
   w.put(next_sequence);
   w.put(segment_bytes);
+  w.put(snapshot);
   w.put(path_count);
   w.put(static_cast<uint32_t>(tables.size()));
   for (const ManifestTable& t : tables) {
@@ -91,6 +92,7 @@ std::vector<std::byte> Manifest::encode() const {
     w.put(s.path_index);
     w.put(s.block_bytes);
     w.put(s.blocks);
+    w.put(s.in_snapshot);
   }
   w.put(crc32c(0, w.bytes.data(), w.bytes.size()));
   return std::move(w.bytes);
@@ -116,6 +118,7 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
   m.epoch = r.get<uint64_t>();
   m.next_sequence = r.get<uint64_t>();
   m.segment_bytes = r.get<uint64_t>();
+  m.snapshot = r.get<uint64_t>();
   m.path_count = r.get<uint32_t>();
   m.tables.resize(r.count(54));
   for (ManifestTable& t : m.tables) {
@@ -133,14 +136,16 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
     t.init.first_column = r.get<int64_t>();
     require_valid(t.spec);
   }
-  m.segments.resize(r.count(16));
+  m.segments.resize(r.count(20));
   for (ManifestSegment& s : m.segments) {
     s.number = r.get<uint32_t>();
     s.path_index = r.get<uint32_t>();
     s.block_bytes = r.get<uint32_t>();
     s.blocks = r.get<uint32_t>();
+    s.in_snapshot = r.get<uint32_t>();
     if (s.number == 0 || s.number >= kMostSegments || s.path_index >= m.path_count || s.block_bytes == 0 ||
-        s.block_bytes % kPageBytes != 0) {
+        s.block_bytes % kPageBytes != 0 || s.in_snapshot > s.blocks ||
+        kPageBytes + uint64_t{s.blocks} * s.block_bytes > m.segment_bytes) {
       r.fail("segment " + std::to_string(s.number) + " cannot be");
     }
   }

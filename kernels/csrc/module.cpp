@@ -30,6 +30,7 @@ const char* class_name(mtrains::ErrorKind kind) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // a model that is alive when the interpreter ends is no leak
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);

@@ -50,6 +50,7 @@ struct VolumeStats {
   uint64_t get_rows = 0;            // rows asked for
   uint64_t get_rows_initial = 0;    // of these, never put: generated
   uint64_t get_rows_buffered = 0;   // of these, found in the write buffer
+  uint64_t get_rows_mapped = 0;     // of these, loaded from a mapped file
   uint64_t put_rows = 0;
   uint64_t read_ios = 0;
   uint64_t read_bytes = 0;
