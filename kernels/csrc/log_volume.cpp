@@ -222,6 +222,7 @@ std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
     seal(table, open, lock);
   }
   uint64_t& entry = entry_to_change(table, row);
+  if (entry && &open == &table.fresh) replaced_bytes_ += table.shape.stride_bytes;
   if (entry == kGivenUp) {
     --given_up_;
   } else if (entry) {
@@ -570,7 +571,10 @@ std::vector<SegmentInfo> LogVolume::segments() const {
 
 bool LogVolume::wants_checkpoint() const {
   std::lock_guard lock(mutex_);
-  return !kept_.empty() && !fits(2 + reserve() + options_.capacity_bytes / segment_bytes_ / 16);
+  if (kept_.empty() || fits(2 + reserve() + options_.capacity_bytes / segment_bytes_ / 16)) return false;
+  return coming_ > 0 || std::any_of(segments_.begin(), segments_.end(), [&](const auto& s) {
+           return s.second->kept > 0 && s.second->live_bytes < segment_bytes_ / 4 * 3;
+         });
 }
 
 void LogVolume::close() {
