@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torchrec_mtrains.kernels import durability
 
-from _common import finish, options, print_machine
+from _common import finish, options, print_machine, seconds
 from torchrec_mtrains import show, train
 from torchrec_mtrains.data import SyntheticConfig, SyntheticSource
 from torchrec_mtrains.job_model import ModelOptions
@@ -24,13 +24,19 @@ from torchrec_mtrains.placement import PlacementOptions
 from torchrec_mtrains.process_group import process_group
 
 
-def run(source: SyntheticSource, job: train.TrainOptions, steps: int, min_age: int, pg: Any) -> train.TrainResult:
-    """One job whose rows trickle out in ``steps`` steps before a checkpoint."""
+def run(source: SyntheticSource, job: train.TrainOptions, steps: int, min_age: int, pg: Any) -> tuple[train.TrainResult, list[float]]:
+    """One job whose rows trickle out in ``steps`` steps before a checkpoint, and the seconds of flush and commit of the volumes."""
     durability.TRICKLE_STEPS, durability.TRICKLE_MIN_AGE = steps, min_age
-    return train.train(source, job, pg)
+    commit = durability.checkpoint
+    took: list[float] = []
+    durability.checkpoint = lambda *which: took.append(seconds(lambda: commit(*which)))  # type: ignore[assignment, return-value]
+    try:
+        return train.train(source, job, pg), took
+    finally:
+        durability.checkpoint = commit
 
 
-def figures_of(done: train.TrainResult) -> dict[str, float]:
+def figures_of(done: train.TrainResult, commits: list[float]) -> dict[str, float]:
     """The middle of the job: the first interval fills the pools."""
     every = done.options.checkpoint_every
     assert every is not None
@@ -43,6 +49,7 @@ def figures_of(done: train.TrainResult) -> dict[str, float]:
         "step_ms": step_ms,
         "stall_ms_median": statistics.median(stall_ms),
         "stall_ms_max": max(stall_ms),
+        "volumes_ms_median": 1e3 * statistics.median(commits[1:]),
         "stall_share": statistics.mean(stall_ms) / (every * step_ms),
         "flushed_rows_per_checkpoint": total["flushed_rows"] / len(done.checkpoints),
         **total,
@@ -65,9 +72,7 @@ def restart(source: SyntheticSource, job: train.TrainOptions, warm: bool, steps:
     )
     made = train.Job(source, resumed, pg)
     found: list[train.StepRecord] = []
-    seconds = train.time.perf_counter()
-    made.train(resumed.steps, found.append)
-    seconds = train.time.perf_counter() - seconds
+    took = seconds(lambda: made.train(resumed.steps, found.append))
     made.close()
     for copy in copies:
         shutil.rmtree(copy)
@@ -78,7 +83,7 @@ def restart(source: SyntheticSource, job: train.TrainOptions, warm: bool, steps:
     return {
         "hit_ratio_of_lookups": 1 - total["misses"] / total["lookups"],
         "hit_ratio_of_unique_rows": 1 - total["misses"] / total["unique_rows"],
-        "steps_per_s": len(found) / seconds,
+        "steps_per_s": len(found) / took,
     }
 
 
@@ -102,8 +107,8 @@ def main() -> None:
     with process_group() as pg, tempfile.TemporaryDirectory(dir=args.ssd) as root:
         for trickle in args.trickle:
             steps, min_age = map(int, trickle.split(","))
-            folder = Path(root) / trickle
-            (folder / "ssd").mkdir(parents=True)
+            folder = Path(tempfile.mkdtemp(dir=root))
+            (folder / "ssd").mkdir()
             job = train.TrainOptions(
                 model=ModelOptions(embedding_dim=64),
                 placement=PlacementOptions(
@@ -113,10 +118,11 @@ def main() -> None:
                 checkpoint=str(folder / "checkpoint"),
                 checkpoint_every=args.every,
             )
-            f = figures["trickle"][trickle] = figures_of(run(source, job, steps, min_age, pg))
+            f = figures["trickle"][trickle] = figures_of(*run(source, job, steps, min_age, pg))
             name = f"{steps} steps, age {min_age}" if steps else "off"
             print(
-                f"trickle {name:>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms, "
+                f"trickle {name:>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms "
+                f"(flush and commit of the volumes {f['volumes_ms_median']:.1f} ms), "
                 f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; "
                 f"rows flushed by a commit {f['flushed_rows_per_checkpoint']:,.0f}; rows put {f['rows_put']:,} "
                 f"(evicted {f['write_backs']:,}, trickled {f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); "

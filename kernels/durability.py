@@ -40,8 +40,9 @@ def wants_checkpoint(groups: Sequence[TieredTBE]) -> bool:
     return any(volume.wants_checkpoint for volume in volumes(groups))
 
 
-TRICKLE_STEPS = 8
-"""Steps before a commit in which rows trickle out: the pools are gone over twice."""
+TRICKLE_STEPS = 4
+"""Steps before a commit in which rows trickle out: the pools are gone over twice. Measured with benchmarks/checkpoints.py, 2026-11-25
+(docs/checkpoints.md): 8 and 16 left the commit more to write and wrote more in all."""
 
 TRICKLE_MIN_AGE = 2
 """Batches for which a row must have gone unused: a row that the next batch changes is written again by the commit."""

@@ -60,6 +60,7 @@ def test_a_volume_that_is_short_of_room_gets_its_checkpoint_at_the_next_step(fol
         assert wants_checkpoint(job.dmp)
         job.train(5, lambda s: losses.append(s.loss))
         assert [(c.step, c.wanted) for c in job.checkpoints] == [(4, False), (5, True)]
+        assert all(c.seconds > 0 for c in job.checkpoints)
         job.close()
     assert losses == jobs.run(jobs.options(None, steps=5)).losses
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -287,6 +288,23 @@ def test_a_push_runs_beside_the_job_and_fails_if_the_checkpoint_goes(here, dest)
     assert ObjectStore(dest).latest().startswith(f"step_{6:012d}")
     here.push(dest)
     assert ObjectStore(dest).latest().startswith(f"step_{16:012d}")
+
+
+def test_a_push_fails_if_a_volume_commits_its_epoch_anew_meanwhile(here, dest):
+    here.run(6)
+    here.run(10, resume=True)
+
+    def a_job_goes_back(done: int, total: int) -> None:
+        if done == total:  # every piece has been read
+            volume = SsdVolume((f"{here.paths[0]}/rank_0",), jobs.CAPACITY_BYTES)
+            volume.restore(6)
+            volume.table("another", row_count=1, record_bytes=8).put(np.zeros(1, np.int64), np.ones((1, 8), np.uint8))
+            volume.checkpoint(10)
+            volume.close()
+
+    with pytest.raises(VolumeMismatchError, match="restored during the push"):
+        here.push(dest, progress=a_job_goes_back)
+    assert ObjectStore(dest).latest() is None
 
 
 def test_volumes_of_another_job_are_not_pushed(here, there, dest):

@@ -94,6 +94,7 @@ def test_a_stopped_job_resumes(ssd, tmp_path):
     result = run("train", *options, "--steps", 8, "--resume")
     assert result.exit_code == 0, result.output
     assert "trained 3 steps" in result.output
+    assert "checkpoints: 2, 0 of them because a volume was short of room" in result.output
     again = run("train", *options, "--steps", 8, "--resume")
     assert "nothing left to train: 8 steps were trained before" in again.output
 

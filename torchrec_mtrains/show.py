@@ -129,6 +129,13 @@ def summary(done: TrainResult) -> list[str]:
             f"trained {len(done.steps):,} steps of {done.batch_size * done.world_size:,} samples in {done.train_seconds:.1f} s "
             f"({done.samples_per_second:,.0f} samples/s), last loss {done.steps[-1].loss:.6f}"
         ]
+    if done.checkpoints:
+        longest = max(done.checkpoints, key=lambda c: c.seconds)
+        wanted = sum(c.wanted for c in done.checkpoints)
+        lines.append(
+            f"checkpoints: {len(done.checkpoints):,}, {wanted:,} of them because a volume was short of room; "
+            f"the longest took {longest.seconds * 1e3:.0f} ms, at step {longest.step:,}"
+        )
     if done.held_out_samples:
         lines.append(f"held out: {done.held_out_samples:,} samples, AUC {done.auc:.6f}, loss {done.held_out_loss:.6f}")
     lines.append(f"peak resident memory {show_bytes(done.peak_rss_bytes)}")

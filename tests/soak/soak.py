@@ -119,9 +119,11 @@ class Soak:
             self.life.ssd.mkdir()
 
     def _wait_for_the_instant(self, rng: random.Random, pids: list[int], status: dict, watched: int) -> None:
-        targets = [p for p in TARGETS if (p != "push" or watched == 0) and (p != "pull" or (watched == 0 and self.life.lost.exists()))]
+        mine = [p for p in TARGETS if watched == 0 or p not in ("push", "pull")]
+        targets = ["pull"] if "pull" in mine and self.life.lost.exists() else [p for p in mine if p != "pull"]
         target = rng.choice(targets) if rng.random() < 0.5 else None
-        count, start = rng.randrange(3), time.monotonic()
+        count = 0 if target in ("open", "pull") else rng.randrange(3)  # so many of them pass by; these two come once an attempt
+        start = time.monotonic()
         until = start + rng.random() * LONGEST_DELAY_S if target is None else float("inf")
         armed, before = False, ""
         while time.monotonic() < until:
