@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(she
 TORCH_INDEX_URL ?=
 # More arguments for pytest, such as PYTEST_ARGS="-k planner -x".
 PYTEST_ARGS ?=
+# Kills of make soak, those of earlier starts included.
+SOAK_KILLS ?= 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -65,7 +67,9 @@ demo: setup  ## Train tables 15 times their memory budget from an SSD, then ml-1
 test: lint  ## Run the lint and the whole test suite, except what is marked slow
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
-soak: setup  ## Run the slow tests: crash loops, long random histories
+soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earlier soak stopped; then the slow tests
+	@$(BIN)/python tests/soak/soak.py --ranks 1 --kills $(SOAK_KILLS)
+	@$(BIN)/python tests/soak/soak.py --ranks 2 --kills $$(( $(SOAK_KILLS) / 4 ))
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 bench: setup  ## Run every benchmark in benchmarks/

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchrec_mtrains.kernels import durability
 
 from _common import finish, options, print_machine
@@ -87,12 +88,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pool-share", type=float, default=0.1)
     parser.add_argument("--trickle", nargs="*", default=["0,1", "4,2", "8,1", "8,2", "8,4", "16,2", "32,2"], help="steps,min_age; 0,1: off")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.every, args.rows, args.trickle = 24, 8, 2000, ["0,1", "4,1"]
     show.quiet()
+    torch.set_num_threads(args.threads)
     facts = print_machine()
     source = SyntheticSource(SyntheticConfig(table_count=4, rows=args.rows, pooling=8), 128 if args.quick else 1024)
     figures: dict[str, Any] = {"trickle": {}, "restart": {}}
@@ -111,18 +114,20 @@ def main() -> None:
                 checkpoint_every=args.every,
             )
             f = figures["trickle"][trickle] = figures_of(run(source, job, steps, min_age, pg))
+            name = f"{steps} steps, age {min_age}" if steps else "off"
             print(
-                f"trickle {f'{steps} steps, age {min_age}' if steps else 'off':>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms, "
-                f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; rows a commit flushed "
-                f"{f['flushed_rows_per_checkpoint']:,.0f}; rows put {f['rows_put']:,} (evicted {f['write_backs']:,}, trickled "
-                f"{f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); written {f['written_mib']:,.0f} MiB; wanted {f['wanted']}"
+                f"trickle {name:>15}: step {f['step_ms']:.2f} ms, stall median {f['stall_ms_median']:.1f} ms, "
+                f"longest {f['stall_ms_max']:.1f} ms, {f['stall_share']:.2%} of the steps; "
+                f"rows flushed by a commit {f['flushed_rows_per_checkpoint']:,.0f}; rows put {f['rows_put']:,} "
+                f"(evicted {f['write_backs']:,}, trickled {f['trickled_rows']:,}, flushed {f['flushed_rows']:,}); "
+                f"written {f['written_mib']:,.0f} MiB; wanted {f['wanted']}"
             )
         first = args.every // 2
         for warm in (True, False):
             f = figures["restart"]["warm" if warm else "cold"] = restart(source, job, warm, first, pg)
             print(
-                f"{'warm' if warm else 'cold'} restart, first {first} steps: hit ratio of lookups {f['hit_ratio_of_lookups']:.4f}, of distinct "
-                f"rows {f['hit_ratio_of_unique_rows']:.4f}, {f['steps_per_s']:.1f} steps/s"
+                f"{'warm' if warm else 'cold'} restart, first {first} steps: hit ratio of lookups {f['hit_ratio_of_lookups']:.4f}, "
+                f"of distinct rows {f['hit_ratio_of_unique_rows']:.4f}, {f['steps_per_s']:.1f} steps/s"
             )
     finish(args, facts, figures)
 

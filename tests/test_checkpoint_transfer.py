@@ -98,6 +98,19 @@ def test_a_job_whose_disk_is_lost_goes_on_from_what_was_pushed(tmp_path, dest, u
     assert losses + there.run(STEPS, resume=True) == undisturbed
 
 
+def test_an_index_snapshot_goes_with_its_checkpoint(here, there, dest, monkeypatch, undisturbed):
+    monkeypatch.setitem(SsdVolume.__init__.__kwdefaults__, "snapshot_after_bytes", 0)
+    # Written in the background of one checkpoint, named by a later one.
+    losses = jobs.run(dataclasses.replace(here.options(21), checkpoint_every=1)).losses
+    (volume,) = volume_files.volumes_of_rank(here.paths, 0)
+    assert volume.newest.snapshot is not None
+    here.push(dest)
+    there.pull(dest)
+    pulled = volume_files.snapshot_file(there.ssd[0] / "rank_0", volume.newest.snapshot)
+    assert pulled.read_bytes() == volume_files.snapshot_file(volume.folders[0], volume.newest.snapshot).read_bytes()
+    assert losses + there.run(STEPS, resume=True) == undisturbed
+
+
 def test_a_second_push_ships_only_what_is_new(here, dest):
     here.run(10)
     first = here.push(dest)

@@ -8,7 +8,7 @@ A push may run beside the job. If the job drops the checkpoint meanwhile, the pu
 
 Catalogues (JSON) of the checkpoint ``step_N-<commit>``:
     job       about (about.json), files: {path: [piece, …]}
-    rank_R    volumes: [{id, paths, manifest: piece, segments: {number: [piece, …]}}]
+    rank_R    volumes: [{id, paths, manifest: piece, index: [piece, …], segments: {number: [piece, …]}}]
     piece     [bytes, digest]
 """
 
@@ -183,6 +183,7 @@ class _Push:
                     "id": manifest.volume,
                     "paths": list(volume.paths),
                     "manifest": self.ship(manifest.data),
+                    "index": [] if (file := _index_file(volume, manifest)) is None else self.push_file(file, file.stat().st_size),
                     "segments": {
                         str(s.number): self.push_file(volume.segment(s), s.bytes, mine.get(str(s.number), []), trusted)
                         for s in manifest.segments
@@ -199,7 +200,9 @@ class _Push:
         volumes = {rank: [(v, self.manifest(v)) for v in found] for rank, found in self.local_volumes(ssd).items()}
         files = sorted(p for p in self.folder.rglob("*") if p.is_file())
         self.total = sum(p.stat().st_size for p in files)
-        self.total += sum(len(m.data) + sum(s.bytes for s in m.segments) for found in volumes.values() for _, m in found)
+        for volume, manifest in (pair for found in volumes.values() for pair in found):
+            index = _index_file(volume, manifest)
+            self.total += len(manifest.data) + sum(s.bytes for s in manifest.segments) + (index.stat().st_size if index else 0)
         listed = {str(p.relative_to(self.folder)): self.push_file(p, p.stat().st_size) for p in files}
         for rank, found in volumes.items():
             self.push_rank(rank, found)
@@ -211,6 +214,10 @@ class _Push:
         if not self.result.missing_ranks:
             self.store.publish(self.name)
         return self.result
+
+
+def _index_file(volume: LocalVolume, manifest: Manifest) -> Path | None:
+    return None if manifest.snapshot is None else volume_files.snapshot_file(volume.folders[0], manifest.snapshot)
 
 
 def _commit_of(folder: Path) -> str | None:
@@ -293,6 +300,8 @@ class _Pull:
             for segment in manifest.segments:
                 path = volume_files.segment_file(folders[segment.path_index], segment.number)
                 self.pull_segment(path, segment, manifest.segment_bytes, volume["segments"].get(str(segment.number), []), what)
+            if manifest.snapshot is not None:
+                self.pull_file(volume_files.snapshot_file(folders[0], manifest.snapshot), volume["index"], f"{what}, index")
             for folder in folders:
                 sync_folder(folder)
                 sync_folder(folder.parent)
@@ -318,10 +327,14 @@ class _Pull:
     def pull_segment(self, path: Path, segment: Segment, segment_bytes: int, pieces: list[Piece], what: str) -> None:
         if sum(size for size, _ in pieces) != segment.bytes:
             raise DamagedRecordError(f"{what}: the catalogue's pieces of segment {segment.number} are not its {segment.bytes} bytes")
+        self.pull_file(path, pieces, f"{what}, segment {segment.number}", segment_bytes)
+
+    def pull_file(self, path: Path, pieces: list[Piece], what: str, reserve_bytes: int = 0) -> None:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as out:
-            os.posix_fallocate(out.fileno(), 0, segment_bytes)  # as the volume makes them: a full disk is met here
+            if reserve_bytes:  # as the volume makes a segment: a full disk is met here
+                os.posix_fallocate(out.fileno(), 0, reserve_bytes)
             for piece in pieces:
-                out.write(self.fetch(piece, f"{what}, segment {segment.number}"))
+                out.write(self.fetch(piece, what))
             out.flush()
             os.fsync(out.fileno())
 
@@ -339,7 +352,7 @@ class _Pull:
         self.total = sum(size for pieces in files.values() for size, _ in pieces)
         for volumes in catalogues.values():
             for v in volumes:
-                self.total += v["manifest"][0] + sum(size for pieces in v["segments"].values() for size, _ in pieces)
+                self.total += v["manifest"][0] + sum(size for pieces in (v["index"], *v["segments"].values()) for size, _ in pieces)
         for rank, volumes in catalogues.items():
             for volume in volumes:
                 self.pull_volume(volume, [Path(where[path]) / f"rank_{rank}" for path in volume["paths"]])
@@ -360,10 +373,8 @@ class _Pull:
             if folder.resolve() not in path.resolve().parents:
                 raise DamagedRecordError(f"checkpoint {self.name}: the catalogue names the file {name!r}, outside of its folder")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                for piece in pieces:
-                    out.write(self.fetch(piece, f"checkpoint {self.name}, file {name}"))
-        sync((*folder.rglob("*"), folder, folder.parent))
+            self.pull_file(path, pieces, f"checkpoint {self.name}, file {name}")
+        sync((*(p for p in folder.rglob("*") if p.is_dir()), folder, folder.parent))
         publish(folder)
 
 

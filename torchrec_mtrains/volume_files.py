@@ -33,11 +33,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One committed checkpoint of a volume: ``data`` is the file."""
+    """One committed checkpoint of a volume: ``data`` is the file, ``snapshot`` the epoch of its index snapshot, or None."""
 
     volume: str
     epoch: int
     segment_bytes: int
+    snapshot: int | None
     path_count: int
     tables: tuple[dict[str, Any], ...]
     segments: tuple[Segment, ...]
@@ -54,6 +55,11 @@ def segment_file(folder: Path, number: int) -> Path:
     return folder / f"segment_{number:08x}.log"
 
 
+def snapshot_file(folder: Path, epoch: int) -> Path:
+    """Below a volume's first path: the index snapshot that manifests name."""
+    return folder / f"index_{epoch:016x}.bin"
+
+
 def epochs(folder: Path) -> list[int]:
     """Of the checkpoints whose manifests lie in a volume's first folder, oldest first."""
     return sorted(int(p.stem.removeprefix("manifest_"), 16) for p in folder.glob("manifest_" + "[0-9a-f]" * 16 + ".bin"))
@@ -66,6 +72,7 @@ def decode_manifest(data: bytes, file: str) -> Manifest:
         d["volume"],
         d["epoch"],
         d["segment_bytes"],
+        d["snapshot"] or None,
         d["path_count"],
         tuple(d["tables"]),
         tuple(Segment(**s) for s in d["segments"]),

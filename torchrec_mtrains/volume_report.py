@@ -67,6 +67,7 @@ class VolumeReport:
     lock_owner: str | None
     epochs: list[int]
     epoch: int
+    snapshot: int | None
     tables: list[TableReport] = field(default_factory=list)
     segments: list[SegmentReport] = field(default_factory=list)
     uncommitted: list[Path] = field(default_factory=list)
@@ -96,7 +97,7 @@ def look(
     asked = manifests[-1 if epoch is None else kept.index(epoch)]
     if asked.path_count != len(folders):
         raise ConfigurationError(f"the volume in {folders[0]} lies over {asked.path_count} paths, got {len(folders)}: name them in order")
-    report = VolumeReport(asked.volume, folders, volume_files.lock_owner(folders[0]), kept, asked.epoch, verified=verify)
+    report = VolumeReport(asked.volume, folders, volume_files.lock_owner(folders[0]), kept, asked.epoch, asked.snapshot, verified=verify)
     longest = {s.number: s for manifest in manifests for s in manifest.segments}  # segments grow from checkpoint to checkpoint
     inspector = _read(report, asked, manifests[-1], list(longest.values()), progress)
     report.tables = [
@@ -172,6 +173,7 @@ def show(report: VolumeReport) -> None:
         f"volume {report.volume} in {', '.join(map(str, report.folders))}",
         f"lock: {f'open for writing by {report.lock_owner}' if report.lock_owner else 'free'}",
         f"kept checkpoints: {', '.join(map(str, report.epochs))}; below, epoch {report.epoch}",
+        f"index snapshot: {'none' if report.snapshot is None else f'of epoch {report.snapshot}'}",
         f"bytes on disk: {report.disk_bytes:,} ({show_bytes(report.disk_bytes)})",
     ]
     for line in lines:

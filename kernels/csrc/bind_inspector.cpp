@@ -46,6 +46,7 @@ nb::dict as_dict(const Manifest& m) {
   d["volume"] = hexadecimal(m.volume);
   d["epoch"] = m.epoch;
   d["segment_bytes"] = m.segment_bytes;
+  d["snapshot"] = m.snapshot;
   d["path_count"] = m.path_count;
   d["tables"] = tables;
   d["segments"] = segments;

@@ -214,9 +214,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   {
     Lock lock(mutex_);
     require_usable();
-    const auto over = [](bool* waits) { *waits = false; };
-    const std::unique_ptr<bool, decltype(over)> guard(&(commit_waits_ = true), over);
-    if (!options_.read_only && !kept_.empty()) wait_for_cleaner(lock);
+    if (!options_.read_only && !kept_.empty()) wait_for_cleaner(waiting_commits_, lock);
   }
   std::lock_guard commit(commit_mutex_);
   Lock lock(mutex_);

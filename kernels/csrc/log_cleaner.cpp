@@ -81,7 +81,7 @@ void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
   const uint64_t needed = (table.fresh.rows.size() + rows) / table.shape.records + stream.tables;
   while (room_of(stream) < needed) {
     if (!fits(comfortable())) reclaim();
-    wait_for_cleaner(lock);
+    wait_for_cleaner(waiting_puts_, lock);
     if (!fits(1 + reserve())) refuse_full();
     stream.ready.push_back(make_segment(stream.block_bytes));
     ++made_segments_;
@@ -89,14 +89,20 @@ void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
   if (cleaning_is_due()) cleaner_wake_.notify_one();
 }
 
-void LogVolume::wait_for_cleaner(Lock& lock) {
-  if (fits(comfortable())) return;
+bool LogVolume::will_fit(uint64_t segments) const { return fits(segments > coming_ ? segments - coming_ : 0); }
+
+// A put needs room now; a commit is what gives back what is held.
+bool LogVolume::someone_waits() const {
+  return (waiting_puts_ > 0 && !fits(comfortable())) || (waiting_commits_ > 0 && !will_fit(comfortable()));
+}
+
+void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
   const uint64_t round = idle_rounds_;
-  ++waiting_for_room_;
+  ++waiting;
   asked_ = true;
   cleaner_wake_.notify_one();
-  room_made_.wait(lock, [&] { return fits(comfortable()) || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
-  --waiting_for_room_;
+  room_made_.wait(lock, [&] { return !someone_waits() || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
+  --waiting;
   require_open(stop_cleaner_, name());
   require_usable();
 }
@@ -153,7 +159,7 @@ bool LogVolume::cleaning_is_due() const {
   // earlier as are filled until then, and what it has emptied already counts as room.
   const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * std::max(made_segments_, made_before_);
   const uint64_t wanted = 1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then;
-  return !fits(wanted > coming_ ? wanted - coming_ : 0);
+  return !will_fit(wanted);
 }
 
 uint64_t LogVolume::held_back() const {
@@ -165,8 +171,8 @@ uint64_t LogVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() 
 std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
   // One that is held gives nothing back yet, and puts go on until it does.
-  // A commit is what gives it back: for one that waits, the cleaner goes as far as it can.
-  const bool roomy = fits(held_back()) || (commit_waits_ && fits(reserve()));
+  // A commit is what gives it back: for one that waits, the cleaner goes as far as leaves room for a put.
+  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve()));
   std::shared_ptr<Segment> best;
   double best_score = 0;
   for (const auto& [number, s] : segments_) {
@@ -185,7 +191,7 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
 }
 
 void LogVolume::clean() {
-  auto due = [&] { return cleaning_is_due() || (waiting_for_room_ > 0 && !fits(comfortable())); };
+  auto due = [&] { return cleaning_is_due() || someone_waits(); };
   Lock lock(mutex_);
   while (!stop_cleaner_) {
     cleaner_wake_.wait(lock, [&] { return stop_cleaner_ || asked_ || due(); });

@@ -254,7 +254,7 @@ class LogVolume final : public Volume {
   static uint64_t room_of(const Stream& stream);  // blocks
   void ensure_room(Table& table, size_t rows, Lock& lock);
   bool fits(uint64_t more_segments) const;
-  uint64_t reserve() const { return streams_.size() / 2 + 1; }  // segments that puts leave to the cleaner
+  uint64_t reserve() const { return streams_.size() / 2; }  // segments that puts leave to the cleaner: one a block size
   std::shared_ptr<Segment> make_segment(uint32_t block_bytes);
   void lose(const Table& table, uint64_t place);  // the record there is no longer its row's newest
   void keep(const Kept& kept);
@@ -281,7 +281,9 @@ class LogVolume final : public Volume {
   bool cleaning_is_due() const;
   uint64_t held_back() const;    // segments that must be free for one that a manifest names to be cleaned
   uint64_t comfortable() const;  // segments that must be free for a put or a commit not to wait for the cleaner
-  void wait_for_cleaner(Lock& lock);
+  bool will_fit(uint64_t segments) const;  // once what is held is given back
+  void wait_for_cleaner(size_t& waiting, Lock& lock);
+  bool someone_waits() const;
   std::shared_ptr<Segment> victim() const;
   bool move_survivors(const std::shared_ptr<Segment>& segment);
   void move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock);
@@ -318,8 +320,7 @@ class LogVolume final : public Volume {
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;
-  size_t waiting_for_room_ = 0;  // puts and commits that have asked the cleaner to do what it can
-  bool commit_waits_ = false;
+  size_t waiting_puts_ = 0, waiting_commits_ = 0;  // that have asked the cleaner to do what it can
   uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
   VolumeStats stats_;
   mutable std::mutex mutex_;
