@@ -378,6 +378,7 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
   auto batch = std::make_unique<Batch>();
   batch->requests = std::move(requests);
   std::vector<std::byte> initial;
+  std::vector<Batch::Item> taken;
   for (uint32_t r = 0; r < batch->requests.size(); ++r) {
     const GetRequest& request = batch->requests[r];
     Table& table = tables_[request.table];
@@ -413,12 +414,15 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
       }
       if (record) {
         scatter_record(record + kRecordHeaderBytes, request.parts, request.slots[i]);
-        if (options_.mapped && request.take && !(entry & kOpen)) give_up(table, request.rows[i], entry);
+        if (options_.mapped && request.take && !(entry & kOpen)) taken.push_back({entry, r, i});
         ++(options_.mapped ? stats_.get_rows_mapped : stats_.get_rows_buffered);
       } else {
         batch->items.push_back({entry, r, i});
       }
     }
+  }
+  if (batch->error.empty()) {  // as in wait(): a batch that fails gives up nothing
+    for (const Batch::Item& item : taken) give_up(*batch->tables[item.request], batch->requests[item.request].rows[item.at], item.place);
   }
   if (batch->items.empty() && batch->error.empty()) return 0;
   std::vector<IoJob> jobs;

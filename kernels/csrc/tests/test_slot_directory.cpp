@@ -48,7 +48,8 @@ class History {
     const Stamp stamp{batch << 1 | (dirty ? 1u : 0u)};
     const uint32_t oldest = outstanding_.empty() ? UINT32_MAX : outstanding_.begin()->first;
     std::vector<int64_t> ids(1 + below(random_, 2 * static_cast<uint64_t>(directory_.pool_rows()))), slots(ids.size());
-    for (int64_t& id : ids) id = static_cast<int64_t>(below(random_, random_() % 2 ? 4 : static_cast<uint64_t>(directory_.rows())));
+    const auto rows = static_cast<uint64_t>(directory_.rows());
+    for (int64_t& id : ids) id = static_cast<int64_t>(below(random_, random_() % 2 ? std::min<uint64_t>(rows, 4) : rows));
     std::set<int64_t> missing(ids.begin(), ids.end()), hit;
     for (const int64_t row : held_) {
       if (row > 0 && missing.erase(row - 1)) hit.insert(row - 1);
