@@ -6,20 +6,23 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(she
 TORCH_INDEX_URL ?=
 # More arguments for pytest, such as PYTEST_ARGS="-k planner -x".
 PYTEST_ARGS ?=
+# Kills of make soak, those of earlier starts included.
+SOAK_KILLS ?= 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CORE_SOURCES := pyproject.toml $(sort $(wildcard kernels/csrc/*))
+CORE_SOURCES := pyproject.toml $(sort $(wildcard kernels/csrc/*.*))
+comma := ,
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench soak wheel clean
+.PHONY: help setup demo test lint format bench soak wheel clean native-test sanitize fuzz
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
 setup: $(STAMPS)/core  ## Make .venv: the pinned CPU stack, the tools, the project (editable) and its native core
 
@@ -64,11 +67,45 @@ demo: setup  ## Train tables 15 times their memory budget from an SSD, then ml-1
 test: lint  ## Run the lint and the whole test suite, except what is marked slow
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
-soak: setup  ## Run the slow tests: crash loops, long random histories
+soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earlier soak stopped; then the slow tests
+	@$(BIN)/python tests/soak/soak.py --ranks 1 --kills $(SOAK_KILLS)
+	@$(BIN)/python tests/soak/soak.py --ranks 2 --kills $$(( $(SOAK_KILLS) / 4 ))
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
 
 bench: setup  ## Run every benchmark in benchmarks/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+# The native core alone: no Python, no torch. NATIVE_ARGS="--rounds 20 --seed 7" makes its random histories longer and others.
+NATIVE_ARGS ?=
+CMAKE := $(firstword $(wildcard $(BIN)/cmake) $(shell command -v cmake 2>/dev/null))
+FUZZ_SECONDS ?= 60
+define build_native
+	@test -n "$(CMAKE)" || { echo "$@: no cmake; install cmake 3.20 or later and a C++20 compiler (apt: cmake g++), or run make setup first"; exit 1; }
+	@$(CMAKE) -S kernels/csrc -B $(1) -DMTRAINS_MODULE=OFF $(2) >$(1).log || { cat $(1).log; exit 1; }
+	@$(CMAKE) --build $(1) --parallel >$(1).log || { cat $(1).log; exit 1; }
+endef
+
+native-test:  ## Build the native core's own tests, without Python or torch, and run them
+	@mkdir -p build/native
+	$(call build_native,build/native,-DMTRAINS_TESTS=ON)
+	@cd build/native && tests/native_tests $(NATIVE_ARGS)
+
+sanitize: $(addprefix build/sanitize-,address undefined thread)  ## Run the native tests under the address, undefined-behaviour and thread sanitizers
+
+build/sanitize-%: FORCE
+	@mkdir -p $@
+	$(call build_native,$@,-DMTRAINS_TESTS=ON -DMTRAINS_SANITIZE=$*)
+	@echo "== $* sanitizer"
+	@cd $@ && tests/native_tests $(NATIVE_ARGS)
+FORCE:
+
+# libFuzzer comes with clang: from Debian's packages where that is allowed, told otherwise.
+fuzz:  ## Fuzz the parsers of what lies on disk, FUZZ_SECONDS (60) a target
+	@command -v clang++ >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq clang libclang-rt-14-dev >/dev/null 2>&1; } || \
+	  { echo "fuzz: no clang++; install clang and its runtime (apt: clang libclang-rt-14-dev)"; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	$(call build_native,build/fuzz,-DMTRAINS_FUZZ=ON -DMTRAINS_SANITIZE=address$(comma)undefined -DCMAKE_CXX_COMPILER=clang++)
+	@kernels/csrc/tests/fuzz.sh build/fuzz $(FUZZ_SECONDS)
 
 lint: setup wheel  ## Check style, formatting, types (of the installed package) and the wheel's contents
 	@$(BIN)/ruff check .

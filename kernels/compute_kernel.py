@@ -25,7 +25,6 @@ from .initial_values import InitFn, as_uniform, rows_per_block
 from .lazy_rows import LazyRows, RowSource
 from .sharded_state import TableState, TieredFusedOptimizer
 from .tiered_tbe import TieredTable, TieredTBE
-from .volumes import SsdVolume
 
 TBE_OPTIONS = frozenset(
     {
@@ -172,7 +171,7 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
     def _apply_init_fn(self, table: int, init_fn: InitFn) -> None:
         """Applies an ``init_fn`` that cannot be deferred to blocks of rows, and writes every one of them to its home."""
         volume = self._emb_module._home_tables[table].volume
-        if isinstance(volume, SsdVolume) and volume.epochs:
+        if self._emb_module.durable(table) and volume.epochs:
             return  # the volume of an earlier job: restoring one of its checkpoints brings the values
         weights = self._param_per_table[self._config.embedding_tables[table].name]
         block = rows_per_block(weights.dtype.itemsize * weights.shape[1])

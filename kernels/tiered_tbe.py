@@ -8,6 +8,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from .. import errors
-from ..tiers import SsdHome, TierChain
+from ..tiers import DdrHome, TierChain
 from . import _core
+from .caches import CachedVolume
 from .deferred_init import UniformInit
-from .homes import open_home, open_table
+from .homes import open_home, open_table, volume_of
 
 BATCH_LIMIT = (1 << 31) - 2
 """Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
@@ -144,17 +146,29 @@ class TieredTBE(nn.Module):
 
     def _open(self, rank: int, feature_table_map: list[int], batch_limit: int) -> None:
         self._homes = [open_home(t.chain.home, rank) for t in self.tables]
-        self._home_tables, native = [], []
+        self._home_tables, self._cached, native = [], self._cached_volumes(), []
+        self._below_pools = []  # what each pool evicts into: the home's table, or the same behind its caches
         self._parts = self._pool_parts()
         for i, t in enumerate(self.tables):
             name = f"{t.name}@{t.first_row},{t.first_column}"
             record_bytes = sum(p.nbytes // self.pool_rows[i] for p in self._parts[i])
             home = open_table(self._homes[i], name, max(1, t.rows), record_bytes, t.init)
             self._home_tables.append(home)
+            below = home
+            if cached := self._cached.get(id(home.volume)):
+                below = cached.cached_table(
+                    home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=t.chain.caches
+                )
+            self._below_pools.append(below)
             parts = [_core.Part(p.data_ptr(), p.nbytes // self.pool_rows[i], p.nbytes // self.pool_rows[i]) for p in self._parts[i]]
-            native.append(_core.SlotPoolTable(t.name, home.volume._native, home._id, t.rows, self.pool_rows[i], parts))
+            native.append(_core.SlotPoolTable(t.name, below.volume._native, below._id, t.rows, self.pool_rows[i], parts))
         self._native_tables = native
         self._pool = _core.SlotPool(native, feature_table_map, batch_limit)
+
+    def _cached_volumes(self) -> dict[int, CachedVolume]:
+        """Caches by the identity of the volume below them: one object for all tables over it, so that their reads stay one batch."""
+        cached = {id(volume_of(h)) for t, h in zip(self.tables, self._homes, strict=True) if t.chain.caches}
+        return {key: CachedVolume(volume) for key, volume in {id(volume_of(h)): volume_of(h) for h in self._homes}.items() if key in cached}
 
     def _pool_parts(self) -> list[list[Tensor]]:
         """The pool's arrays per table: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
@@ -320,21 +334,41 @@ class TieredTBE(nn.Module):
     def flush(self) -> None:
         """Hands every changed row to its home."""
         self._pool.flush()
-        for home in self._unique_volumes():
-            home.flush()
+        for volume in {id(t.volume): t.volume for t in self._below_pools}.values():
+            volume.flush()
 
     def durable(self, table: int) -> bool:
         """Whether the table's home outlives the process, so that its checkpoints are committed in place (``durability``)."""
-        return isinstance(self.tables[table].chain.home, SsdHome)
+        return not isinstance(self.tables[table].chain.home, DdrHome)
 
     def durable_volumes(self) -> list[Any]:
         """The volumes that outlive the process, each once."""
         return list({id(h.volume): h.volume for t, h in enumerate(self._home_tables) if self.durable(t)}.values())
 
     def forget(self) -> None:
-        """Empties the pools, unwritten. Raises: TicketError while forward passes await their backward."""
+        """Empties the pools and caches, unwritten. Raises: TicketError while forward passes await their backward."""
         self._waiting.clear()
         self._pool.forget()
+        for cached in self._cached.values():
+            cached.forget()
+
+    def trickle(self, min_age: int, share: float) -> int:
+        """Looks at a share of each pool, round after round, and hands rows unused for ``min_age`` batches to their durable homes.
+
+        Returns the rows handed down.
+        """
+        return sum(self._pool.trickle(i, min_age, math.ceil(share * self.pool_rows[i])) for i in range(len(self.tables)) if self.durable(i))
+
+    def resident_rows(self) -> list[Any]:
+        """By table: the rows in its pool in the order of eviction. Shapes: (n,) int64, numpy."""
+        return [self._pool.resident_rows(i) for i in range(len(self.tables))]
+
+    def warm(self, table: int, rows: Any) -> int:
+        """Reads rows, in the order of eviction, into free slots; of too many the last ones. Returns the rows read.
+
+        Shapes: rows (n,) int64.
+        """
+        return self._pool.warm(table, rows)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""
@@ -355,14 +389,44 @@ class TieredTBE(nn.Module):
             )
         return result
 
+    def tier_stats(self) -> list[list[dict[str, Any]]]:
+        """Per table one dict a tier, from the pool down: reads that it answered (hits) and passed on (misses), rows that it gave away
+        (evictions; write_backs of them changed), and the bytes of rows read from it and written to it.
+
+        A pool's hits and misses are distinct rows of a batch. Its home's I/O, shared with other tables, is in ``volume_stats``.
+        """
+        return [self._tiers_of(i) for i in range(len(self.tables))]
+
+    def _tiers_of(self, table: int) -> list[dict[str, Any]]:
+        chain, below = self.tables[table].chain, self._below_pools[table]
+        record_bytes, pool = below.record_bytes, self._pool.stats(table)
+        hits, misses, flushed = pool["unique_rows"] - pool["misses"], pool["misses"], pool["flushed_rows"]
+        counters = {"hits": hits, "misses": misses, "evictions": pool["evictions"], "write_backs": pool["write_backs"]}
+        moved = {"read_bytes": hits * record_bytes, "written_bytes": misses * record_bytes}
+        tiers = [{"tier": "pool", "rows": self.pool_rows[table], "resident_rows": pool["resident_rows"], **counters, **moved}]
+        if cached := self._cached.get(id(self._home_tables[table].volume)):
+            for tier, stats in zip(chain.caches, cached.cache_stats(below), strict=True):
+                flushed += stats.pop("flushed_rows")
+                tiers.append({"tier": type(tier).__name__, **stats})
+        last = tiers[-1]
+        home = {"tier": type(chain.home).__name__, "rows": self.tables[table].rows, "hits": last["misses"]}
+        moved = {"read_bytes": last["misses"] * record_bytes, "written_bytes": (last["write_backs"] + flushed) * record_bytes}
+        return [*tiers, {**home, **moved}]
+
     def volume_stats(self) -> list[dict[str, Any]]:
         """One dict per volume below this group."""
         return [v.stats() for v in self._unique_volumes()]
 
     def close(self) -> None:
-        """Flushes, and lets go of the homes (a home closes with the last table in it)."""
+        """Flushes, closes the caches, and lets go of the homes (a home closes with the last table in it)."""
         self._waiting.clear()
         self.flush()
+        self.close_caches()
+
+    def close_caches(self) -> None:
+        """Gives back the memory of the caches. The tables above them can do nothing any more."""
+        for cached in self._cached.values():
+            cached.close()
 
 
 def _release_and_forget(pool: Any, seq: int, slots: Tensor) -> None:

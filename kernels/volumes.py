@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from typing_extensions import Self
 
 from .. import errors
 from . import _core
@@ -44,6 +45,16 @@ class VolumeTable:
         """
         self._check(ids, records)
         self.volume._native.put(self._id, ids, records)
+
+    def grow(self, row_count: int) -> None:
+        """Makes the table longer; new rows have their initial values.
+
+        Raises: ConfigurationError for fewer rows than there are; UnsupportedError for a volume whose tables have one size.
+        """
+        if not isinstance(self.volume, _LogVolume):
+            raise errors.UnsupportedError(f"tables of {type(self.volume).__name__} cannot grow; make a new one")
+        self.volume._native.grow(self._id, row_count)
+        self.row_count = row_count
 
     def _check(self, ids: Array, records: Array) -> None:
         for what, array, dtype, shape in (
@@ -93,6 +104,21 @@ class Volume(Protocol):
         """Lets go of the volume. What was not checkpointed is lost."""
 
 
+def native_initializer(name: str, record_bytes: int, init: UniformInit | None) -> Any:
+    """The initial values of a table as the native core takes them."""
+    initializer = _core.Initializer()
+    if init is not None:
+        initializer.zero = False
+        initializer.seed, initializer.low, initializer.high = init.seed, init.low, init.high
+        initializer.first_row, initializer.first_column = init.first_row, init.first_column
+        initializer.columns, initializer.type = init.columns, getattr(_core.WeightType, init.weight_type)
+        if init.columns * (4 if init.weight_type == "float32" else 2) > record_bytes:
+            raise errors.ConfigurationError(
+                f"table {name!r}: {init.columns} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
+            )
+    return initializer
+
+
 class _NativeVolume:
     """The protocol on a native volume."""
 
@@ -100,17 +126,8 @@ class _NativeVolume:
 
     def table(self, name: str, *, row_count: int, record_bytes: int, init: UniformInit | None = None) -> VolumeTable:
         """Opens or creates a table; see ``Volume.table``."""
-        initializer = _core.Initializer()
-        if init is not None:
-            initializer.zero = False
-            initializer.seed, initializer.low, initializer.high = init.seed, init.low, init.high
-            initializer.first_row, initializer.first_column = init.first_row, init.first_column
-            initializer.columns, initializer.type = init.columns, getattr(_core.WeightType, init.weight_type)
-            if init.columns * (4 if init.weight_type == "float32" else 2) > record_bytes:
-                raise errors.ConfigurationError(
-                    f"table {name!r}: {init.columns} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
-                )
-        return VolumeTable(self, self._native.table(name, row_count, record_bytes, initializer), name, row_count, record_bytes)
+        native = self._native.table(name, row_count, record_bytes, native_initializer(name, record_bytes, init))
+        return VolumeTable(self, native, name, row_count, record_bytes)
 
     def flush(self) -> None:
         """Hands everything put so far to the device."""
@@ -160,36 +177,89 @@ class MemoryVolume(_NativeVolume):
         self._native = _core.MemoryVolume()
 
 
-class SsdVolume(_NativeVolume):
+class _LogVolume(_NativeVolume):
+    """The log on either medium."""
+
+    _mapped: bool
+
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        capacity_bytes: int,
+        *,
+        keep_checkpoints: int = 2,
+        backend: str | None = None,
+        depth: int = 128,
+        snapshot_after_bytes: int = 8 << 30,
+        system: Any = None,
+        _read_only: bool = False,
+        _epoch: int | None = None,
+    ) -> None:
+        if isinstance(paths, str) or not paths:
+            raise errors.ConfigurationError(
+                f'{type(self).__name__}: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)'
+            )
+        self._native = _core.LogVolume(
+            [str(p) for p in paths],
+            capacity_bytes,
+            keep_checkpoints,
+            backend or "",
+            depth,
+            self._mapped,
+            _read_only,
+            _epoch,
+            snapshot_after_bytes,
+            system,
+        )
+        self.paths, self.capacity_bytes = tuple(paths), capacity_bytes
+        if reason := self._native.fallback_reason():
+            _say_once(f"SSD volumes read through pread threads, slower than io_uring: {reason}")
+        if not self._native.direct() and system is None:
+            _say_once(f"the file system of {self.paths} has no O_DIRECT: reads go through the page cache")
+
+    @classmethod
+    def open_read_only(cls, paths: tuple[str, ...], *, epoch: int | None = None, backend: str | None = None, depth: int = 128) -> Self:
+        """Opens the state of a committed epoch (None: the newest) for reading, beside its writer and any number of readers.
+
+        What the writer does later is not seen. A writer that goes back to an epoch before this one may damage what is read;
+        that is noticed, record by record.
+        Raises: VolumeMismatchError when there is no such epoch.
+        """
+        return cls(paths, 0, backend=backend, depth=depth, _read_only=True, _epoch=epoch)
+
+    def withdraw(self, epoch: int) -> None:
+        """Takes back the newest epoch, which the rest of the job did not commit; rows stay as they are."""
+        self._native.withdraw(epoch)
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Whether room is short and checkpoints hold some back: the training loop then commits one at its next step boundary."""
+        return self._native.wants_checkpoint()
+
+
+class SsdVolume(_LogVolume):
     """A log-structured store on NVMe: one engine, one writer, striped over ``paths``.
 
     ``paths`` are existing folders; ``capacity_bytes`` caps everything that the volume keeps in them. An existing volume opens
     at its last committed checkpoint. ``keep_checkpoints`` of them are kept.
-    ``backend`` None takes io_uring where the kernel permits it and a pool of ``pread`` threads elsewhere.
+    ``backend`` None takes io_uring where the kernel permits it and a pool of ``pread`` threads elsewhere; ``depth`` I/Os are in flight
+    at most. The index is written beside the log when replaying would read more than ``snapshot_after_bytes``.
 
     Raises: VolumeIoError for a path that is missing or not writable, VolumeLockedError while another process has it open,
     VolumeMismatchError for a volume of another format or other paths, VolumeFullError when even a first segment does not fit,
     DamagedRecordError for a damaged manifest or log.
     """
 
-    def __init__(
-        self, paths: tuple[str, ...], capacity_bytes: int, *, keep_checkpoints: int = 2, backend: str | None = None, depth: int = 128
-    ) -> None:
-        if isinstance(paths, str) or not paths:
-            raise errors.ConfigurationError(
-                f'SsdVolume: paths must be a non-empty tuple of folder names, got {paths!r}; write ("/mnt/nvme0",)'
-            )
-        self._native = _core.SsdVolume([str(p) for p in paths], capacity_bytes, keep_checkpoints, backend or "", depth)
-        self.paths, self.capacity_bytes = tuple(paths), capacity_bytes
-        if reason := self._native.fallback_reason():
-            _say_once(f"SSD volumes read through pread threads, slower than io_uring: {reason}")
-        if not self._native.direct():
-            _say_once(f"the file system of {self.paths} has no O_DIRECT: reads go through the page cache")
+    _mapped = False
 
-    @property
-    def wants_checkpoint(self) -> bool:
-        """Whether room is short and checkpoints hold some back: the training loop then commits one at its next step boundary."""
-        return self._native.wants_checkpoint()
+
+class PmemVolume(_LogVolume):
+    """The same log in mapped files, on persistent memory (DAX), CXL memory or tmpfs: records are loaded and stored, without I/O.
+
+    Arguments and errors are those of ``SsdVolume``; ``backend`` and ``depth`` do nothing.
+    """
+
+    _mapped = True
 
 
 @functools.cache

@@ -1,14 +1,11 @@
-"""A small job that tests run whole, stop, kill and resume: in a process of its own, or in theirs."""
+"""A small job that tests run whole, stop and resume."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
 
-from torchrec_mtrains import show
 from torchrec_mtrains.data import SyntheticConfig, SyntheticSource
 from torchrec_mtrains.job_model import ModelOptions
 from torchrec_mtrains.placement import PlacementOptions
@@ -19,7 +16,6 @@ SIZES = SyntheticConfig(table_count=3, rows=400, pooling=2, dense_dim=4)
 BATCH_SIZE = 16
 POOL_ROWS = 40  # a batch touches at most 32 rows of a table
 STEPS = 40
-CHECKPOINT_EVERY = 5
 CAPACITY_BYTES = 256 << 20
 
 
@@ -38,16 +34,3 @@ def run(job: TrainOptions, on_step=None) -> TrainResult:
     with process_group() as pg:
         source = SyntheticSource(SIZES, BATCH_SIZE, rank=pg.rank(), world_size=pg.size(), held_out_batch_count=2)
         return train(source, job, pg, on_step)
-
-
-def main(ssd: str, checkpoint: str, losses: str, resume: str) -> None:
-    """Train, appending each step's number and loss to a file as JSON lines."""
-    show.quiet()
-    with Path(losses).open("a", buffering=1) as out:
-        job = options(Path(ssd), checkpoint=checkpoint, checkpoint_every=CHECKPOINT_EVERY, resume=resume == "resume")
-        done = run(job, lambda step: print(json.dumps([step.number, step.loss.hex()]), file=out))
-        print(json.dumps(["auc", float(done.auc or 0).hex()]), file=out)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

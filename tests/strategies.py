@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from hypothesis import strategies as st
+
+from torchrec_mtrains.tiers import Cache, DdrCache, PmemCache
+
+# A byte-addressable folder: /dev/shm stands for PMem where it is writable.
+PMEM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 
 
 @dataclass
@@ -29,6 +36,15 @@ class Group:
     forwards_at_once: int  # forward passes in a row before their backward passes run in the same order
     seed: int
     index_dtype: torch.dtype
+    between: list[str]  # by step, when no backward is pending: "", "flush" or "evaluate" what was trained so far
+    caches: list[tuple[Cache, ...]]  # by table, between its pool and its home
+
+
+def caches() -> st.SearchStrategy[tuple[Cache, ...]]:
+    """No, one or two caches of 1 to 8 rows, so that they evict."""
+    rows = st.integers(1, 8)
+    ddr, pmem = rows.map(DdrCache), rows.map(lambda r: PmemCache(PMEM, r))
+    return st.one_of(st.just(()), st.tuples(ddr), st.tuples(pmem), st.tuples(ddr, pmem), st.tuples(pmem, ddr))
 
 
 @st.composite
@@ -60,6 +76,8 @@ def groups(draw: st.DrawFn) -> Group:
         forwards_at_once=at_once,
         seed=draw(st.integers(0, 2**31)),
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        between=draw(st.lists(st.sampled_from(["", "", "flush", "evaluate"]), min_size=steps, max_size=steps)),
+        caches=[draw(caches()) for _ in range(tables)],
     )
 
 

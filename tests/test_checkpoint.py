@@ -1,15 +1,8 @@
-"""Checkpoints of a whole job: killed at any instant it resumes from the last committed one, and the same bits follow."""
+"""Checkpoints of a whole job: it resumes from the last committed one, and the same bits follow. Kills are tests/soak's."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +10,9 @@ import torch
 
 import jobs
 from ranks import RankFailureError, Ranks
-from torchrec_mtrains.checkpoint import LATEST, latest_step
+from torchrec_mtrains.checkpoint_folder import latest_step
 from torchrec_mtrains.errors import ConfigurationError, VolumeIoError, VolumeMismatchError
 
-KILLS = 4
 WORLD_SIZE = 2
 
 
@@ -60,50 +52,6 @@ def test_a_job_in_memory_resumes_too(folders, undisturbed):
     first = jobs.run(jobs.options(None, steps=13, checkpoint=str(checkpoint)))
     second = jobs.run(jobs.options(None, checkpoint=str(checkpoint), resume=True))
     assert (first.losses + second.losses, second.auc) == undisturbed
-
-
-def start(folders: tuple[Path, Path], losses: Path, resume: bool) -> subprocess.Popen[bytes]:
-    command = [sys.executable, jobs.__file__, *map(str, folders), str(losses), "resume" if resume else "new"]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def read(losses: Path) -> list[list]:
-    """Whole lines of the file; a killed job may have left half of one."""
-    lines = losses.read_text().split("\n")[:-1] if losses.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def test_a_job_killed_at_random_instants_ends_with_the_bits_of_one_that_was_not(folders, tmp_path, undisturbed):
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    seen: dict[int | str, str] = {}
-    kills = 0
-    for attempt in range(100):
-        losses = tmp_path / f"losses_{attempt}"
-        resume = (folders[1] / LATEST).exists()
-        if not resume:
-            shutil.rmtree(folders[0])
-            folders[0].mkdir()
-        child = start(folders, losses, resume)
-        if kills < KILLS:
-            target = len(read(losses)) + rng.randrange(1, 12)
-            while child.poll() is None and len(read(losses)) < target:
-                time.sleep(0.001)
-            time.sleep(rng.random() * 0.02)
-            child.send_signal(signal.SIGKILL)
-            kills += 1
-        error = child.communicate()[1].decode()
-        assert child.returncode in (0, -signal.SIGKILL), error
-        for number, loss in read(losses):
-            assert seen.setdefault(number, loss) == loss, f"step {number} differs after a kill"
-        if child.returncode == 0:
-            break
-    expected, auc = undisturbed
-    assert kills == KILLS
-    assert [float.fromhex(seen[n]) for n in range(1, jobs.STEPS + 1)] == expected
-    assert float.fromhex(seen["auc"]) == auc
 
 
 def test_a_new_job_neither_overwrites_nor_continues_an_earlier_one(folders):

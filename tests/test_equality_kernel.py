@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 from torchrec_mtrains.kernels.deferred_init import UniformInit, table_seed
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
-from strategies import Group, batch, groups
-from torchrec_mtrains import DdrHome, SsdHome, TierChain
+from strategies import PMEM, Group, batch, groups
+from torchrec_mtrains import DdrHome, PmemHome, SsdHome, TierChain
+from torchrec_mtrains.tiers import Home
 
 
-def tiered(group: Group, folder: Path | None) -> TieredTBE:
-    home = DdrHome() if folder is None else SsdHome(paths=(str(folder),), capacity_bytes=64 << 20)
+def tiered(group: Group, home: Home) -> TieredTBE:
     tables = [
         TieredTable(
             name=f"t{i}",
             rows=rows,
             dim=dim,
-            chain=TierChain(pool_rows=pool, tiers=(home,)),
+            chain=TierChain(pool_rows=pool, tiers=(*caches, home)),
             init=UniformInit(table_seed(f"t{i}"), -0.5, 0.5, columns=dim, weight_type=f"float{8 * group.precision.bit_rate() // 8}"),
         )
-        for i, (rows, dim, pool) in enumerate(zip(group.rows, group.dims, group.pool_rows, strict=True))
+        for i, (rows, dim, pool, caches) in enumerate(zip(group.rows, group.dims, group.pool_rows, group.caches, strict=True))
     ]
     return TieredTBE(tables, group.feature_table_map, group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3)
 
@@ -64,8 +64,8 @@ def assert_same_state(group: Group, ours: TieredTBE, theirs: SplitTableBatchedEm
             assert torch.equal(a, b.detach().reshape(a.shape))
 
 
-def train_and_compare(group: Group, folder: Path | None) -> None:
-    ours = tiered(group, folder)
+def train_and_compare(group: Group, home: Home) -> None:
+    ours = tiered(group, home)
     theirs = stock(group, ours)
     generator = torch.Generator().manual_seed(group.seed)
     batches = [batch(group, generator) for _ in range(group.steps)]
@@ -86,18 +86,28 @@ def train_and_compare(group: Group, folder: Path | None) -> None:
                 gradient = torch.randn(a.shape, generator=generator)
                 a.backward(gradient)
                 b.backward(gradient)
+            if group.between[step] == "flush":
+                ours.flush()
+            elif group.between[step] == "evaluate":
+                with torch.no_grad():
+                    for i, o, w in batches[: step + 1]:
+                        assert torch.equal(ours(i, o, w), theirs(i.long(), o.long(), w))
         ours._pool.check()
+        for cached in ours._cached.values():
+            cached._native.check()
     del a, b
     assert ours._pool.outstanding <= len(ours._waiting)
+    assert_same_state(group, ours, theirs)
+    ours.flush()
     assert_same_state(group, ours, theirs)
     ours.close()
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(groups(), st.booleans())
-def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, on_ssd: bool) -> None:
-    if on_ssd:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            train_and_compare(group, Path(folder))
-    else:
-        train_and_compare(group, None)
+@given(groups(), st.sampled_from([DdrHome, SsdHome, PmemHome]))
+def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, home: type[DdrHome | SsdHome | PmemHome]) -> None:
+    if home is DdrHome:
+        train_and_compare(group, DdrHome())
+        return
+    with tempfile.TemporaryDirectory(dir=Path.cwd() if home is SsdHome else PMEM) as folder:
+        train_and_compare(group, home(paths=(folder,), capacity_bytes=64 << 20))

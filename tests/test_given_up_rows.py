@@ -103,7 +103,7 @@ def test_returning_to_a_checkpoint_finds_the_rows_that_were_given_up_since(folde
 
 
 def test_cleaning_copies_no_row_that_is_in_training(folder: str) -> None:
-    rows, capacity = 6000, 12 << 20
+    rows, capacity = 6000, 11 << 20
     half = rows // 2
 
     def moved(train: bool) -> int:

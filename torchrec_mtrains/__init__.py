@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .tiers import DdrHome, SsdHome, TierChain
+from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 
 if TYPE_CHECKING:
     from . import kernels, planner
-    from .checkpoint import load_checkpoint, save_checkpoint
+    from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DdrCache",
     "DdrHome",
+    "PmemCache",
+    "PmemHome",
     "SsdHome",
     "TierChain",
     "TieredEmbeddingBagCollectionSharder",
@@ -30,8 +33,10 @@ __all__ = [
     "save_checkpoint",
     "sharders",
     "tiered_groups",
+    "trickle",
     "uniform_init_fn",
     "unregister",
+    "wants_checkpoint",
 ]
 
 # Loaded when first used: the planner works without the native core, and the vocabulary without TorchRec.
@@ -43,8 +48,10 @@ _MODULE_OF = {
     "save_checkpoint": ".checkpoint",
     "sharders": ".sharder",
     "tiered_groups": ".groups",
+    "trickle": ".checkpoint",
     "uniform_init_fn": ".kernels.initial_values",
     "unregister": ".registration",
+    "wants_checkpoint": ".checkpoint",
 }
 
 

@@ -5,7 +5,8 @@ A checkpoint of step N is made in three stages, each on every rank, and a failur
 1. *Folder.* Rank 0 makes ``DIR/step_N``.
 2. *Prepare.* Every rank flushes its pools and commits epoch N in its volumes; then ``torch.distributed.checkpoint`` writes
    dense parameters, stock tables, tiered tables whose home does not outlive the process, optimizer states and every rank's
-   RNG state into the folder. ``about.json`` says which volumes belong to it.
+   RNG state into the folder. Beside it goes which rows are in the slot pools (``warm_restart``). ``about.json`` says which
+   volumes belong to the checkpoint, and names this commit as no other is named.
 3. *Commit.* All of that is synced; then ``DIR/LATEST``, which names the folder, is replaced by write-aside, fsync and rename.
 
 ``LATEST`` alone decides what opens. A job killed at any instant leaves the checkpoint before, whose epoch the volumes still
@@ -18,7 +19,6 @@ back travels in ``extra_state``.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,22 +36,21 @@ from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
+from . import warm_restart
+from .checkpoint_folder import about_of_latest, commit_folder, latest_step, name_of
 from .errors import ConfigurationError, MTrainsError, UnsupportedError, VolumeIoError, VolumeMismatchError
 from .groups import tiered_groups
 from .kernels import durability
 from .kernels.tiered_tbe import TieredTBE
 
-LATEST = "LATEST"
-ABOUT = "about.json"
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a loaded checkpoint was saved with."""
+    """What a loaded checkpoint was saved with, and how many rows this rank read back into its slot pools."""
 
     step: int
     extra_state: Any
+    warm_rows: int = 0
 
 
 def save_checkpoint(
@@ -72,7 +71,7 @@ def save_checkpoint(
     UnsupportedError for a model whose ``state_dict`` holds something else than tensors.
     """
     root = Path(directory)
-    folder = root / f"step_{step:012d}"
+    folder = root / name_of(step)
     groups = tiered_groups(dmp)
     state = _state(dmp, dense_optimizer, groups)
     first = dist.get_rank() == 0
@@ -86,27 +85,33 @@ def save_checkpoint(
             folder.mkdir()
 
     _together("make the folder", root, prepare_folder)
-    _together("commit the volumes", root, lambda: durability.checkpoint(groups, step))
+
+    def prepare_volumes() -> None:
+        durability.checkpoint(groups, step)
+        warm_restart.write(warm_restart.file_of(folder, dist.get_rank()), groups)
+
+    _together("commit the volumes", root, prepare_volumes)
     _dcp("write", root, lambda: dcp.save(state, checkpoint_id=folder))
     homes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(homes, _homes(groups))
 
     def commit() -> None:
         if first:
-            about = {"format": FORMAT, "step": step, "world_size": len(homes), "homes": homes, "extra_state": extra_state}
-            (folder / ABOUT).write_text(json.dumps(about) + "\n")
-            for path in (*folder.rglob("*"), folder, root):
-                _sync(path)
-            _replace(root / LATEST, folder.name + "\n")
-            _forget_old(root, folder, keep_checkpoints)
+            commit_folder(folder, step, homes, extra_state, keep_checkpoints)
 
     _together("commit", root, commit)
 
 
 def load_checkpoint(
-    dmp: DistributedModelParallel, directory: str | os.PathLike[str], *, dense_optimizer: Optimizer | None = None
+    dmp: DistributedModelParallel,
+    directory: str | os.PathLike[str],
+    *,
+    dense_optimizer: Optimizer | None = None,
+    warm: bool = True,
 ) -> Checkpoint:
     """Take the whole job back to the last committed checkpoint. Called on every rank, before the first step or between steps.
+
+    ``warm``: read the rows that were in the slot pools back into them. No bit depends on it.
 
     Raises, on every rank: ConfigurationError when there is none; VolumeMismatchError when it belongs to another model, another
     number of ranks or other volumes; DamagedRecordError.
@@ -116,7 +121,7 @@ def load_checkpoint(
     found: list[tuple[Path, dict[str, Any]]] = []
 
     def find() -> None:
-        found.append(_read(root))
+        found.append(about_of_latest(root))
         folder, about = found[0]
         if about["world_size"] != dist.get_world_size():
             raise VolumeMismatchError(
@@ -139,13 +144,36 @@ def load_checkpoint(
     if dense_optimizer is not None:
         dense_optimizer.zero_grad()
     torch.set_rng_state(state["rng"][str(dist.get_rank())])
-    return Checkpoint(int(about["step"]), about["extra_state"])
+    warmed: list[int] = [0]
+
+    def fill_pools() -> None:
+        warmed[0] = warm_restart.warm(warm_restart.file_of(folder, dist.get_rank()), groups)
+
+    if warm:
+        _together("fill the slot pools", root, fill_pools)
+    return Checkpoint(int(about["step"]), about["extra_state"], warmed[0])
 
 
-def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """The step of the last committed checkpoint in a folder, if there is one."""
-    root = Path(directory)
-    return int(_read(root)[1]["step"]) if (root / LATEST).exists() else None
+def wants_checkpoint(dmp: DistributedModelParallel) -> bool:
+    """Whether an SSD volume of any rank is short of room that a checkpoint would give back: commit one before the next step.
+
+    Called on every rank, between steps; every rank gets the same answer.
+    """
+    wish = durability.wants_checkpoint(tiered_groups(dmp))
+    if dist.get_world_size() == 1:
+        return wish
+    wishes = torch.tensor([int(wish)])
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return bool(wishes.item())
+
+
+def trickle(dmp: DistributedModelParallel, *, steps_left: int) -> int:
+    """Write a part of the changed rows ahead of the checkpoint that is due in ``steps_left`` steps, so that it is short.
+
+    Called after every step, on every rank or some; it does something in the last few steps before the checkpoint alone. No bit
+    depends on it. Returns the rows written by this rank. Raises: VolumeFullError, VolumeIoError.
+    """
+    return durability.trickle(tiered_groups(dmp), steps_left)
 
 
 def _homes(groups: Sequence[TieredTBE]) -> dict[str, list[str]]:
@@ -187,44 +215,6 @@ def _check(root: Path, step: int, keep_checkpoints: int, state: dict[str, Any]) 
     strange = [key for key, value in state["model"].items() if not isinstance(value, (torch.Tensor, ShardedTensor, DTensor))]
     if strange:
         raise UnsupportedError(f"checkpoint {root}: the model's state_dict holds more than tensors: {strange}; keep that in extra_state")
-
-
-# -- files
-
-
-def _read(root: Path) -> tuple[Path, dict[str, Any]]:
-    try:
-        folder = root / (root / LATEST).read_text().strip()
-        about = json.loads((folder / ABOUT).read_text())
-    except (OSError, ValueError) as e:
-        raise ConfigurationError(
-            f"checkpoint {root}: nothing to resume from ({e}); start without resuming, or name the right folder"
-        ) from e
-    if about.get("format") != FORMAT:
-        raise VolumeMismatchError(f"checkpoint {folder}: format {about.get('format')} is not {FORMAT}, the one that this version reads")
-    return folder, about
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    _sync(aside)
-    aside.rename(path)
-    _sync(path.parent)
-
-
-def _forget_old(root: Path, latest: Path, keep_checkpoints: int) -> None:
-    older = sorted(path for path in root.glob("step_*") if path < latest)
-    for path in older[: max(0, len(older) - keep_checkpoints + 1)]:
-        shutil.rmtree(path)
 
 
 # -- ranks

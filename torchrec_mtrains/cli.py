@@ -1,16 +1,17 @@
-"""The ``mtrains`` command: plan and train TorchRec's DLRM with tables in tiers, and the demo."""
+"""The ``mtrains`` command: plan and train TorchRec's DLRM with tables in tiers, checkpoints and volumes, and the demo."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .errors import ConfigurationError, MTrainsError
+from .checkpoint_commands import checkpoint, inspect
+from .command import typed_errors
+from .errors import ConfigurationError
 from .sizes import parse_bytes
 
 Command = Callable[..., Any]
@@ -41,25 +42,6 @@ class _Widths(click.ParamType):
         if not widths or min(widths) < 1:
             self.fail(f"layer widths look like 128,64, got {value!r}", param, ctx)
         return widths
-
-
-class _Failed(click.ClickException):
-    """One clear message on stderr, and exit code 2, as for a wrong option."""
-
-    exit_code = 2
-
-
-def _typed_errors(command: Command) -> Command:
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        from torchrec.distributed.planner.types import PlannerError
-
-        try:
-            return command(*args, **kwargs)
-        except (MTrainsError, PlannerError) as e:
-            raise _Failed(str(e)) from e
-
-    return run
 
 
 def _options(*options: Command) -> Callable[[Command], Command]:
@@ -103,6 +85,7 @@ _JOB = (
     click.option("--checkpoint", type=click.Path(file_okay=False), default=None, help="Folder for checkpoints; one is made at the end."),
     click.option("--checkpoint-every", type=click.IntRange(1), default=None, metavar="STEPS", help="And one every so many steps."),
     click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --checkpoint."),
+    click.option("--cold-restart", is_flag=True, help="With --resume: begin with empty slot pools."),
     click.option("--report", type=click.Path(dir_okay=False), default=None, help="Write the report to this HTML file."),
     click.option("--plan-only", is_flag=True, help="Print the plan and stop."),
 )
@@ -155,6 +138,7 @@ def _train_options(o: dict[str, Any]) -> Any:
         checkpoint=o.get("checkpoint"),
         checkpoint_every=o.get("checkpoint_every"),
         resume=o.get("resume", False),
+        warm_restart=not o.get("cold_restart", False),
     )
 
 
@@ -182,9 +166,13 @@ def main() -> None:
     keep_freed_memory_small()
 
 
+main.add_command(checkpoint)
+main.add_command(inspect)
+
+
 @main.command()
 @_options(*_DATA, *_MODEL, *_PLACEMENT)
-@_typed_errors
+@typed_errors
 def plan(**o: Any) -> None:
     """Print where every table would live."""
     _plan(o)
@@ -192,7 +180,7 @@ def plan(**o: Any) -> None:
 
 @main.command()
 @_options(*_DATA, *_MODEL, *_PLACEMENT, *_JOB)
-@_typed_errors
+@typed_errors
 def train(**o: Any) -> None:
     """Train TorchRec's DLRM; under torchrun, on several ranks."""
     if o["plan_only"]:
@@ -227,7 +215,7 @@ def train(**o: Any) -> None:
 @click.option("--one-row-tables", is_flag=True, help="The same program on tables of one row: what it costs in memory by itself.")
 @click.option("--steps", type=click.IntRange(1), default=None, help="Batches of the synthetic part, if not the demo's own number.")
 @click.option("--skip-movielens", is_flag=True, help="Synthetic data only.")
-@_typed_errors
+@typed_errors
 def demo(**o: Any) -> None:
     """Train a synthetic DLRM from the SSD, then ml-100k twice: from the SSD and in memory."""
     from .demo import run

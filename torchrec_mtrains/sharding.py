@@ -38,43 +38,40 @@ class TieredPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
         return super()._create_embedding_kernel(config, device, pg, sharding_type, *args, **kwargs)
 
 
-class TieredTwPooledEmbeddingSharding(TwPooledEmbeddingSharding):
+class _TieredLookups:
+    """Makes a sharding's lookup one of ours. ``lookup_sharding_type`` is what TorchRec tells its own: None but for row-wise."""
+
+    lookup_sharding_type: ShardingType | None = None
+    _grouped_embedding_configs: list[GroupedEmbeddingConfig]
+    _pg: dist.ProcessGroup | None
+    _device: torch.device
+    _env: Any
+
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,
+        feature_processor: BaseGroupedFeatureProcessor | None = None,
+    ) -> BaseEmbeddingLookup:
+        """As the stock sharding's."""
+        return TieredPooledEmbeddingsLookup(
+            grouped_configs=self._grouped_embedding_configs,
+            pg=self._pg,
+            device=device if device is not None else self._device,
+            feature_processor=feature_processor,
+            sharding_type=self.lookup_sharding_type,
+            env=self._env,
+        )
+
+
+class TieredTwPooledEmbeddingSharding(_TieredLookups, TwPooledEmbeddingSharding):
     """Table-wise."""
 
-    def create_lookup(
-        self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,
-        feature_processor: BaseGroupedFeatureProcessor | None = None,
-    ) -> BaseEmbeddingLookup:
-        """As the stock sharding's."""
-        return TieredPooledEmbeddingsLookup(
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._pg,
-            device=device if device is not None else self._device,
-            feature_processor=feature_processor,
-            env=self._env,
-        )
 
-
-class TieredRwPooledEmbeddingSharding(RwPooledEmbeddingSharding):
+class TieredRwPooledEmbeddingSharding(_TieredLookups, RwPooledEmbeddingSharding):
     """Row-wise."""
 
-    def create_lookup(
-        self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,
-        feature_processor: BaseGroupedFeatureProcessor | None = None,
-    ) -> BaseEmbeddingLookup:
-        """As the stock sharding's."""
-        return TieredPooledEmbeddingsLookup(
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._pg,
-            device=device if device is not None else self._device,
-            feature_processor=feature_processor,
-            sharding_type=ShardingType.ROW_WISE,
-            env=self._env,
-        )
+    lookup_sharding_type = ShardingType.ROW_WISE
 
 
 TIERED_SHARDINGS = {

@@ -23,7 +23,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRMTrain
 
 from . import counters, placement
-from .checkpoint import latest_step, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+from .checkpoint_folder import latest_step
 from .data import BatchSource
 from .errors import ConfigurationError
 from .groups import tiered_groups
@@ -43,6 +44,7 @@ class TrainOptions:
     checkpoint: str | None = None
     checkpoint_every: int | None = None
     resume: bool = False
+    warm_restart: bool = True
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -67,6 +69,15 @@ class StepRecord:
     tiers: dict[str, float]
 
 
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One committed checkpoint, how long training stood still for it, and whether a volume short of room asked for it."""
+
+    step: int
+    seconds: float
+    wanted: bool
+
+
 @dataclass
 class TrainResult:
     """What a job did, on this rank. Bytes and seconds unless a name says otherwise."""
@@ -78,6 +89,7 @@ class TrainResult:
     plan: list[dict[str, Any]]
     first_step: int
     steps: list[StepRecord] = field(default_factory=list)
+    checkpoints: list[CheckpointRecord] = field(default_factory=list)
     train_seconds: float = 0.0
     auc: float | None = None
     held_out_loss: float | None = None
@@ -136,6 +148,7 @@ class Job:
         self._mark_phases(model)
         self.pipeline = TrainPipelineSparseDist(self.dmp, self.optimizer, torch.device("cpu"))
         self.trained = 0
+        self.checkpoints: list[CheckpointRecord] = []
         if options.resume:
             self._resume()
         self._saved = self.trained if options.resume else None
@@ -143,7 +156,8 @@ class Job:
     def _resume(self) -> None:
         assert self.options.checkpoint is not None
         try:
-            self.trained = load_checkpoint(self.dmp, self.options.checkpoint, dense_optimizer=self.dense).step
+            found = load_checkpoint(self.dmp, self.options.checkpoint, dense_optimizer=self.dense, warm=self.options.warm_restart)
+            self.trained = found.step
         except BaseException:
             self.close()
             raise
@@ -178,7 +192,6 @@ class Job:
         """Train until ``steps`` batches have been trained since the data's beginning, or the data ends."""
         left = None if steps is None else max(0, steps - self.trained)
         batches = self._timed(islice(self.source.train_batches(self.trained), left))
-        every = self.options.checkpoint_every
         self.dmp.train()
         before = counters.total(self.dmp)
         while True:
@@ -193,16 +206,27 @@ class Job:
             tiers = {name: value - before.get(name, 0) for name, value in after.items()}
             before = after
             on_step(StepRecord(self.trained, float(loss), seconds, dict(self.clock.seconds), tiers))
-            if every is not None and self.trained % every == 0:
-                self.save()
+            if self.options.checkpoint is not None:
+                self._serve_checkpoints()
                 before = counters.total(self.dmp)
 
-    def save(self) -> None:
+    def _serve_checkpoints(self) -> None:
+        """Between steps: commit a checkpoint when one is due or a volume wants one, else write back a little of what one would."""
+        every = self.options.checkpoint_every
+        wanted = wants_checkpoint(self.dmp)
+        if wanted or (every is not None and self.trained % every == 0):
+            self.save(wanted)
+        elif every is not None:
+            trickle(self.dmp, steps_left=every - self.trained % every)
+
+    def save(self, wanted: bool = False) -> None:
         """Commit a checkpoint of everything that training depends on, unless this step has one."""
         assert self.options.checkpoint is not None
         if self.trained != self._saved:
+            start = time.perf_counter()
             save_checkpoint(self.dmp, self.options.checkpoint, step=self.trained, dense_optimizer=self.dense)
             self._saved = self.trained
+            self.checkpoints.append(CheckpointRecord(self.trained, time.perf_counter() - start, wanted))
 
     def evaluate(self) -> tuple[float, float, int]:
         """AUC, mean loss and number of samples over the held-out split of all ranks."""
@@ -319,6 +343,7 @@ def _train(job: Job, steps: int | None, on_step: Callable[[StepRecord], None] | 
     result.train_seconds = time.perf_counter() - start
     if job.options.checkpoint is not None and result.steps:
         job.save()
+    result.checkpoints = job.checkpoints
     result.peak_rss_bytes = peak_rss_bytes()
     result.tables, result.volumes = counters.tables(job.dmp), counters.volumes(job.dmp)
     return result

@@ -1,5 +1,6 @@
 // Bindings of the slot pool. Addresses are torch data_ptr()s: the caller (tiered_tbe.py) has checked type and layout.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,8 @@ using namespace nb::literals;
 using namespace mtrains;
 
 namespace {
+
+using Rows = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 Part make_part(uintptr_t address, uint64_t stride_bytes, uint32_t bytes) {
   return {reinterpret_cast<std::byte*>(address), stride_bytes, bytes};
@@ -24,6 +27,7 @@ nb::dict stats_of(const SlotPool& pool, size_t table) {
   d["evictions"] = s.evictions;
   d["write_backs"] = s.write_backs;
   d["flushed_rows"] = s.flushed_rows;
+  d["trickled_rows"] = s.trickled_rows;
   d["resident_rows"] = pool.resident(table);
   return d;
 }
@@ -59,6 +63,20 @@ void bind_slots(nb::module_& m) {
       .def("release", &SlotPool::release, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("alive", &SlotPool::alive, "seq"_a)
       .def("flush", &SlotPool::flush, nb::call_guard<nb::gil_scoped_release>())
+      .def("trickle", &SlotPool::trickle, "table"_a, "min_age"_a, "looks"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("resident_rows",
+           [](const SlotPool& self, size_t table) {
+             auto* rows = new std::vector<int64_t>(self.resident_rows(table));
+             const nb::capsule owner(rows, [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
+             return nb::ndarray<nb::numpy, int64_t, nb::ndim<1>>(rows->data(), {rows->size()}, owner);
+           },
+           "table"_a)
+      .def("warm",
+           [](SlotPool& self, size_t table, const Rows& rows) {
+             nb::gil_scoped_release unlocked;
+             return self.warm(table, {rows.data(), rows.size()});
+           },
+           "table"_a, "rows"_a)
       .def("forget", &SlotPool::forget, nb::call_guard<nb::gil_scoped_release>())
       .def("read", &SlotPool::read, "table"_a, "first_row"_a, "count"_a, "to"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("write", &SlotPool::write, "table"_a, "first_row"_a, "count"_a, "source"_a,

@@ -1,32 +1,22 @@
 // Bindings of the volumes. volumes.py gives them their public names and checks what users pass.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_records.h"
 #include "errors.h"
 #include "io_probe.h"
 #include "memory_volume.h"
-#include "ssd_volume.h"
+#include "faulty_system.h"
+#include "log_volume.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace mtrains;
 
 namespace {
-
-using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Records = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-std::vector<int32_t> counted(size_t n) {
-  std::vector<int32_t> slots(n);
-  for (size_t i = 0; i < n; ++i) slots[i] = static_cast<int32_t>(i);
-  return slots;
-}
-
-std::vector<Part> as_parts(const Records& records) {
-  return {{reinterpret_cast<std::byte*>(records.data()), records.shape(1), static_cast<uint32_t>(records.shape(1))}};
-}
 
 void get_records(Volume& volume, TableId table, const Ids& ids, const Records& out) {
   GetRequest request{table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out)};
@@ -50,6 +40,7 @@ nb::dict stats_of(const Volume& volume) {
   d["get_rows"] = s.get_rows;
   d["get_rows_initial"] = s.get_rows_initial;
   d["get_rows_buffered"] = s.get_rows_buffered;
+  d["get_rows_mapped"] = s.get_rows_mapped;
   d["put_rows"] = s.put_rows;
   d["read_ios"] = s.read_ios;
   d["read_bytes"] = s.read_bytes;
@@ -100,18 +91,57 @@ void bind_volumes(nb::module_& m) {
 
   nb::class_<MemoryVolume, Volume>(m, "MemoryVolume").def(nb::init<>());
 
-  nb::class_<SsdVolume, Volume>(m, "SsdVolume")
+  nb::enum_<Fault>(m, "Fault")
+      .value("short_read", Fault::kShortRead)
+      .value("torn_write", Fault::kTornWrite)
+      .value("lost_write", Fault::kLostWrite)
+      .value("misdirected_write", Fault::kMisdirectedWrite)
+      .value("bit_flip", Fault::kBitFlip)
+      .value("read_error", Fault::kReadError)
+      .value("write_error", Fault::kWriteError)
+      .value("no_space", Fault::kNoSpace)
+      .value("sync_error", Fault::kSyncError)
+      .value("delay", Fault::kDelay);
+
+  nb::class_<FaultySystem>(m, "FaultySystem")
+      .def(nb::init<uint64_t>(), "seed"_a)
+      .def("arm", &FaultySystem::arm, "fault"_a, "countdown"_a)
+      .def("struck", &FaultySystem::struck)
+      .def("power_loss", &FaultySystem::power_loss, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<LogVolume, Volume>(m, "LogVolume")
       .def("__init__",
-           [](SsdVolume* self, std::vector<std::string> paths, uint64_t capacity_bytes, uint32_t keep_checkpoints,
-              std::string backend, uint32_t depth) {
+           [](LogVolume* self, std::vector<std::string> paths, uint64_t capacity_bytes, uint32_t keep_checkpoints,
+              std::string backend, uint32_t depth, bool mapped, bool read_only, std::optional<uint64_t> epoch,
+              uint64_t snapshot_after_bytes, std::shared_ptr<FaultySystem> system) {
              nb::gil_scoped_release unlocked;
-             new (self) SsdVolume({std::move(paths), capacity_bytes, keep_checkpoints, std::move(backend), depth});
+             new (self) LogVolume({std::move(paths), capacity_bytes, keep_checkpoints, std::move(backend), depth, mapped, read_only,
+                                   epoch, snapshot_after_bytes, std::move(system)});
            },
-           "paths"_a, "capacity_bytes"_a, "keep_checkpoints"_a, "backend"_a, "depth"_a)
-      .def("await_restore", &SsdVolume::await_restore)
-      .def("fallback_reason", &SsdVolume::fallback_reason)
-      .def("direct", &SsdVolume::direct)
-      .def("wants_checkpoint", &SsdVolume::wants_checkpoint);
+           "paths"_a, "capacity_bytes"_a, "keep_checkpoints"_a, "backend"_a, "depth"_a, "mapped"_a, "read_only"_a,
+           "epoch"_a.none(), "snapshot_after_bytes"_a, "system"_a.none())
+      .def("await_restore", &LogVolume::await_restore)
+      .def("withdraw", &LogVolume::withdraw, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("grow", &LogVolume::grow, "table"_a, "row_count"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("tables",
+           [](const LogVolume& self) {
+             nb::list result;
+             for (const TableInfo& t : self.tables()) {
+               result.append(nb::make_tuple(t.spec.name, t.spec.row_count, t.spec.record_bytes, t.live_rows));
+             }
+             return result;
+           })
+      .def("segments",
+           [](const LogVolume& self) {
+             nb::list result;
+             for (const SegmentInfo& s : self.segments()) {
+               result.append(nb::make_tuple(s.number, s.path_index, s.block_bytes, s.blocks, s.kept, s.live_bytes, s.bytes));
+             }
+             return result;
+           })
+      .def("fallback_reason", &LogVolume::fallback_reason)
+      .def("direct", &LogVolume::direct)
+      .def("wants_checkpoint", &LogVolume::wants_checkpoint);
 
   m.def("random_reads",
         [](const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend, uint64_t seed) {

@@ -52,7 +52,9 @@ uint32_t crc32c(uint32_t crc, const void* data, size_t n) {
 #if defined(__x86_64__)
   if (kHasInstruction) return ~by_instruction(~crc, p, n);
 #endif
-  return ~by_table(~crc, p, n);
+  return crc32c_by_table(crc, p, n);
 }
+
+uint32_t crc32c_by_table(uint32_t crc, const void* data, size_t n) { return ~by_table(~crc, static_cast<const uint8_t*>(data), n); }
 
 }  // namespace mtrains

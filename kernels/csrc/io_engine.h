@@ -9,6 +9,8 @@
 #include <span>
 #include <string>
 
+#include "system.h"
+
 namespace mtrains {
 
 struct IoCommand {
@@ -38,7 +40,7 @@ class IoEngine {
 // will use the engine.
 std::unique_ptr<IoEngine> make_uring_engine(uint32_t depth, std::string* reason);
 
-// A pool of threads that call pread and pwrite.
-std::unique_ptr<IoEngine> make_pread_engine(uint32_t depth);
+// A pool of threads that call the system's pread and pwrite.
+std::unique_ptr<IoEngine> make_pread_engine(uint32_t depth, System& system);
 
 }  // namespace mtrains

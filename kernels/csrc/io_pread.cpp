@@ -1,6 +1,4 @@
 // The fallback engine: a pool of threads that call pread and pwrite.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
@@ -18,7 +16,7 @@ constexpr uint32_t kMostThreads = 32;  // enough to keep a device busy: 64 pread
 
 class PreadEngine final : public IoEngine {
  public:
-  explicit PreadEngine(uint32_t depth) {
+  PreadEngine(uint32_t depth, System& system) : system_(system) {
     for (uint32_t i = 0; i < std::min(depth, kMostThreads); ++i) threads_.emplace_back([this] { serve(); });
   }
 
@@ -51,11 +49,11 @@ class PreadEngine final : public IoEngine {
   }
 
  private:
-  static int32_t move(const IoCommand& c) {
+  int32_t move(const IoCommand& c) const {
     uint32_t moved = 0;
     while (moved < c.bytes) {
-      const ssize_t n = c.write ? pwrite(c.fd, c.buffer + moved, c.bytes - moved, static_cast<off_t>(c.offset + moved))
-                                : pread(c.fd, c.buffer + moved, c.bytes - moved, static_cast<off_t>(c.offset + moved));
+      const ssize_t n = c.write ? system_.pwrite(c.fd, c.buffer + moved, c.bytes - moved, static_cast<off_t>(c.offset + moved))
+                                : system_.pread(c.fd, c.buffer + moved, c.bytes - moved, static_cast<off_t>(c.offset + moved));
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) return -errno;
       if (n == 0) break;
@@ -79,6 +77,7 @@ class PreadEngine final : public IoEngine {
     }
   }
 
+  System& system_;
   std::mutex mutex_;
   std::condition_variable work_, done_;
   std::deque<std::pair<IoCommand, uint32_t>> commands_;
@@ -89,6 +88,6 @@ class PreadEngine final : public IoEngine {
 
 }  // namespace
 
-std::unique_ptr<IoEngine> make_pread_engine(uint32_t depth) { return std::make_unique<PreadEngine>(depth); }
+std::unique_ptr<IoEngine> make_pread_engine(uint32_t depth, System& system) { return std::make_unique<PreadEngine>(depth, system); }
 
 }  // namespace mtrains

@@ -30,8 +30,9 @@ double now(clockid_t clock) {
 
 ProbeResult random_reads(const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend,
                          uint64_t seed) {
-  File opened(open(file.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
-  if (!opened.is_open() && errno == EINVAL) opened = File(open(file.c_str(), O_RDONLY | O_CLOEXEC));
+  System& system = System::real();
+  File opened(system, system.open(file.c_str(), O_RDONLY | O_DIRECT, 0));
+  if (!opened.is_open() && errno == EINVAL) opened = File(system, system.open(file.c_str(), O_RDONLY, 0));
   struct stat info{};
   if (!opened.is_open() || fstat(opened.fd(), &info) != 0) throw_io("open", file, errno);
   const uint64_t blocks = static_cast<uint64_t>(info.st_size) / block_bytes;
@@ -42,7 +43,7 @@ ProbeResult random_reads(const std::string& file, uint32_t block_bytes, uint32_t
   std::unique_ptr<IoEngine> engine;
   if (backend != "pread") engine = make_uring_engine(depth, &reason);
   if (!engine && backend == "io_uring") throw Error(ErrorKind::kConfiguration, "backend io_uring was asked for, but " + reason);
-  if (!engine) engine = make_pread_engine(depth);
+  if (!engine) engine = make_pread_engine(depth, System::real());
   const std::unique_ptr<std::byte, void (*)(void*)> buffers(
       static_cast<std::byte*>(std::aligned_alloc(kPageBytes, uint64_t{depth} * block_bytes)), [](void* p) { std::free(p); });
   std::mt19937_64 random(seed);

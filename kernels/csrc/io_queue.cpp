@@ -9,8 +9,8 @@
 
 namespace mtrains {
 
-IoQueue::IoQueue(const std::string& backend, uint32_t depth, Handler handler)
-    : depth_(depth), handler_(std::move(handler)), flying_(depth) {
+IoQueue::IoQueue(System& system, const std::string& backend, uint32_t depth, Handler handler)
+    : system_(system), depth_(depth), handler_(std::move(handler)), flying_(depth) {
   const size_t bytes = static_cast<size_t>(depth) * kMostBytes;  // mapped lazily: small blocks touch one page each
   void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
@@ -76,7 +76,7 @@ void IoQueue::run(const std::string& backend) {
     std::unique_lock lock(mutex_);
     if (backend != "pread") engine_ = make_uring_engine(depth_, &reason_);
     if (!engine_ && backend == "io_uring") failure_ = "backend io_uring was asked for, but " + reason_;
-    if (!engine_ && failure_.empty()) engine_ = make_pread_engine(depth_);
+    if (!engine_ && failure_.empty()) engine_ = make_pread_engine(depth_, system_);
     if (engine_) backend_ = engine_->name();
     started_ = true;
     wake_.notify_all();

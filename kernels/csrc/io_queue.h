@@ -36,7 +36,7 @@ class IoQueue {
   static constexpr uint32_t kMostBytes = (1u << 20) + (64u << 10);  // of one read
 
   // backend: "io_uring", "pread", or "" for io_uring where it can be had.
-  IoQueue(const std::string& backend, uint32_t depth, Handler handler);
+  IoQueue(System& system, const std::string& backend, uint32_t depth, Handler handler);
   ~IoQueue();
   void submit(std::vector<IoJob> jobs);
   const char* backend() const { return backend_; }
@@ -48,6 +48,7 @@ class IoQueue {
   void finish(uint32_t tag, int32_t result);
   bool take(bool idle);
 
+  System& system_;
   const uint32_t depth_;
   Handler handler_;
   std::unique_ptr<IoEngine> engine_;

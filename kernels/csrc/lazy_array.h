@@ -42,6 +42,7 @@ class LazyArray {
   T& operator[](size_t i) { return data_[i]; }
   const T& operator[](size_t i) const { return data_[i]; }
   size_t size() const { return count_; }
+  void grow(size_t count);       // keeps what there is; the rest is zero
   void clear() { madvise(mapping_, mapped_bytes_, MADV_DONTNEED); }  // every element is zero again
 
  private:
@@ -50,5 +51,21 @@ class LazyArray {
   void* mapping_ = nullptr;
   size_t mapped_bytes_ = 0;
 };
+
+template <class T>
+void LazyArray<T>::grow(size_t count) {
+  LazyArray larger(count);
+  constexpr size_t kPiece = (64u << 10) / sizeof(T);
+  for (size_t first = 0; first < count_; first += kPiece) {  // pieces of zeros stay untouched
+    const size_t n = std::min(kPiece, count_ - first);
+    if (std::any_of(data_ + first, data_ + first + n, [](const T& x) { return x != T{}; })) {
+      std::copy_n(data_ + first, n, larger.data_ + first);
+    }
+  }
+  std::swap(data_, larger.data_);
+  std::swap(count_, larger.count_);
+  std::swap(mapping_, larger.mapping_);
+  std::swap(mapped_bytes_, larger.mapped_bytes_);
+}
 
 }  // namespace mtrains

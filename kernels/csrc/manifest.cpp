@@ -1,6 +1,7 @@
 #include "manifest.h"
 
 #include <cstring>
+#include <set>
 #include <type_traits>
 
 #include "errors.h"
@@ -69,6 +70,7 @@ std::vector<std::byte> Manifest::encode() const {
   w.put(epoch);
   w.put(next_sequence);
   w.put(segment_bytes);
+  w.put(snapshot);
   w.put(path_count);
   w.put(static_cast<uint32_t>(tables.size()));
   for (const ManifestTable& t : tables) {
@@ -91,6 +93,7 @@ std::vector<std::byte> Manifest::encode() const {
     w.put(s.path_index);
     w.put(s.block_bytes);
     w.put(s.blocks);
+    w.put(s.in_snapshot);
   }
   w.put(crc32c(0, w.bytes.data(), w.bytes.size()));
   return std::move(w.bytes);
@@ -116,8 +119,14 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
   m.epoch = r.get<uint64_t>();
   m.next_sequence = r.get<uint64_t>();
   m.segment_bytes = r.get<uint64_t>();
+  m.snapshot = r.get<uint64_t>();
   m.path_count = r.get<uint32_t>();
+  if (m.path_count == 0 || m.segment_bytes < kLeastSegmentBytes || m.segment_bytes > kMostSegmentBytes) {
+    r.fail("segments of " + std::to_string(m.segment_bytes) + " bytes over " + std::to_string(m.path_count) + " paths");
+  }
   m.tables.resize(r.count(54));
+  std::set<std::string> names;
+  std::set<uint32_t> block_sizes;
   for (ManifestTable& t : m.tables) {
     t.spec.name.resize(r.count(1));
     r.copy(t.spec.name.data(), t.spec.name.size());
@@ -131,18 +140,28 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
     t.init.high = r.get<float>();
     t.init.first_row = r.get<int64_t>();
     t.init.first_column = r.get<int64_t>();
-    require_valid(t.spec);
+    const bool wide = t.init.type == WeightType::kFloat32;
+    if (!is_valid(t.spec) || t.init.type > WeightType::kFloat16 ||
+        (!t.init.zero && uint64_t{t.init.columns} * (wide ? 4 : 2) > t.spec.record_bytes) ||
+        !names.insert(t.spec.name).second) {
+      r.fail("table '" + t.spec.name + "' cannot be");
+    }
+    block_sizes.insert(BlockShape::of(t.spec.record_bytes).block_bytes);
   }
-  m.segments.resize(r.count(16));
+  m.segments.resize(r.count(20));
+  uint32_t before = 0;  // they ascend
   for (ManifestSegment& s : m.segments) {
     s.number = r.get<uint32_t>();
     s.path_index = r.get<uint32_t>();
     s.block_bytes = r.get<uint32_t>();
     s.blocks = r.get<uint32_t>();
-    if (s.number == 0 || s.number >= kMostSegments || s.path_index >= m.path_count || s.block_bytes == 0 ||
-        s.block_bytes % kPageBytes != 0) {
+    s.in_snapshot = r.get<uint32_t>();
+    if (s.number <= before || s.number >= kMostSegments || s.path_index >= m.path_count || s.in_snapshot > s.blocks ||
+        !block_sizes.contains(s.block_bytes) ||
+        kPageBytes + uint64_t{s.blocks} * s.block_bytes > m.segment_bytes) {
       r.fail("segment " + std::to_string(s.number) + " cannot be");
     }
+    before = s.number;
   }
   if (!r.at_end()) r.fail("it goes on after its end");
   return m;

@@ -1,12 +1,13 @@
 // Manifest: what one committed checkpoint of an SSD volume consists of.
 //
 //   manifest  magic "MTRMAN\r\n" | version u32 | volume id 16 bytes | epoch u64 | next sequence u64 | segment bytes u64
-//             | path count u32 | table count u32 | table* | segment count u32 | segment* | crc32c u32 of all before
+//             | snapshot u64 | path count u32 | table count u32 | table* | segment count u32 | segment* | crc32c u32 of all before
 //   table     name length u32 | name | row count i64 | record bytes u32 | initial values
 //   initial   zero u8 | type u8 | columns u32 | seed u64 | low f32 | high f32 | first row i64 | first column i64
-//   segment   number u32 | path index u32 | block bytes u32 | blocks u32
+//   segment   number u32 | path index u32 | block bytes u32 | blocks u32 | blocks in the snapshot u32
 //
-// Tables are in the order of their numbers, from 1.
+// Tables are in the order of their numbers, from 1. `snapshot` is the epoch whose index snapshot (index_snapshot.h) stands
+// for the blocks that the segments say are in it; 0 for none.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ struct ManifestSegment {
   uint32_t number;
   uint32_t path_index;
   uint32_t block_bytes;
-  uint32_t blocks;  // those that belong to the checkpoint
+  uint32_t blocks;       // those that belong to the checkpoint
+  uint32_t in_snapshot;  // of these, the first that the index snapshot covers
 };
 
 struct Manifest {
@@ -36,6 +38,7 @@ struct Manifest {
   uint64_t epoch = 0;
   uint64_t next_sequence = 1;
   uint64_t segment_bytes = 0;
+  uint64_t snapshot = 0;
   uint32_t path_count = 0;
   std::vector<ManifestTable> tables;
   std::vector<ManifestSegment> segments;

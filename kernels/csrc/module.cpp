@@ -5,6 +5,8 @@
 
 namespace nb = nanobind;
 
+void bind_caches(nb::module_& m);
+void bind_inspector(nb::module_& m);
 void bind_slots(nb::module_& m);
 void bind_volumes(nb::module_& m);
 
@@ -30,6 +32,7 @@ const char* class_name(mtrains::ErrorKind kind) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // a model that is alive when the interpreter ends is no leak
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);
@@ -39,5 +42,7 @@ NB_MODULE(_core, m) {
     }
   });
   bind_volumes(m);
+  bind_caches(m);
   bind_slots(m);
+  bind_inspector(m);
 }

@@ -152,6 +152,27 @@ void SlotDirectory::age(uint32_t batches) {
   candidates_.clear();
 }
 
+std::vector<int32_t> SlotDirectory::by_age() const {
+  constexpr uint64_t kBuckets = 1024;
+  uint32_t oldest = UINT32_MAX, newest = 0;
+  for (size_t s = 0; s < stamp_.size(); ++s) {
+    if (row_of_slot_[s] < 0) continue;
+    oldest = std::min(oldest, stamp_[s] >> 1);
+    newest = std::max(newest, stamp_[s] >> 1);
+  }
+  const uint64_t width = oldest > newest ? 1 : (newest - oldest) / kBuckets + 1;
+  std::array<size_t, kBuckets + 1> begin{};
+  for (size_t s = 0; s < stamp_.size(); ++s) {
+    if (row_of_slot_[s] >= 0) ++begin[((stamp_[s] >> 1) - oldest) / width + 1];
+  }
+  for (size_t b = 1; b < begin.size(); ++b) begin[b] += begin[b - 1];
+  std::vector<int32_t> slots(begin.back());
+  for (size_t s = 0; s < stamp_.size(); ++s) {
+    if (row_of_slot_[s] >= 0) slots[begin[((stamp_[s] >> 1) - oldest) / width]++] = static_cast<int32_t>(s);
+  }
+  return slots;
+}
+
 void SlotDirectory::check() const {
   auto fail = [](const char* what) { throw std::logic_error(what); };
   if (!missed_rows_.empty()) fail("slot directory: a batch is half looked up");

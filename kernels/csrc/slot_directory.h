@@ -57,11 +57,14 @@ class SlotDirectory {
   void rollback();
 
   int32_t slot_of_row(int64_t row) const { return slot_of_row_[row] - 1; }  // -1: not resident
+  void prefetch(int64_t row) const { __builtin_prefetch(&slot_of_row_[static_cast<size_t>(row)]); }
+  void touch(int32_t slot, Stamp stamp) { stamp_[slot] = stamp.value | (stamp_[slot] & 1); }
   void mark_dirty(int32_t slot) { stamp_[slot] |= 1; }
   void mark_clean(int32_t slot) { stamp_[slot] &= ~1u; }
   uint32_t batch_of_slot(int32_t slot) const { return stamp_[slot] >> 1; }
   void drop(int32_t slot);  // the row leaves without being written: its fill failed
   void age(uint32_t batches);  // subtract from every stamp, so that batch numbers never run out
+  std::vector<int32_t> by_age() const;  // occupied slots, oldest first, at the grain of 1/1024 of the ages there are
   int32_t resident() const { return pool_rows() - static_cast<int32_t>(free_.size()); }
   int64_t evictions() const { return evictions_; }
   void check() const;  // tests: throws std::logic_error at a broken invariant

@@ -10,7 +10,7 @@ namespace mtrains {
 
 SlotPool::SlotPool(std::vector<SlotPoolTable> tables, std::vector<int32_t> table_of_feature, uint32_t batch_limit)
     : tables_(std::move(tables)), table_of_feature_(std::move(table_of_feature)), batch_limit_(batch_limit),
-      stats_(tables_.size()) {
+      stats_(tables_.size()), hands_(tables_.size(), 0) {
   directories_.reserve(tables_.size());
   for (const SlotPoolTable& t : tables_) directories_.emplace_back(t.rows, t.pool_rows);
 }
@@ -114,7 +114,7 @@ uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool hard, bool dir
       ++declined_;
       return 0;
     }
-    write_back_victims();
+    evict_victims();
   } catch (...) {
     rollback();
     throw;
@@ -125,7 +125,7 @@ uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool hard, bool dir
     stats_[t].misses += static_cast<int64_t>(directories_[t].missed_rows().size());
   }
   tickets_.emplace(seq, std::move(ticket));
-  start_fills(seq, stamp);
+  start_fills(seq, stamp, dirty);
   return seq;
 }
 
@@ -192,86 +192,91 @@ bool SlotPool::revoke_youngest() {
   return false;
 }
 
-void SlotPool::write_back_victims() {
-  std::vector<int64_t> rows;
-  std::vector<int32_t> slots;
+void SlotPool::evict_victims() {
+  std::vector<int64_t> rows[2];
+  std::vector<int32_t> slots[2];
   for (size_t t = 0; t < tables_.size(); ++t) {
-    rows.clear();
-    slots.clear();
-    for (const int32_t slot : directories_[t].reserved_slots()) {
-      if (!directories_[t].dirty(slot)) continue;
-      rows.push_back(directories_[t].row_of_slot(slot));
-      slots.push_back(slot);
+    for (const bool dirty : {false, true}) {
+      rows[dirty].clear();
+      slots[dirty].clear();
     }
-    if (rows.empty()) continue;
-    tables_[t].volume->put(tables_[t].id, rows, slots, tables_[t].parts);
-    stats_[t].write_backs += static_cast<int64_t>(rows.size());
+    for (const int32_t slot : directories_[t].reserved_slots()) {
+      const int64_t row = directories_[t].row_of_slot(slot);
+      if (row < 0) continue;
+      rows[directories_[t].dirty(slot)].push_back(row);
+      slots[directories_[t].dirty(slot)].push_back(slot);
+    }
+    for (const bool dirty : {false, true}) {
+      if (!rows[dirty].empty()) tables_[t].volume->evict(tables_[t].id, rows[dirty], slots[dirty], tables_[t].parts, dirty);
+    }
+    stats_[t].write_backs += static_cast<int64_t>(rows[true].size());
   }
 }
 
-void SlotPool::start_fills(uint64_t seq, Stamp stamp) {
-  std::vector<std::pair<Volume*, std::vector<GetRequest>>> by_volume;
-  Fill fill{seq, (stamp.value & 1) != 0, {}, {}};
+void SlotPool::start_fills(uint64_t seq, Stamp stamp, bool dirty) {
+  std::vector<std::vector<GetRequest>> requests;
+  Fill fill{seq, {}};
   for (size_t t = 0; t < tables_.size(); ++t) {
     const auto missed = directories_[t].missed_rows();
     if (missed.empty()) continue;
     const auto slots = directories_[t].reserved_slots();
-    auto at = std::find_if(by_volume.begin(), by_volume.end(), [&](const auto& e) { return e.first == tables_[t].volume; });
-    if (at == by_volume.end()) at = by_volume.insert(at, {tables_[t].volume, {}});
-    at->second.push_back({tables_[t].id, {missed.begin(), missed.end()}, {slots.begin(), slots.end()}, tables_[t].parts});
-    fill.slots.emplace_back(t, std::vector<int32_t>(slots.begin(), slots.end()));
+    size_t v = 0;
+    while (v < fill.reads.size() && fill.reads[v].volume != tables_[t].volume) ++v;
+    if (v == fill.reads.size()) {
+      fill.reads.push_back({tables_[t].volume, 0, {}});
+      requests.emplace_back();
+    }
+    requests[v].push_back({tables_[t].id, {missed.begin(), missed.end()}, {slots.begin(), slots.end()}, tables_[t].parts, dirty});
+    fill.reads[v].slots.emplace_back(t, std::vector<int32_t>(slots.begin(), slots.end()));
     directories_[t].commit(stamp);
   }
-  if (by_volume.empty()) return;
+  if (fill.reads.empty()) return;
+  size_t submitted = 0;
   try {
-    for (auto& [volume, requests] : by_volume) fill.tokens.emplace_back(volume, volume->submit_get(std::move(requests)));
+    for (; submitted < fill.reads.size(); ++submitted) {
+      fill.reads[submitted].token = fill.reads[submitted].volume->submit_get(std::move(requests[submitted]));
+    }
   } catch (...) {
     const std::exception_ptr cause = std::current_exception();
-    drain(last_seq_);
-    wait_all(fill);
-    abandon(fill);
+    for (size_t v = submitted; v < fill.reads.size(); ++v) abandon(fill.reads[v]);
+    fill.reads.resize(submitted);
+    fills_.push_back(std::move(fill));
+    while (!fills_.empty()) {
+      try {
+        finish_oldest_fill();
+      } catch (...) {  // its rows have left the pool; this batch fails with its own error
+      }
+    }
     tickets_.erase(seq);
     std::rethrow_exception(cause);
   }
   fills_.push_back(std::move(fill));
 }
 
-std::exception_ptr SlotPool::wait_all(const Fill& fill) {
+std::exception_ptr SlotPool::finish(const Fill& fill) {
   std::exception_ptr first;
-  for (const auto& [volume, token] : fill.tokens) {
+  for (const Fill::Read& read : fill.reads) {
     try {
-      volume->wait(token);
+      read.volume->wait(read.token);
     } catch (...) {
       if (!first) first = std::current_exception();
+      abandon(read);
     }
   }
+  if (first) std::erase_if(tickets_, [&](const auto& t) { return !t.second.hard && t.first >= fill.seq; });
   return first;
 }
 
-void SlotPool::abandon(const Fill& fill) {
-  for (const auto& [table, slots] : fill.slots) {
+void SlotPool::abandon(const Fill::Read& read) {
+  for (const auto& [table, slots] : read.slots) {
     for (const int32_t slot : slots) directories_[table].drop(slot);
   }
-  std::erase_if(tickets_, [&](const auto& t) { return !t.second.hard && t.first >= fill.seq; });
 }
 
 void SlotPool::finish_oldest_fill() {
   const Fill fill = std::move(fills_.front());
   fills_.pop_front();
-  if (const std::exception_ptr cause = wait_all(fill)) {
-    abandon(fill);
-    std::rethrow_exception(cause);
-  }
-  if (fill.dirty) give_up_copies(fill);
-}
-
-void SlotPool::give_up_copies(const Fill& fill) {
-  std::vector<int64_t> rows;
-  for (const auto& [table, slots] : fill.slots) {
-    rows.clear();
-    for (const int32_t slot : slots) rows.push_back(directories_[table].row_of_slot(slot));
-    tables_[table].volume->give_up(tables_[table].id, rows);
-  }
+  if (const std::exception_ptr cause = finish(fill)) std::rethrow_exception(cause);
 }
 
 void SlotPool::drain(uint64_t up_to_seq) {
@@ -339,6 +344,30 @@ void SlotPool::flush() {
       if (d.batch_of_slot(s) < oldest) d.mark_clean(s);
     }
   }
+}
+
+int64_t SlotPool::trickle(size_t table, uint32_t min_age, uint32_t looks) {
+  std::lock_guard lock(mutex_);
+  SlotDirectory& d = directories_.at(table);
+  const auto newest = static_cast<uint32_t>(last_seq_ - base_);
+  if (newest < min_age) return 0;
+  const uint32_t youngest = std::min(newest - min_age, oldest_outstanding() - 1);
+  looks = std::min(looks, static_cast<uint32_t>(d.pool_rows()));
+  std::vector<int64_t> rows;
+  std::vector<int32_t> slots;
+  int32_t hand = hands_[table];
+  for (uint32_t i = 0; i < looks; ++i) {
+    if (d.dirty(hand) && d.batch_of_slot(hand) <= youngest) {
+      rows.push_back(d.row_of_slot(hand));
+      slots.push_back(hand);
+    }
+    hand = hand + 1 == d.pool_rows() ? 0 : hand + 1;
+  }
+  if (!rows.empty()) tables_[table].volume->put(tables_[table].id, rows, slots, tables_[table].parts);
+  for (const int32_t s : slots) d.mark_clean(s);
+  hands_[table] = hand;
+  stats_[table].trickled_rows += static_cast<int64_t>(rows.size());
+  return static_cast<int64_t>(rows.size());
 }
 
 void SlotPool::require_rows(size_t table, int64_t first_row, int64_t count) const {
@@ -427,6 +456,39 @@ void SlotPool::forget() {
       if (d.row_of_slot(s) >= 0) d.drop(s);
     }
   }
+}
+
+std::vector<int64_t> SlotPool::resident_rows(size_t table) const {
+  std::lock_guard lock(mutex_);
+  const std::vector<int32_t> slots = directories_.at(table).by_age();
+  std::vector<int64_t> rows;
+  rows.reserve(slots.size());
+  for (const int32_t s : slots) rows.push_back(directories_[table].row_of_slot(s));
+  return rows;
+}
+
+int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
+  constexpr size_t kMostBatchRows = 16384, kBatches = 32;  // guesses: reads for the deepest queue; the grain of the order
+  std::lock_guard lock(mutex_);
+  SlotDirectory& d = directories_.at(table);
+  for (const int64_t row : rows) require_rows(table, row, 1);
+  const auto room = static_cast<size_t>(d.pool_rows() - d.resident());
+  if (rows.size() > room) rows = rows.last(room);
+  const size_t batch_rows = std::min(rows.size() / kBatches + 1, kMostBatchRows);
+  std::vector<int64_t> slots(batch_rows);
+  int64_t read = 0;
+  while (!rows.empty()) {
+    const auto batch = rows.first(std::min(rows.size(), batch_rows));
+    const uint64_t seq = next_seq();
+    const Stamp stamp = stamp_of(seq, false);
+    d.lookup(batch.data(), static_cast<int64_t>(batch.size()), stamp, slots.data());
+    read += static_cast<int64_t>(d.missed_rows().size());
+    d.reserve(0, stamp, nullptr);  // free slots alone: there are enough
+    start_fills(seq, stamp, false);
+    drain(seq);
+    rows = rows.subspan(batch.size());
+  }
+  return read;
 }
 
 SlotPoolStats SlotPool::stats(size_t table) const {

@@ -9,10 +9,10 @@
 //
 // What always holds:
 //   - a failed begin (id out of range, no room, volume full) changes nothing that a reader or trainer can see;
-//   - a dirty victim is put into its volume before its slot is given away;
-//   - a row that was read to be trained is dirty until it is put, so its volume may forget it (Volume::give_up);
+//   - a victim is evicted into its volume before its slot is given away;
 //   - fills complete in the order of begin; a slot whose fill is pending is pinned by the ticket that asked for it;
-//   - if a fill fails, its rows leave the pool again and every soft ticket that could have used them is revoked.
+//   - if a fill fails, the rows of the volume that failed leave the pool again, and every soft ticket that could have used
+//     them is revoked.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,7 @@ struct SlotPoolStats {
   int64_t evictions = 0;
   int64_t write_backs = 0;  // of these, dirty: put into the home
   int64_t flushed_rows = 0;
+  int64_t trickled_rows = 0;  // dirty rows put into the home between checkpoints, still resident
 };
 
 // The ids of one batch, feature by feature: feature f holds ids[offsets[f * stride]] up to ids[offsets[(f + 1) * stride]].
@@ -71,17 +72,24 @@ class SlotPool {
   bool alive(uint64_t seq) const;
 
   void flush();  // puts every dirty row; rows that an outstanding ticket may still change stay dirty
+  // Puts dirty rows that no batch has used for `min_age` batches, among the `looks` slots where a hand that goes round the
+  // pool comes next. They stay resident, clean. Returns the rows put.
+  int64_t trickle(size_t table, uint32_t min_age, uint32_t looks);
   void read(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& to);
   void write(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& from);  // base null: keep
 
   void forget();  // every row leaves its pool unwritten; refused while tickets are outstanding
 
+  // Warm restart: the resident rows in the order of eviction, and rows in that order read into slots that are free.
+  std::vector<int64_t> resident_rows(size_t table) const;
+  int64_t warm(size_t table, std::span<const int64_t> rows);  // returns the rows read: the last ones, where room is short
+
   SlotPoolStats stats(size_t table) const;
-  int32_t resident(size_t table) const { return directories_[table].resident(); }
-  int64_t revoked() const { return revoked_; }
-  int64_t declined() const { return declined_; }
-  int64_t outstanding() const { return static_cast<int64_t>(tickets_.size()); }
-  int32_t slot_of_row(size_t table, int64_t row) const { return directories_[table].slot_of_row(row); }
+  int32_t resident(size_t table) const { std::lock_guard lock(mutex_); return directories_[table].resident(); }
+  int64_t revoked() const { std::lock_guard lock(mutex_); return revoked_; }
+  int64_t declined() const { std::lock_guard lock(mutex_); return declined_; }
+  int64_t outstanding() const { std::lock_guard lock(mutex_); return static_cast<int64_t>(tickets_.size()); }
+  int32_t slot_of_row(size_t table, int64_t row) const { std::lock_guard lock(mutex_); return directories_[table].slot_of_row(row); }
   void check() const;
 
  private:
@@ -91,10 +99,13 @@ class SlotPool {
     std::vector<int64_t> bounds;  // by feature, into slots
   };
   struct Fill {
+    struct Read {
+      Volume* volume;
+      uint64_t token;
+      std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table
+    };
     uint64_t seq;
-    bool dirty;
-    std::vector<std::pair<Volume*, uint64_t>> tokens;
-    std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table
+    std::vector<Read> reads;  // one a volume
   };
 
   std::vector<int64_t> bounds_of(const Batch& batch) const;
@@ -108,12 +119,11 @@ class SlotPool {
   size_t pinned_by_others(size_t table, const Ticket& mine, std::vector<uint8_t>& pinned) const;
   void mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_t>& flags) const;
   bool revoke_youngest();
-  void write_back_victims();
-  void start_fills(uint64_t seq, Stamp stamp);
-  static std::exception_ptr wait_all(const Fill& fill);  // the first error, if any
-  void abandon(const Fill& fill);                        // its rows leave the pool
+  void evict_victims();
+  void start_fills(uint64_t seq, Stamp stamp, bool dirty);
+  std::exception_ptr finish(const Fill& fill);  // the first error, if any
+  void abandon(const Fill::Read& read);         // its rows leave the pool
   void finish_oldest_fill();
-  void give_up_copies(const Fill& fill);
   void drain(uint64_t up_to_seq);
   void rollback();
   void require_rows(size_t table, int64_t first_row, int64_t count) const;
@@ -123,6 +133,7 @@ class SlotPool {
   uint32_t batch_limit_;
   std::vector<SlotDirectory> directories_;
   std::vector<SlotPoolStats> stats_;
+  std::vector<int32_t> hands_;  // by table: the slot where trickle goes on
   std::map<uint64_t, Ticket> tickets_;  // outstanding
   std::deque<Fill> fills_;              // pending, oldest first
   uint64_t last_seq_ = 0;

@@ -10,9 +10,13 @@ void require_open(bool closed, const std::string& volume) {
   if (closed) throw Error(ErrorKind::kVolume, "volume " + volume + " is closed; open it again");
 }
 
+bool is_valid(const TableSpec& spec) {
+  return !spec.name.empty() && spec.name.size() <= 1024 && spec.row_count >= 1 && spec.row_count <= (int64_t{1} << 40) &&
+         spec.record_bytes >= 1 && spec.record_bytes <= (1u << 20);
+}
+
 void require_valid(const TableSpec& spec) {
-  if (spec.name.empty() || spec.name.size() > 1024 || spec.row_count < 1 || spec.row_count > (int64_t{1} << 40) ||
-      spec.record_bytes < 1 || spec.record_bytes > (1u << 20)) {
+  if (!is_valid(spec)) {
     throw Error(ErrorKind::kConfiguration,
                 "table '" + spec.name + "': a table has a name of 1 to 1024 bytes, 1 to 2^40 rows and records of 1 byte to "
                 "1 MiB, got " + std::to_string(spec.row_count) + " rows of " + std::to_string(spec.record_bytes) + " bytes");

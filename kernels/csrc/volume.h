@@ -38,6 +38,9 @@ struct GetRequest {
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
   std::vector<Part> parts;
+  // The caller will put or evict every one of these rows as changed: the tiers below need not keep what they have. A get of one
+  // before that may throw, and a checkpoint does.
+  bool take = false;
 };
 
 struct TableSpec {
@@ -50,6 +53,7 @@ struct VolumeStats {
   uint64_t get_rows = 0;            // rows asked for
   uint64_t get_rows_initial = 0;    // of these, never put: generated
   uint64_t get_rows_buffered = 0;   // of these, found in the write buffer
+  uint64_t get_rows_mapped = 0;     // of these, loaded from a mapped file
   uint64_t put_rows = 0;
   uint64_t read_ios = 0;
   uint64_t read_bytes = 0;
@@ -74,9 +78,12 @@ class Volume {
   virtual void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
                    std::span<const Part> parts) = 0;
 
-  // The caller holds the newest values of these rows and will put them before anyone gets them or commits a checkpoint: the
-  // copies here need not be kept. A get before that put may throw; a checkpoint does. Does nothing where copies cost nothing.
-  virtual void give_up(TableId, std::span<const int64_t>) {}
+  // The rows leave the caller's memory, where a put says that it keeps them: a cache may hold them for the next get. Those
+  // that are not dirty equal what the volume has.
+  virtual void evict(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
+                     std::span<const Part> parts, bool dirty) {
+    if (dirty) put(table, rows, slots, parts);
+  }
 
   // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
   // Every token must be waited for once. wait(0) is a no-op.
@@ -95,6 +102,7 @@ class Volume {
 
 // What the implementations share.
 void require_open(bool closed, const std::string& volume);
+bool is_valid(const TableSpec& spec);
 void require_valid(const TableSpec& spec);
 void require_same_shape(const TableSpec& have, const TableSpec& asked, const std::string& volume);
 void require_rows(const TableSpec& spec, std::span<const int64_t> rows);

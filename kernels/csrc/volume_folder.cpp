@@ -42,21 +42,10 @@ std::string hexadecimal(uint64_t number, int digits) {
   return text;
 }
 
-void write_all(int fd, const void* data, size_t n, const std::string& file) {
-  const auto* p = static_cast<const char*>(data);
-  while (n > 0) {
-    const ssize_t done = write(fd, p, n);
-    if (done < 0 && errno == EINTR) continue;
-    if (done < 0) throw_io("write", file, errno);
-    p += done;
-    n -= static_cast<size_t>(done);
-  }
-}
-
 }  // namespace
 
 void File::reset() {
-  if (fd_ >= 0) close(fd_);
+  if (fd_ >= 0) system_->close(fd_);
   fd_ = -1;
 }
 
@@ -69,18 +58,60 @@ void throw_io(const std::string& what, const std::string& file, int error) {
   throw Error(ErrorKind::kVolumeIo, "cannot " + what + " " + file + ": " + std::strerror(error));
 }
 
-void sync_file(int fd, const std::string& file) {
-  if (fdatasync(fd) != 0) throw_io("sync", file, errno);
+void sync_file(const File& file, const std::string& name) {
+  if (file.system().fdatasync(file.fd()) != 0) throw_io("sync", name, errno);
 }
 
-VolumeFolder::VolumeFolder(std::string path) : path_(std::move(path)) {
+void require_bytes(const File& file, uint64_t bytes, const std::string& name) {
+  struct stat info{};
+  if (fstat(file.fd(), &info) != 0) throw_io("look at", name, errno);
+  if (static_cast<uint64_t>(info.st_size) >= bytes) return;
+  throw Error(ErrorKind::kDamagedRecord, "file " + name + " has " + std::to_string(info.st_size) + " bytes, its checkpoint counts on " +
+                                             std::to_string(bytes) + ". Restore the volume from a copy");
+}
+
+void read_whole(const File& file, void* data, uint64_t bytes, uint64_t offset, const std::string& name) {
+  auto* p = static_cast<char*>(data);
+  while (bytes > 0) {
+    const ssize_t n = file.system().pread(file.fd(), p, bytes, static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw_io("read", name, errno);
+    if (n == 0) {
+      throw Error(ErrorKind::kDamagedRecord, name + " ends at byte " + std::to_string(offset) + ", it should have " +
+                                                 std::to_string(bytes) + " more. Restore the volume from a copy");
+    }
+    p += n;
+    offset += static_cast<uint64_t>(n);
+    bytes -= static_cast<uint64_t>(n);
+  }
+}
+
+void write_whole(const File& file, const void* data, uint64_t bytes, uint64_t offset, const std::string& name) {
+  const auto* p = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t n = file.system().pwrite(file.fd(), p, bytes, static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw_io("write", name, errno);
+    p += n;
+    offset += static_cast<uint64_t>(n);
+    bytes -= static_cast<uint64_t>(n);
+  }
+}
+
+VolumeFolder::VolumeFolder(System& system, std::string path, Access access)
+    : system_(&system), path_(std::move(path)), access_(access) {
   struct stat info{};
   if (stat(path_.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
-    throw Error(ErrorKind::kVolumeIo, "SSD path '" + path_ + "' is not a folder; create it first, on the device that should hold "
-                                          "the tables");
+    throw Error(ErrorKind::kVolumeIo, "path '" + path_ + "' is not a folder; create it first, on the device that should hold the "
+                                          "tables");
+  }
+  const std::string probe = path_ + "/direct.tmp";
+  if (access == Access::kRead) {
+    direct_ = true;  // open_file goes without where it is refused
+    return;
   }
   const std::string file = path_ + "/" + kLockName;
-  lock_ = File(open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  lock_ = open_file(file, O_RDWR | O_CREAT);
   if (!lock_.is_open()) throw_io("open", file, errno);
   if (flock(lock_.fd(), LOCK_EX | LOCK_NB) != 0) {
     if (errno != EWOULDBLOCK) throw_io("lock", file, errno);
@@ -88,17 +119,22 @@ VolumeFolder::VolumeFolder(std::string path) : path_(std::move(path)) {
     const ssize_t n = pread(lock_.fd(), owner, sizeof owner - 1, 0);
     throw Error(ErrorKind::kVolumeLocked,
                 "the volume in '" + path_ + "' is open for writing" + (n > 0 ? " by " + std::string(owner) : "") +
-                    ": one writer at a time. Close it there, or name another path");
+                    ": one writer at a time. The kernel drops the lock when its owner ends, however it ends; close it there, or "
+                    "name another path");
   }
   char host[65] = {};
   gethostname(host, sizeof host - 1);
   const std::string owner = "process " + std::to_string(getpid()) + " on " + host;
   if (ftruncate(lock_.fd(), 0) != 0 || pwrite(lock_.fd(), owner.data(), owner.size(), 0) < 0) throw_io("write", file, errno);
-  const std::string probe = path_ + "/direct.tmp";
-  const File direct(open(probe.c_str(), O_RDWR | O_CREAT | O_DIRECT | O_CLOEXEC, 0600));
+  if (access == Access::kWriteMapped) return;
+  const File direct = open_file(probe, O_RDWR | O_CREAT | O_DIRECT);
   if (!direct.is_open() && errno != EINVAL) throw_io("create a file in", path_, errno);
   direct_ = direct.is_open();
   unlink(probe.c_str());
+}
+
+File VolumeFolder::open_file(const std::string& file, int flags) const {
+  return File(*system_, system_->open(file.c_str(), flags, 0600));
 }
 
 std::vector<uint32_t> VolumeFolder::segments() const {
@@ -108,23 +144,19 @@ std::vector<uint32_t> VolumeFolder::segments() const {
 }
 
 std::vector<uint64_t> VolumeFolder::manifests() const { return numbered(path_, "manifest_", ".bin"); }
+std::vector<uint64_t> VolumeFolder::snapshots() const { return numbered(path_, "index_", ".bin"); }
 
 std::string VolumeFolder::segment_file(uint32_t number) const { return path_ + "/segment_" + hexadecimal(number, 8) + ".log"; }
-
 std::string VolumeFolder::manifest_file(uint64_t epoch) const { return path_ + "/manifest_" + hexadecimal(epoch, 16) + ".bin"; }
+std::string VolumeFolder::snapshot_file(uint64_t epoch) const { return path_ + "/index_" + hexadecimal(epoch, 16) + ".bin"; }
 
-File VolumeFolder::open_data(const std::string& file, int flags) const {
-  return File(open(file.c_str(), flags | O_CLOEXEC | (direct_ ? O_DIRECT : 0), 0600));
-}
-
-File VolumeFolder::create_segment(uint32_t number, uint64_t bytes) {
+File VolumeFolder::create_segment(uint32_t number, uint64_t bytes) const {
   const std::string file = segment_file(number);
-  File made = open_data(file, O_RDWR | O_CREAT | O_TRUNC);
+  File made = open_file(file, O_RDWR | O_CREAT | O_TRUNC | (direct_ ? O_DIRECT : 0));
   if (!made.is_open()) throw_io("create", file, errno);
-  const auto size = static_cast<off_t>(bytes);
-  if (fallocate(made.fd(), 0, 0, size) != 0 && (errno != EOPNOTSUPP || ftruncate(made.fd(), size) != 0)) {
+  if (system_->fallocate(made.fd(), static_cast<off_t>(bytes)) != 0) {
     const int error = errno;
-    unlink(file.c_str());
+    system_->unlink(file.c_str());
     throw_io("allocate " + std::to_string(bytes) + " bytes for", file, error);
   }
   return made;
@@ -132,7 +164,9 @@ File VolumeFolder::create_segment(uint32_t number, uint64_t bytes) {
 
 File VolumeFolder::open_segment(uint32_t number) const {
   const std::string file = segment_file(number);
-  File found = open_data(file, O_RDWR);
+  const int flags = access_ == Access::kRead ? O_RDONLY : O_RDWR;
+  File found = open_file(file, flags | (direct_ ? O_DIRECT : 0));
+  if (!found.is_open() && errno == EINVAL && access_ == Access::kRead) found = open_file(file, flags);
   if (!found.is_open() && errno == ENOENT) {
     throw Error(ErrorKind::kDamagedRecord, "segment " + file + " belongs to a checkpoint and is missing. Restore the volume from a copy");
   }
@@ -140,49 +174,60 @@ File VolumeFolder::open_segment(uint32_t number) const {
   return found;
 }
 
-void VolumeFolder::remove_segment(uint32_t number) const { unlink(segment_file(number).c_str()); }
+void VolumeFolder::remove_segment(uint32_t number) const { system_->unlink(segment_file(number).c_str()); }
 
 std::vector<std::byte> VolumeFolder::read_manifest(uint64_t epoch) const {
   const std::string file = manifest_file(epoch);
-  const File opened(open(file.c_str(), O_RDONLY | O_CLOEXEC));
+  const File opened = open_file(file, O_RDONLY);
   struct stat info{};
   if (!opened.is_open() || fstat(opened.fd(), &info) != 0) throw_io("open", file, errno);
   std::vector<std::byte> bytes(static_cast<size_t>(info.st_size));
-  size_t done = 0;
-  while (done < bytes.size()) {
-    const ssize_t n = pread(opened.fd(), bytes.data() + done, bytes.size() - done, static_cast<off_t>(done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) throw_io("read", file, errno);
-    if (n == 0) break;
-    done += static_cast<size_t>(n);
-  }
-  bytes.resize(done);
+  read_whole(opened, bytes.data(), bytes.size(), 0, file);
   return bytes;
 }
 
 void VolumeFolder::commit_manifest(uint64_t epoch, const std::vector<std::byte>& bytes) const {
   const std::string final = manifest_file(epoch), aside = final + ".tmp";
-  File made(open(aside.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
+  File made = open_file(aside, O_WRONLY | O_CREAT | O_TRUNC);
   if (!made.is_open()) throw_io("create", aside, errno);
-  write_all(made.fd(), bytes.data(), bytes.size(), aside);
-  if (fsync(made.fd()) != 0) throw_io("sync", aside, errno);
+  write_whole(made, bytes.data(), bytes.size(), 0, aside);
+  if (system_->fsync(made.fd()) != 0) throw_io("sync", aside, errno);
   made.reset();
-  if (rename(aside.c_str(), final.c_str()) != 0) throw_io("rename", aside, errno);
+  if (system_->rename(aside.c_str(), final.c_str()) != 0) throw_io("rename", aside, errno);
   sync();
 }
 
 void VolumeFolder::remove_manifest(uint64_t epoch) const {
   const std::string file = manifest_file(epoch);
-  if (unlink(file.c_str()) != 0 && errno != ENOENT) throw_io("remove", file, errno);
+  if (system_->unlink(file.c_str()) != 0 && errno != ENOENT) throw_io("remove", file, errno);
 }
 
+File VolumeFolder::create_snapshot(uint64_t epoch) const {
+  const std::string file = snapshot_file(epoch);
+  File made = open_file(file, O_RDWR | O_CREAT | O_TRUNC);
+  if (!made.is_open()) throw_io("create", file, errno);
+  return made;
+}
+
+File VolumeFolder::open_snapshot(uint64_t epoch) const {
+  const std::string file = snapshot_file(epoch);
+  File found = open_file(file, O_RDONLY);
+  if (!found.is_open() && errno == ENOENT) {
+    throw Error(ErrorKind::kDamagedRecord, "index " + file + " belongs to a checkpoint and is missing. Restore the volume from a copy");
+  }
+  if (!found.is_open()) throw_io("open", file, errno);
+  return found;
+}
+
+void VolumeFolder::remove_snapshot(uint64_t epoch) const { system_->unlink(snapshot_file(epoch).c_str()); }
+
 void VolumeFolder::sync() const {
-  const File folder(open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!folder.is_open() || fsync(folder.fd()) != 0) throw_io("sync folder", path_, errno);
+  const File folder = open_file(path_, O_RDONLY | O_DIRECTORY);
+  if (!folder.is_open() || system_->fsync(folder.fd()) != 0) throw_io("sync folder", path_, errno);
 }
 
 void VolumeFolder::remove_unfinished() const {
-  for (const uint64_t epoch : numbered(path_, "manifest_", ".bin.tmp")) unlink((manifest_file(epoch) + ".tmp").c_str());
+  for (const uint64_t epoch : numbered(path_, "manifest_", ".bin.tmp")) system_->unlink((manifest_file(epoch) + ".tmp").c_str());
 }
 
 }  // namespace mtrains

@@ -1,4 +1,6 @@
-// SsdVolume: a log-structured store of fixed-size records on NVMe. One engine serves all tables of a rank.
+// LogVolume: a log-structured store of fixed-size records, on block devices (SsdVolume) or in mapped files (PmemVolume).
+// One engine serves all tables of a rank. log_volume.cpp opens, puts and gets; log_cleaner.cpp makes room;
+// log_checkpoint.cpp commits, replays and goes back.
 //
 // A put copies its record into the open block of its table. A full block is sealed: it gets its place in the log (the next
 // block of the current segment of its stream, one stream a block size), its records their checksums, and it joins the
@@ -9,15 +11,19 @@
 //   kOpen | i             record i of the table's open block
 //   kOpen | kMoved | i    record i of the open block of survivors
 //   a Place               in a sealed block: in a chunk that is still in memory, or on disk
-//   kGivenUp              nowhere: its newest value is with the caller, who will put it (Volume::give_up). The record that
-//                         was on disk is no longer the newest of its row, so cleaning need not copy it
+//   kGivenUp              nowhere: its newest value is with the reader that took it (GetRequest::take) and will put it. The
+//                         record that was on disk is no longer the newest of its row, so cleaning need not copy it
+//
+// On a mapped medium a sealed block is stored to its place at once, without chunk or write, and records are loaded from theirs.
 //
 // Reads look at the index when they are submitted. What is in memory is copied at once; what is on disk becomes one read
 // per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used.
 //
 // A checkpoint seals the open blocks, waits for every write, syncs the segments, and commits a manifest (manifest.h) that
-// lists segments and how many of their blocks count. Opening replays the log that the manifest names. Segments that no kept
-// manifest names and that hold no newest record are removed.
+// lists segments and how many of their blocks count. Opening replays the log that the manifest names, from the last index
+// snapshot (index_snapshot.h) on; one is written in the background when replaying would take too long. Segments that no kept
+// manifest names and that hold no newest record are removed. Opening never goes on in an old segment, so that what a crash
+// left behind there can be mistaken for nothing.
 //
 // Cleaning (a thread of its own) makes such segments: it takes the one with the most room to gain for what is to be copied,
 // the older of two alike (what an old segment still holds is seldom replaced), copies its newest records into
@@ -41,6 +47,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -60,34 +67,73 @@ struct FreeBytes {
   void operator()(std::byte* p) const { std::free(p); }
 };
 using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;  // on a page
+AlignedBytes aligned_bytes(size_t bytes);
 
-struct SsdOptions {
+inline uint64_t block_offset(uint32_t block_bytes, uint32_t block) { return kPageBytes + uint64_t{block} * block_bytes; }
+
+class Mapping {  // of a whole file; unmapped at its end
+ public:
+  Mapping() = default;
+  Mapping(int fd, uint64_t bytes, bool writable);
+  ~Mapping();
+  Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  Mapping& operator=(Mapping&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  std::byte* data() const { return data_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  uint64_t bytes_ = 0;
+};
+
+struct LogOptions {
   std::vector<std::string> paths;
   uint64_t capacity_bytes = 0;
   uint32_t keep_checkpoints = 2;
   std::string backend;  // "io_uring", "pread", or "" for the best there is
   uint32_t depth = 128;
+  bool mapped = false;
+  bool read_only = false;  // no lock, no changes: the state of `epoch`, whatever the writer does meanwhile
+  std::optional<uint64_t> epoch;                    // to open at; the newest otherwise
+  uint64_t snapshot_after_bytes = uint64_t{8} << 30;  // of log to replay: about 10 s at 0.8 GB/s (bench: store.py, open)
+  std::shared_ptr<System> system;                   // null: the real one
 };
 
-class SsdVolume final : public Volume {
+struct TableInfo {
+  TableSpec spec;
+  int64_t live_rows;
+};
+
+struct SegmentInfo {
+  uint32_t number, path_index, block_bytes, blocks, kept;
+  uint64_t live_bytes, bytes;
+};
+
+class LogVolume final : public Volume {
  public:
-  explicit SsdVolume(SsdOptions options);
-  ~SsdVolume() override;
+  explicit LogVolume(LogOptions options);
+  ~LogVolume() override;
 
   TableId table(const TableSpec& spec, const Initializer& init) override;
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
-  void give_up(TableId table, std::span<const int64_t> rows) override;
   uint64_t submit_get(std::vector<GetRequest> requests) override;
   void wait(uint64_t token) override;
   void flush() override;
   void checkpoint(uint64_t epoch) override;
   std::vector<uint64_t> epochs() const override;
   void restore(uint64_t epoch) override;
+  void withdraw(uint64_t epoch);  // the newest epoch no longer counts; its rows stay as they are
   void await_restore();  // refuse reads and writes until restore()
+  void grow(TableId table, int64_t row_count);
+  std::vector<TableInfo> tables() const;
+  std::vector<SegmentInfo> segments() const;
   VolumeStats stats() const override;
-  const char* backend() const override { return queue_->backend(); }
-  const std::string& fallback_reason() const { return queue_->fallback_reason(); }
+  const char* backend() const override { return queue_ ? queue_->backend() : "mapped"; }
+  std::string fallback_reason() const { return queue_ ? queue_->fallback_reason() : ""; }
   bool direct() const;  // whether the page cache is out of the way
   bool wants_checkpoint() const;  // room is short, and what checkpoints hold would make some
   std::string id() const override;
@@ -110,11 +156,11 @@ class SsdVolume final : public Volume {
   struct Segment {
     uint32_t number, path, block_bytes, capacity_blocks;
     uint32_t blocks = 0;  // sealed
-    uint64_t live = 0;    // newest records
-    uint32_t kept = 0;    // manifests that name it
+    uint64_t live_bytes = 0;  // of newest records
+    uint32_t kept = 0;        // manifests that name it
     bool unsynced = false;
-    uint32_t records = 0;  // in its sealed blocks
     File file;
+    Mapping mapping;  // of a mapped medium
     std::vector<Chunk*> chunks;  // blocks that are not on disk yet
   };
   struct Stream {
@@ -153,38 +199,64 @@ class SsdVolume final : public Volume {
       uint32_t first_item, items, skipped_bytes;  // the read begins that far into the block
     };
     std::vector<GetRequest> requests;
-    std::vector<const Table*> tables;  // by request
+    std::vector<Table*> tables;        // by request
     std::vector<Item> items;           // by place
     std::vector<Read> reads;
     std::atomic<size_t> left{0};
-    std::string error;
+    std::string error;  // the first one
     ErrorKind error_kind{};
+    void fail(ErrorKind kind, std::string what) {
+      if (!error.empty()) return;
+      error = std::move(what);
+      error_kind = kind;
+    }
   };
   struct Kept {
     uint64_t epoch;
     uint64_t bytes;  // of the manifest
-    std::vector<uint32_t> segments;
+    uint64_t snapshot;
+    std::vector<ManifestSegment> segments;
   };
+  struct Snapshot {  // of the index; being written, then named by the manifests that follow
+    uint64_t epoch;
+    std::map<uint32_t, uint32_t> blocks;  // by segment: those that it covers
+    size_t table = 0;                     // rows before (table, row) are written
+    uint64_t row = 0;
+    std::vector<std::map<uint64_t, uint64_t>> before;  // by table: entries of rows not yet written that have changed since
+    uint64_t bytes = 0;
+    bool cancelled = false;
+  };
+  using Lock = std::unique_lock<std::mutex>;
   struct Grave {  // a removed segment whose descriptor reads in flight may still use
     std::shared_ptr<Segment> segment;
     uint64_t last_batch;
   };
-  using Lock = std::unique_lock<std::mutex>;
 
-  void open_newest();
+  void open_existing();
+  void open_folders();
   void load(const Manifest& manifest);
-  void replay(Segment& segment, std::vector<LazyArray<uint64_t>>& sequences);
-  uint32_t replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  void load_snapshot(const Manifest& manifest);
+  void replay(Segment& segment, uint32_t first_block, std::vector<LazyArray<uint64_t>>& sequences);
+  void replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  void count_live();
+  void read_blocks(const Segment& segment, uint32_t first, uint32_t count, std::byte* to) const;
+  bool snapshot_is_due(const Manifest& manifest) const;
+  void begin_snapshot(const Manifest& manifest);
+  void write_snapshot(const std::shared_ptr<Snapshot>& snapshot);
+  void stop_snapshot(Lock& lock);
+  void remove_unnamed_snapshots();
+  void forget_manifest();
   Table& add_table(const TableSpec& spec, const Initializer& init);
   Stream& stream_of(uint32_t block_bytes, bool survivors);
 
   void require_usable() const;
+  void require_writable() const;
   static uint64_t room_of(const Stream& stream);  // blocks
   void ensure_room(Table& table, size_t rows, Lock& lock);
   bool fits(uint64_t more_segments) const;
-  uint64_t reserve() const { return streams_.size() / 2 + 1; }  // segments that puts leave to the cleaner
+  uint64_t reserve() const { return streams_.size() / 2; }  // segments that puts leave to the cleaner: one a block size
   std::shared_ptr<Segment> make_segment(uint32_t block_bytes);
-  void lose(uint64_t place);  // the record there is no longer its row's newest
+  void lose(const Table& table, uint64_t place);  // the record there is no longer its row's newest
   void keep(const Kept& kept);
   void let_go(const Kept& kept);
   std::set<uint32_t> filling() const;
@@ -194,30 +266,41 @@ class SsdVolume final : public Volume {
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
 
+  uint64_t& entry_to_change(Table& table, int64_t row);  // a snapshot that is being written gets to know of it
+  void give_up(const Batch& batch);
+  void give_up(Table& table, int64_t row, uint64_t place);
   std::byte* append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock);  // where the payload goes
   void seal(Table& table, OpenBlock& open, Lock& lock);
+  void next_segment(Stream& stream);
   Chunk* take_chunk(Stream& stream, Lock& lock);
   void dispatch(Stream& stream);
-  void drain(Lock& lock);  // seals and writes everything, and waits for it
+  void drain(Lock& lock);        // seals and writes everything, and waits for it
+  void drain_alone(Lock& lock);  // the same, and nothing has been put since
 
   void clean();  // the cleaner's thread
   bool cleaning_is_due() const;
   uint64_t held_back() const;    // segments that must be free for one that a manifest names to be cleaned
-  uint64_t comfortable() const;  // segments that must be free for a put not to wait for the cleaner
+  uint64_t comfortable() const;  // segments that must be free for a put or a commit not to wait for the cleaner
+  bool will_fit(uint64_t segments) const;  // once what is held is given back
+  void wait_for_cleaner(size_t& waiting, Lock& lock);
+  bool someone_waits() const;
   std::shared_ptr<Segment> victim() const;
   bool move_survivors(const std::shared_ptr<Segment>& segment);
   void move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock);
   void stop_cleaner();
 
   const std::byte* in_memory(const Segment& segment, uint32_t block) const;
+  bool sound(const Table& table, int64_t row, uint64_t place, const std::byte* record) const;
   void plan_reads(Batch& batch, std::vector<IoJob>& jobs);
   void on_io(const IoJob& job, const std::byte* data, int error);
   void on_read(Batch& batch, const Batch::Read& read, const std::byte* data, int error);
   void on_written(Chunk& chunk, int error);
   std::string describe(const Table& table, int64_t row, Place place) const;
+  std::string damage(const Table& table, int64_t row, Place place) const;
   std::string name() const;
 
-  const SsdOptions options_;
+  const LogOptions options_;
+  System& system_;
   std::vector<VolumeFolder> folders_;
   VolumeId volume_{};
   uint64_t segment_bytes_ = 0;
@@ -226,16 +309,18 @@ class SsdVolume final : public Volume {
   std::map<uint32_t, std::shared_ptr<Segment>> segments_;
   std::vector<Grave> graves_;
   std::vector<Kept> kept_;
+  std::shared_ptr<Snapshot> named_, snapshot_;  // the one that manifests name; the one that is being written
+  std::thread snapshot_writer_;
   uint64_t coming_ = 0;  // segments that hold no newest record and wait for a manifest to go
   uint32_t next_segment_ = 1;
   uint64_t next_sequence_ = 1;
-  uint64_t replaced_bytes_ = 0, replaced_before_ = 0;  // by puts, since the last checkpoint and between the two before
-  size_t writing_ = 0;
+  uint64_t made_segments_ = 0, made_before_ = 0;  // for puts, since the last checkpoint, and between the two before
+  size_t writing_ = 0, checkpointing_ = 0;
   uint64_t given_up_ = 0;  // rows
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;
-  size_t waiting_for_room_ = 0;
+  size_t waiting_puts_ = 0, waiting_commits_ = 0;  // that have asked the cleaner to do what it can
   uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
   VolumeStats stats_;
   mutable std::mutex mutex_;

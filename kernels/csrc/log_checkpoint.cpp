@@ -1,0 +1,437 @@
+// LogVolume: opening, commits, replay, index snapshots, and going back.
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <random>
+
+#include "index_snapshot.h"
+#include "log_volume.h"
+
+namespace mtrains {
+namespace {
+
+constexpr uint64_t kReplayBytes = 1u << 20;    // read at a time
+constexpr uint64_t kPageEntries = 64u << 10;   // of an index snapshot
+constexpr int kReaderTries = 5;                // a writer may remove what a reader has just read of
+
+}  // namespace
+
+// -- opening
+
+void LogVolume::open_existing() {
+  for (int tries = 1;; ++tries) {
+    try {
+      open_folders();
+      return;
+    } catch (const Error& e) {
+      if (!options_.read_only || tries == kReaderTries || e.kind() == ErrorKind::kVolumeMismatch) throw;
+      kept_.clear();
+      segments_.clear();
+    }
+  }
+}
+
+void LogVolume::open_folders() {
+  const std::vector<uint64_t> epochs = folders_[0].manifests();
+  if (!options_.read_only) folders_[0].remove_unfinished();
+  if (epochs.empty()) {
+    if (options_.read_only) throw Error(ErrorKind::kVolumeMismatch, "path " + name() + " holds no committed volume to read");
+    std::random_device random;
+    for (uint8_t& byte : volume_) byte = static_cast<uint8_t>(random());
+    for (const VolumeFolder& f : folders_) {
+      for (const uint32_t number : f.segments()) f.remove_segment(number);  // of a job that never committed
+      for (const uint64_t epoch : f.snapshots()) f.remove_snapshot(epoch);
+    }
+    return;
+  }
+  std::optional<Manifest> chosen;
+  for (const uint64_t epoch : epochs) {
+    if (options_.read_only && epoch != options_.epoch.value_or(epochs.back())) continue;
+    const std::vector<std::byte> bytes = folders_[0].read_manifest(epoch);
+    const Manifest& manifest = chosen.emplace(Manifest::decode(bytes, folders_[0].manifest_file(epoch)));
+    if (manifest.epoch != epoch) {
+      throw Error(ErrorKind::kDamagedRecord, "manifest " + folders_[0].manifest_file(epoch) + " is that of epoch " +
+                                                 std::to_string(manifest.epoch) + ". Give it back its name");
+    }
+    if (manifest.path_count != folders_.size()) {
+      throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " was made over " + std::to_string(manifest.path_count) +
+                                                  " paths, opened with " + std::to_string(folders_.size()) +
+                                                  ": name the same paths in the same order");
+    }
+    kept_.push_back({epoch, bytes.size(), manifest.snapshot, manifest.segments});
+  }
+  if (!chosen) {
+    throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " keeps no epoch " + std::to_string(*options_.epoch) +
+                                                "; the newest is " + std::to_string(epochs.back()));
+  }
+  load(*chosen);
+}
+
+void LogVolume::load(const Manifest& manifest) {
+  volume_ = manifest.volume;
+  segment_bytes_ = manifest.segment_bytes;
+  next_sequence_ = std::max(next_sequence_, manifest.next_sequence);
+  for (size_t t = 0; t < manifest.tables.size(); ++t) {
+    const ManifestTable& table = manifest.tables[t];
+    if (t == tables_.size()) add_table(table.spec, table.init);
+    require_same_shape({tables_[t].spec.name, table.spec.row_count, tables_[t].spec.record_bytes}, table.spec, name());
+  }
+  for (const Kept& k : kept_) {
+    for (const ManifestSegment& s : k.segments) {
+      const auto at = segments_.find(s.number);
+      const auto segment = at != segments_.end() ? at->second : std::make_shared<Segment>();
+      if (at == segments_.end()) {
+        segment->number = s.number;
+        segment->path = s.path_index;
+        segment->block_bytes = s.block_bytes;
+        segment->file = folders_[s.path_index].open_segment(s.number);
+        if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, !options_.read_only);
+        segments_[s.number] = segment;
+      }
+      if (segment->path != s.path_index || segment->block_bytes != s.block_bytes) {
+        throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": its checkpoints disagree about segment " +
+                                                   std::to_string(s.number) + ". Restore the volume from a copy");
+      }
+      require_bytes(segment->file, block_offset(s.block_bytes, s.blocks), folders_[s.path_index].segment_file(s.number));
+    }
+  }
+  if (!options_.read_only) {
+    for (const VolumeFolder& folder : folders_) {
+      for (const uint32_t number : folder.segments()) {
+        next_segment_ = std::max(next_segment_, number + 1);
+        if (!segments_.contains(number)) folder.remove_segment(number);
+      }
+    }
+  }
+  load_snapshot(manifest);
+  std::vector<LazyArray<uint64_t>> sequences;
+  for (const Table& t : tables_) sequences.emplace_back(static_cast<size_t>(t.spec.row_count));
+  for (const ManifestSegment& s : manifest.segments) {
+    Segment& segment = *segments_.at(s.number);
+    segment.blocks = s.blocks;
+    replay(segment, s.in_snapshot, sequences);
+  }
+  count_live();
+  coming_ = 0;
+  for (const Kept& k : kept_) keep(k);
+}
+
+void LogVolume::load_snapshot(const Manifest& manifest) {
+  named_.reset();
+  if (!options_.read_only) remove_unnamed_snapshots();
+  if (manifest.snapshot == 0) return;
+  const std::string file = folders_[0].snapshot_file(manifest.snapshot);
+  auto snapshot = std::make_shared<Snapshot>();
+  snapshot->epoch = manifest.snapshot;
+  for (const ManifestSegment& s : manifest.segments) snapshot->blocks[s.number] = s.in_snapshot;
+  read_index_snapshot(folders_[0].open_snapshot(manifest.snapshot), file, volume_, manifest.snapshot,
+                      [&](uint32_t number, uint64_t first_row, std::span<const uint64_t> places) {
+                        if (number > tables_.size() || first_row + places.size() > tables_[number - 1].index.size()) {
+                          throw Error(ErrorKind::kDamagedRecord, "index " + file + " names rows that no table has");
+                        }
+                        std::copy(places.begin(), places.end(), tables_[number - 1].index.data() + first_row);
+                        snapshot->bytes += places.size_bytes();
+                      });
+  named_ = std::move(snapshot);
+}
+
+void LogVolume::read_blocks(const Segment& segment, uint32_t first, uint32_t count, std::byte* to) const {
+  const uint64_t offset = block_offset(segment.block_bytes, first), bytes = uint64_t{count} * segment.block_bytes;
+  if (segment.mapping.data()) {
+    std::memcpy(to, segment.mapping.data() + offset, bytes);
+  } else {
+    read_whole(segment.file, to, bytes, offset, folders_[segment.path].segment_file(segment.number));
+  }
+}
+
+void LogVolume::replay(Segment& segment, uint32_t first_block, std::vector<LazyArray<uint64_t>>& sequences) {
+  const std::string file = folders_[segment.path].segment_file(segment.number);
+  const AlignedBytes page = aligned_bytes(kPageBytes);
+  read_whole(segment.file, page.get(), kPageBytes, 0, file);
+  SegmentHeader header;
+  std::memcpy(&header, page.get(), sizeof header);
+  if (header.magic != kSegmentMagic || header.crc != crc32c(0, &header, offsetof(SegmentHeader, crc)) ||
+      header.volume != volume_ || header.segment != segment.number || header.block_bytes != segment.block_bytes) {
+    throw Error(ErrorKind::kDamagedRecord, "segment " + file + " does not begin with the header of this volume's segment " +
+                                               std::to_string(segment.number) + ". Restore the volume from a copy");
+  }
+  const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kReplayBytes / segment.block_bytes, 1));
+  const AlignedBytes buffer = aligned_bytes(uint64_t{per_read} * segment.block_bytes);
+  for (uint32_t first = first_block; first < segment.blocks; first += per_read) {
+    const uint32_t count = std::min(per_read, segment.blocks - first);
+    read_blocks(segment, first, count, buffer.get());
+    for (uint32_t b = 0; b < count; ++b) {
+      replay_block(segment, first + b, buffer.get() + uint64_t{b} * segment.block_bytes, sequences);
+    }
+  }
+}
+
+void LogVolume::replay_block(const Segment& segment, uint32_t block, const std::byte* data,
+                             std::vector<LazyArray<uint64_t>>& sequences) {
+  const TableId number = header_of(data).table;
+  auto fail = [&](const std::string& what) {
+    throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": segment " + folders_[segment.path].segment_file(segment.number) +
+                                               ", block " + std::to_string(block) + ": " + what + ". Restore the volume from a copy");
+  };
+  if (number == 0 || number > tables_.size()) fail("no record of a known table begins it (table " + std::to_string(number) + ")");
+  Table& table = tables_[number - 1];
+  if (table.shape.block_bytes != segment.block_bytes) fail("table '" + table.spec.name + "' has blocks of another size");
+  for (uint32_t i = 0; i < table.shape.records; ++i) {
+    const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
+    const RecordHeader h = header_of(record);
+    if (h.table == 0) break;
+    const uint64_t place = Place{segment.number, block, i}.pack();
+    if (h.table != number || h.row < 0 || h.row >= table.spec.row_count || !sound(table, h.row, place, record)) {
+      fail("the record of table '" + table.spec.name + "', row " + std::to_string(h.row) + " fails its checksum");
+    }
+    // A survivor that cleaning moved keeps its sequence: it stands for what the snapshot says, unless a later put is here too.
+    uint64_t& newest = sequences[number - 1][static_cast<size_t>(h.row)];
+    if (h.sequence < newest) continue;
+    newest = h.sequence;
+    table.index[static_cast<size_t>(h.row)] = place;
+  }
+}
+
+void LogVolume::count_live() {
+  for (const Table& t : tables_) {
+    for (size_t row = 0; row < t.index.size(); ++row) {
+      if (!t.index[row]) continue;
+      const Place place = Place::unpack(t.index[row]);
+      const auto at = segments_.find(place.segment);
+      if (at == segments_.end() || place.block >= at->second->blocks || place.position >= t.shape.records ||
+          at->second->block_bytes != t.shape.block_bytes) {
+        throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": the index says that " + describe(t, static_cast<int64_t>(row), place) +
+                                                   " is where the checkpoint has no record. Restore the volume from a copy");
+      }
+      at->second->live_bytes += t.shape.stride_bytes;
+    }
+  }
+}
+
+// -- committing
+
+void LogVolume::checkpoint(uint64_t epoch) {
+  {
+    Lock lock(mutex_);
+    require_usable();
+    if (!options_.read_only && !kept_.empty()) wait_for_cleaner(waiting_commits_, lock);
+  }
+  std::lock_guard commit(commit_mutex_);
+  Lock lock(mutex_);
+  require_usable();
+  require_writable();
+  if (!sync_error_.empty()) {
+    throw Error(ErrorKind::kVolumeIo, "volume " + name() + " commits nothing any more: " + sync_error_ +
+                                          ", so what is on disk is unknown. Resume from the last checkpoint");
+  }
+  std::vector<uint64_t> have;
+  for (const Kept& k : kept_) have.push_back(k.epoch);
+  require_newer(have, epoch, name());
+  drain_alone(lock);
+  if (given_up_ > 0) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + ": the newest values of " + std::to_string(given_up_) +
+                                        " rows are in slot pools. Nothing was committed. Flush the pools first");
+  }
+  Manifest manifest{volume_, epoch, next_sequence_, segment_bytes_, named_ ? named_->epoch : 0,
+                    static_cast<uint32_t>(folders_.size()), {}, {}};
+  for (const Table& t : tables_) manifest.tables.push_back({t.spec, t.init});
+  std::vector<std::shared_ptr<Segment>> unsynced;
+  for (const auto& [number, s] : segments_) {
+    if (s->live_bytes == 0) continue;
+    const uint32_t in_snapshot = named_ && named_->blocks.contains(number) ? named_->blocks[number] : 0;
+    manifest.segments.push_back({number, s->path, s->block_bytes, s->blocks, in_snapshot});
+    if (s->unsynced) unsynced.push_back(s);
+    s->unsynced = false;
+  }
+  kept_.push_back({epoch, 0, manifest.snapshot, manifest.segments});  // from here on its segments stay
+  keep(kept_.back());
+  const bool due = snapshot_is_due(manifest);
+  if (due) begin_snapshot(manifest);
+  lock.unlock();
+  try {
+    for (const auto& s : unsynced) sync_file(s->file, folders_[s->path].segment_file(s->number));
+    for (const VolumeFolder& f : folders_) f.sync();
+    const std::vector<std::byte> bytes = manifest.encode();
+    folders_[0].commit_manifest(epoch, bytes);
+    lock.lock();
+    kept_.back().bytes = bytes.size();
+  } catch (const Error& e) {
+    lock.lock();
+    let_go(kept_.back());
+    kept_.pop_back();
+    if (due) snapshot_.reset();
+    if (e.kind() != ErrorKind::kVolumeFull) sync_error_ = e.what();
+    for (const auto& s : unsynced) s->unsynced = true;
+    throw;
+  }
+  ++stats_.checkpoints;
+  made_before_ = std::exchange(made_segments_, 0);
+  while (kept_.size() > options_.keep_checkpoints) forget_manifest();
+  folders_[0].sync();
+  reclaim();
+  room_made_.notify_all();
+  if (due) {
+    if (snapshot_writer_.joinable()) snapshot_writer_.join();  // the one before has ended
+    snapshot_writer_ = std::thread([this, snapshot = snapshot_] { write_snapshot(snapshot); });
+  }
+}
+
+void LogVolume::forget_manifest() {
+  folders_[0].remove_manifest(kept_.front().epoch);
+  let_go(kept_.front());
+  kept_.erase(kept_.begin());
+  remove_unnamed_snapshots();
+}
+
+void LogVolume::remove_unnamed_snapshots() {
+  for (const uint64_t epoch : folders_[0].snapshots()) {
+    if ((named_ && named_->epoch == epoch) || (snapshot_ && snapshot_->epoch == epoch)) continue;
+    if (std::none_of(kept_.begin(), kept_.end(), [&](const Kept& k) { return k.snapshot == epoch; })) folders_[0].remove_snapshot(epoch);
+  }
+}
+
+bool LogVolume::snapshot_is_due(const Manifest& manifest) const {
+  if (snapshot_) return false;
+  uint64_t to_replay = 0, bytes = 0;
+  for (const ManifestSegment& s : manifest.segments) to_replay += uint64_t{s.blocks - s.in_snapshot} * s.block_bytes;
+  for (const Table& t : tables_) bytes += t.index.size() * sizeof(uint64_t);
+  // Without room opening replays more, that is all.
+  return to_replay > options_.snapshot_after_bytes && fits(1 + reserve() + bytes / segment_bytes_);
+}
+
+void LogVolume::begin_snapshot(const Manifest& manifest) {
+  snapshot_ = std::make_shared<Snapshot>();
+  snapshot_->epoch = manifest.epoch;
+  for (const ManifestSegment& s : manifest.segments) snapshot_->blocks[s.number] = s.blocks;
+  snapshot_->before.resize(tables_.size());
+  for (const Table& t : tables_) snapshot_->bytes += t.index.size() * sizeof(uint64_t);
+}
+
+void LogVolume::write_snapshot(const std::shared_ptr<Snapshot>& shared) {
+  Snapshot& snapshot = *shared;
+  try {
+    const std::string file = folders_[0].snapshot_file(snapshot.epoch);
+    IndexSnapshotWriter writer(folders_[0].create_snapshot(snapshot.epoch), file, volume_, snapshot.epoch);
+    std::vector<uint64_t> page;
+    for (size_t t = 0; t < snapshot.before.size(); ++t) {
+      for (uint64_t first = 0;;) {
+        {
+          Lock lock(mutex_);
+          if (snapshot.cancelled) return;
+          const Table& table = tables_[t];
+          const uint64_t count = std::min<uint64_t>(kPageEntries, table.index.size() - first);
+          page.assign(table.index.data() + first, table.index.data() + first + count);
+          auto& before = snapshot.before[t];
+          for (auto at = before.begin(); at != before.end() && at->first < first + count; at = before.erase(at)) {
+            page[at->first - first] = at->second;
+          }
+          snapshot.table = t;
+          snapshot.row = first + count;
+        }
+        if (std::any_of(page.begin(), page.end(), [](uint64_t p) { return p != 0; })) writer.page(static_cast<uint32_t>(t + 1), first, page);
+        first += page.size();
+        Lock lock(mutex_);
+        if (first == tables_[t].index.size()) {
+          snapshot.table = t + 1;
+          snapshot.row = 0;
+          break;
+        }
+      }
+    }
+    const uint64_t bytes = writer.finish();
+    folders_[0].sync();
+    Lock lock(mutex_);
+    if (snapshot.cancelled) return;
+    snapshot.bytes = bytes;
+    named_ = std::move(snapshot_);
+  } catch (const Error&) {  // without it opening replays more, that is all
+    Lock lock(mutex_);
+    if (!snapshot.cancelled) snapshot_.reset();
+    folders_[0].remove_snapshot(snapshot.epoch);
+  }
+}
+
+void LogVolume::stop_snapshot(Lock& lock) {
+  if (!snapshot_) return;
+  const std::shared_ptr<Snapshot> stopped = std::move(snapshot_);
+  stopped->cancelled = true;
+  lock.unlock();
+  if (snapshot_writer_.joinable()) snapshot_writer_.join();
+  lock.lock();
+  folders_[0].remove_snapshot(stopped->epoch);
+}
+
+std::vector<uint64_t> LogVolume::epochs() const {
+  std::lock_guard lock(mutex_);
+  std::vector<uint64_t> result;
+  for (const Kept& k : kept_) result.push_back(k.epoch);
+  return result;
+}
+
+// -- going back
+
+void LogVolume::withdraw(uint64_t epoch) {
+  std::lock_guard commit(commit_mutex_);
+  Lock lock(mutex_);
+  require_open(closed_, name());
+  require_writable();
+  if (kept_.empty() || kept_.back().epoch != epoch) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + ": only the newest epoch can be withdrawn, " + std::to_string(epoch) + " is not");
+  }
+  folders_[0].remove_manifest(epoch);
+  folders_[0].sync();
+  let_go(kept_.back());
+  kept_.pop_back();
+  remove_unnamed_snapshots();
+}
+
+void LogVolume::await_restore() {
+  std::lock_guard lock(mutex_);
+  awaiting_restore_ = true;
+}
+
+void LogVolume::restore(uint64_t epoch) {
+  std::lock_guard commit(commit_mutex_);
+  Lock lock(mutex_);
+  require_open(closed_, name());
+  require_writable();
+  const auto at = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& k) { return k.epoch == epoch; });
+  if (at == kept_.end()) {
+    std::string epochs;
+    for (const Kept& k : kept_) epochs += " " + std::to_string(k.epoch);
+    throw Error(ErrorKind::kVolume, "volume " + name() + " does not keep epoch " + std::to_string(epoch) + "; it keeps" +
+                                        (epochs.empty() ? " none" : epochs));
+  }
+  stop_snapshot(lock);
+  written_.wait(lock, [&] { return writing_ == 0; });
+  {
+    std::lock_guard guard(batch_mutex_);
+    if (!batches_.empty()) throw Error(ErrorKind::kVolume, "volume " + name() + ": reads are in flight; wait for them before restore");
+  }
+  const Manifest manifest = Manifest::decode(folders_[0].read_manifest(epoch), folders_[0].manifest_file(epoch));
+  while (kept_.back().epoch != epoch) {
+    folders_[0].remove_manifest(kept_.back().epoch);
+    kept_.pop_back();
+  }
+  folders_[0].sync();
+  for (Table& t : tables_) {
+    t.index.clear();
+    t.fresh.rows.clear();
+    t.moved.rows.clear();
+  }
+  for (Stream& s : streams_) {
+    s.current.reset();
+    s.ready.clear();
+    s.chunk = nullptr;
+    s.spare.clear();
+    for (const auto& c : s.chunks) s.spare.push_back(c.get());
+  }
+  segments_.clear();
+  graves_.clear();
+  given_up_ = 0;
+  write_error_.clear();
+  load(manifest);
+  awaiting_restore_ = false;
+}
+
+}  // namespace mtrains

@@ -1,0 +1,291 @@
+// LogVolume: room and cleaning.
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstring>
+
+#include "log_volume.h"
+
+namespace mtrains {
+namespace {
+
+constexpr uint64_t kCleanBytes = 1u << 20;  // read at a time; puts and gets go on in between
+
+}  // namespace
+
+uint64_t LogVolume::manifest_bytes() const {
+  uint64_t bytes = 128 + 16 * (segments_.size() + 1);
+  for (const Table& t : tables_) bytes += 64 + t.spec.name.size();
+  return bytes;
+}
+
+uint64_t LogVolume::used_bytes() const {
+  uint64_t bytes = segments_.size() * segment_bytes_ + (named_ ? named_->bytes : 0) + (snapshot_ ? snapshot_->bytes : 0);
+  for (const Kept& k : kept_) bytes += k.bytes;
+  return bytes;
+}
+
+void LogVolume::refuse_full() const {
+  uint64_t live = 0;
+  for (const auto& [number, s] : segments_) live += s->live_bytes;
+  throw Error(ErrorKind::kVolumeFull,
+              "volume " + name() + " is full: capacity_bytes is " + std::to_string(options_.capacity_bytes) + ", " +
+                  std::to_string(used_bytes()) + " are used by " + std::to_string(segments_.size()) + " segments of " +
+                  std::to_string(segment_bytes_) + " bytes: " +
+                  std::to_string(live) + " bytes are newest rows, " + std::to_string(coming_) +
+                  " segments wait for a checkpoint to go. Nothing was changed, and everything up to the last checkpoint is "
+                  "intact. Raise capacity_bytes, commit a checkpoint more often, or keep fewer of them");
+}
+
+bool LogVolume::fits(uint64_t more_segments) const {
+  return used_bytes() + more_segments * segment_bytes_ + manifest_bytes() <= options_.capacity_bytes;
+}
+
+std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes) {
+  if (!fits(1)) refuse_full();
+  if (next_segment_ >= kMostSegments) throw Error(ErrorKind::kVolumeFull, "volume " + name() + " has used up its segment numbers");
+  auto segment = std::make_shared<Segment>();
+  segment->number = next_segment_;
+  segment->path = next_segment_ % static_cast<uint32_t>(folders_.size());
+  segment->block_bytes = block_bytes;
+  segment->capacity_blocks = static_cast<uint32_t>((segment_bytes_ - kPageBytes) / block_bytes);
+  segment->unsynced = true;
+  segment->file = folders_[segment->path].create_segment(segment->number, segment_bytes_);
+  SegmentHeader header{kSegmentMagic, kFormatVersion, segment->number, block_bytes, segment->path, volume_, 0};
+  header.crc = crc32c(0, &header, offsetof(SegmentHeader, crc));
+  const std::string file = folders_[segment->path].segment_file(segment->number);
+  const AlignedBytes page = aligned_bytes(kPageBytes);
+  std::memset(page.get(), 0, kPageBytes);
+  std::memcpy(page.get(), &header, sizeof header);
+  try {
+    write_whole(segment->file, page.get(), kPageBytes, 0, file);
+    if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, true);
+  } catch (const Error&) {
+    folders_[segment->path].remove_segment(segment->number);
+    throw;
+  }
+  ++next_segment_;
+  segments_[segment->number] = segment;
+  return segment;
+}
+
+uint64_t LogVolume::room_of(const Stream& stream) {
+  uint64_t room = stream.current ? stream.current->capacity_blocks - stream.current->blocks : 0;
+  for (const auto& s : stream.ready) room += s->capacity_blocks;
+  return room;
+}
+
+void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
+  Stream& stream = *table.fresh.stream;
+  // Blocks that these rows fill, and one for every block that a flush would seal.
+  const uint64_t needed = (table.fresh.rows.size() + rows) / table.shape.records + stream.tables;
+  while (room_of(stream) < needed) {
+    if (!fits(comfortable())) reclaim();
+    wait_for_cleaner(waiting_puts_, lock);
+    if (!fits(1 + reserve())) refuse_full();
+    stream.ready.push_back(make_segment(stream.block_bytes));
+    ++made_segments_;
+  }
+  if (cleaning_is_due()) cleaner_wake_.notify_one();
+}
+
+bool LogVolume::will_fit(uint64_t segments) const { return fits(segments > coming_ ? segments - coming_ : 0); }
+
+// A put needs room now; a commit is what gives back what is held.
+bool LogVolume::someone_waits() const {
+  return (waiting_puts_ > 0 && !fits(comfortable())) || (waiting_commits_ > 0 && !will_fit(comfortable()));
+}
+
+void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
+  const uint64_t round = idle_rounds_;
+  ++waiting;
+  asked_ = true;
+  cleaner_wake_.notify_one();
+  room_made_.wait(lock, [&] { return !someone_waits() || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
+  --waiting;
+  require_open(stop_cleaner_, name());
+  require_usable();
+}
+
+void LogVolume::lose(const Table& table, uint64_t place) {
+  Segment& segment = *segments_.at(Place::unpack(place).segment);
+  segment.live_bytes -= table.shape.stride_bytes;
+  if (segment.live_bytes == 0 && segment.kept > 0) ++coming_;
+}
+
+void LogVolume::keep(const Kept& kept) {
+  for (const ManifestSegment& s : kept.segments) {
+    Segment& segment = *segments_.at(s.number);
+    if (segment.kept++ == 0 && segment.live_bytes == 0) ++coming_;
+  }
+}
+
+void LogVolume::let_go(const Kept& kept) {
+  for (const ManifestSegment& s : kept.segments) {
+    Segment& segment = *segments_.at(s.number);
+    if (--segment.kept == 0 && segment.live_bytes == 0) --coming_;
+  }
+}
+
+std::set<uint32_t> LogVolume::filling() const {
+  std::set<uint32_t> numbers;
+  for (const Stream& s : streams_) {
+    if (s.current) numbers.insert(s.current->number);
+    for (const auto& r : s.ready) numbers.insert(r->number);
+  }
+  return numbers;
+}
+
+void LogVolume::reclaim() {
+  const std::set<uint32_t> busy = filling();
+  std::vector<uint32_t> dead;
+  for (const auto& [number, s] : segments_) {
+    if (s->live_bytes == 0 && s->kept == 0 && s->chunks.empty() && !busy.contains(number)) dead.push_back(number);
+  }
+  for (const uint32_t number : dead) remove_segment(number);
+}
+
+void LogVolume::remove_segment(uint32_t number) {
+  const auto at = segments_.find(number);
+  folders_[at->second->path].remove_segment(number);
+  std::lock_guard lock(batch_mutex_);
+  std::erase_if(graves_, [&](const Grave& g) { return batches_.empty() || batches_.begin()->first > g.last_batch; });
+  if (!batches_.empty()) graves_.push_back({at->second, last_batch_});
+  segments_.erase(at);
+}
+
+bool LogVolume::cleaning_is_due() const {
+  // What a kept manifest names comes back only when that manifest goes: with checkpoints, cleaning begins as many segments
+  // earlier as are filled until then, and what it has emptied already counts as room.
+  const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * std::max(made_segments_, made_before_);
+  const uint64_t wanted = 1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then;
+  return !will_fit(wanted);
+}
+
+uint64_t LogVolume::held_back() const {
+  return 2 + reserve() + (made_before_ > made_segments_ ? made_before_ - made_segments_ : 0);
+}
+
+uint64_t LogVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() : held_back()); }
+
+std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
+  const std::set<uint32_t> busy = filling();
+  // One that is held gives nothing back yet, and puts go on until it does.
+  // A commit is what gives it back: for one that waits, the cleaner goes as far as leaves room for a put.
+  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve()));
+  std::shared_ptr<Segment> best;
+  double best_score = 0;
+  for (const auto& [number, s] : segments_) {
+    if (s->live_bytes == 0 || !s->chunks.empty() || busy.contains(number)) continue;
+    if (s->kept > 0 && !roomy) continue;
+    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.3 : 0);  // to copy
+    if (share >= 0.95) continue;  // copying gains nothing
+    // Room gained per byte copied, times how long it has stayed: what an old segment still holds is not being replaced.
+    const double score = (1 - share) / share * (next_segment_ - number);
+    if (score > best_score) {
+      best = s;
+      best_score = score;
+    }
+  }
+  return best;
+}
+
+void LogVolume::clean() {
+  auto due = [&] { return cleaning_is_due() || someone_waits(); };
+  Lock lock(mutex_);
+  while (!stop_cleaner_) {
+    cleaner_wake_.wait(lock, [&] { return stop_cleaner_ || asked_ || due(); });
+    asked_ = false;
+    reclaim();
+    if (!due()) {
+      room_made_.notify_all();
+      continue;
+    }
+    const std::shared_ptr<Segment> segment = victim();
+    bool moved = false;
+    if (segment) {
+      lock.unlock();
+      moved = move_survivors(segment);
+      lock.lock();
+      stats_.cleaned_segments += moved;
+      reclaim();
+    }
+    if (!moved) ++idle_rounds_;
+    room_made_.notify_all();
+    // Nothing to do until something changes: a checkpoint, or puts that make newest records old.
+    if (!moved) cleaner_wake_.wait_for(lock, std::chrono::milliseconds(20), [&] { return stop_cleaner_ || asked_; });
+  }
+}
+
+bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
+  const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kCleanBytes / segment->block_bytes, 1));
+  const AlignedBytes buffer = aligned_bytes(uint64_t{per_read} * segment->block_bytes);
+  for (uint32_t first = 0; first < segment->blocks; first += per_read) {
+    std::lock_guard commit(commit_mutex_);
+    Lock lock(mutex_);
+    const auto at = segments_.find(segment->number);
+    if (stop_cleaner_ || !write_error_.empty()) return false;
+    if (at == segments_.end() || at->second != segment || segment->live_bytes == 0) return true;  // it emptied by itself
+    lock.unlock();
+    const uint32_t count = std::min(per_read, segment->blocks - first);
+    std::string error;
+    try {
+      read_blocks(*segment, first, count, buffer.get());
+    } catch (const Error& e) {
+      error = e.what();
+    }
+    lock.lock();
+    if (!error.empty()) {
+      write_error_ = "cleaning failed: " + error;
+      return false;
+    }
+    ++stats_.clean_read_ios;
+    stats_.clean_read_bytes += uint64_t{count} * segment->block_bytes;
+    try {
+      for (uint32_t b = 0; b < count; ++b) {
+        move_block(*segment, first + b, buffer.get() + uint64_t{b} * segment->block_bytes, lock);
+      }
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kVolumeFull) write_error_ = e.what();
+      return false;
+    }
+  }
+  return true;
+}
+
+void LogVolume::move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock) {
+  const TableId number = header_of(data).table;
+  if (number == 0 || number > tables_.size()) {
+    throw Error(ErrorKind::kDamagedRecord, "segment " + std::to_string(segment.number) + ", block " + std::to_string(block) +
+                                               " holds no record of a known table");
+  }
+  Table& table = tables_[number - 1];
+  Stream& stream = *table.moved.stream;
+  while (room_of(stream) < 1 + stream.tables) stream.ready.push_back(make_segment(stream.block_bytes));
+  for (uint32_t i = 0; i < table.shape.records; ++i) {
+    const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
+    const RecordHeader h = header_of(record);
+    if (h.table == 0) break;
+    const Place place{segment.number, block, i};
+    if (h.table != number || h.row < 0 || h.row >= table.spec.row_count) {
+      throw Error(ErrorKind::kDamagedRecord, "damaged: " + describe(table, h.row, place));
+    }
+    if (table.moved.rows.size() == table.shape.records) seal(table, table.moved, lock);  // may let puts in, so before the look
+    if (table.index[static_cast<size_t>(h.row)] != place.pack()) continue;  // no longer the newest
+    if (!sound(table, h.row, place.pack(), record)) throw Error(ErrorKind::kDamagedRecord, damage(table, h.row, place));
+    std::memcpy(append(table, table.moved, h.row, h.sequence, lock), record + kRecordHeaderBytes, table.spec.record_bytes);
+    ++stats_.moved_rows;
+  }
+}
+
+void LogVolume::stop_cleaner() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_cleaner_ = true;
+  }
+  cleaner_wake_.notify_all();
+  room_made_.notify_all();
+  if (cleaner_.joinable()) cleaner_.join();
+}
+
+}  // namespace mtrains

@@ -1,0 +1,202 @@
+// A slot pool trains like a table in memory: one thread begins batches and trains them, others wait for and release them.
+#include "slot_pool.h"
+
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <set>
+
+#include "check.h"
+#include "media.h"
+#include "memory_volume.h"
+
+namespace mtrains::test {
+namespace {
+
+constexpr uint32_t kBytes = 64;
+constexpr int64_t kRows[2] = {300, 90};
+constexpr int32_t kPoolRows[2] = {70, 40};
+
+struct Trainer {
+  explicit Trainer(Volume& v) : volume(v) {
+    std::vector<SlotPoolTable> tables;
+    for (size_t t = 0; t < 2; ++t) {
+      const std::string name = "t" + std::to_string(t);
+      ids[t] = v.table({name, kRows[t], kBytes}, {});
+      weights[t].assign(static_cast<size_t>(kPoolRows[t]) * (kBytes - 16), std::byte{0xEE});
+      state[t].assign(static_cast<size_t>(kPoolRows[t]) * 16, std::byte{0xEE});
+      tables.push_back({name, &v, ids[t], kRows[t], kPoolRows[t],
+                        {{weights[t].data(), kBytes - 16, kBytes - 16}, {state[t].data(), 16, 16}}});
+      versions[t].assign(static_cast<size_t>(kRows[t]), 0);
+    }
+    pool = std::make_unique<SlotPool>(std::move(tables), std::vector<int32_t>{0, 0, 1}, 50);  // stamps are renumbered often
+  }
+
+  struct Step {
+    std::vector<int64_t> ids, offsets, slots;
+    uint64_t seq = 0;
+  };
+  std::unique_ptr<Step> draw(Random& random) {
+    auto step = std::make_unique<Step>();
+    step->offsets.push_back(0);
+    for (const size_t t : {0, 0, 1}) {
+      for (uint64_t n = below(random, 12); n > 0; --n) {
+        step->ids.push_back(static_cast<int64_t>(below(random, random() % 2 ? 10 : static_cast<uint64_t>(kRows[t]))));
+      }
+      step->offsets.push_back(static_cast<int64_t>(step->ids.size()));
+    }
+    step->slots.assign(step->ids.size(), -1);
+    return step;
+  }
+  uint64_t begin(Step& step, bool hard) {
+    const Batch batch{step.ids.data(), false, step.offsets.data(), false, 1, static_cast<int64_t>(step.ids.size())};
+    return step.seq = pool->begin(batch, step.slots.data(), hard, true);
+  }
+  // Every row of the batch is what it was, and becomes the next version, in its slot.
+  void train(const Step& step) {
+    std::set<std::pair<size_t, int64_t>> trained;
+    for (size_t f = 0; f < 3; ++f) {
+      const size_t t = f / 2;
+      for (int64_t i = step.offsets[f]; i < step.offsets[f + 1]; ++i) {
+        const int64_t row = step.ids[i], slot = step.slots[i];
+        CHECK(slot >= 0 && slot < kPoolRows[t]);
+        if (!trained.insert({t, row}).second) continue;
+        std::byte record[kBytes];
+        std::memcpy(record, weights[t].data() + slot * (kBytes - 16), kBytes - 16);
+        std::memcpy(record + kBytes - 16, state[t].data() + slot * 16, 16);
+        CHECK_EQ(version_of(record, kBytes, row), versions[t][row]);
+        write_record(record, kBytes, row, ++versions[t][row]);
+        std::memcpy(weights[t].data() + slot * (kBytes - 16), record, kBytes - 16);
+        std::memcpy(state[t].data() + slot * 16, record + kBytes - 16, 16);
+      }
+    }
+  }
+  void check_all() {
+    pool->check();
+    pool->flush();
+    for (size_t t = 0; t < 2; ++t) {
+      CHECK(get_versions(volume, ids[t], kBytes, rows_up_to(kRows[t])) == versions[t]);
+      std::vector<std::byte> records(static_cast<size_t>(kRows[t]) * kBytes);
+      pool->read(t, 0, kRows[t], {{records.data(), kBytes, kBytes - 16}, {records.data() + kBytes - 16, kBytes, 16}});
+      for (int64_t r = 0; r < kRows[t]; ++r) CHECK_EQ(version_of(records.data() + r * kBytes, kBytes, r), versions[t][r]);
+    }
+  }
+
+  Volume& volume;
+  TableId ids[2];
+  std::vector<std::byte> weights[2], state[2];
+  std::vector<uint64_t> versions[2];
+  std::unique_ptr<SlotPool> pool;
+};
+
+// Prefetched steps wait in a queue; trained ones go to threads that release them, each twice, in any order.
+void train_on_threads(Random& random, Volume& volume, uint32_t steps) {
+  Trainer trainer(volume);
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<std::unique_ptr<Trainer::Step>> trained;
+  bool done = false;
+  Threads releasers;
+  for (int i = 0; i < 3; ++i) {
+    releasers.start([&, seed = random()] {
+      Random mine(seed);
+      std::unique_lock lock(mutex);
+      for (;;) {
+        changed.wait(lock, [&] { return done || !trained.empty(); });
+        if (trained.empty()) return;
+        const size_t at = below(mine, trained.size());
+        const std::unique_ptr<Trainer::Step> step = std::move(trained[at]);
+        trained.erase(trained.begin() + static_cast<std::ptrdiff_t>(at));
+        lock.unlock();
+        trainer.pool->wait(step->seq);
+        trainer.pool->release(step->seq);
+        CHECK(!trainer.pool->alive(step->seq));
+        trainer.pool->release(step->seq);
+        CHECK(trainer.pool->outstanding() >= 0 && trainer.pool->resident(0) <= kPoolRows[0]);
+        lock.lock();
+      }
+    });
+  }
+  std::deque<std::unique_ptr<Trainer::Step>> ahead;
+  uint64_t prefetched = 0;
+  for (uint32_t s = 0; s < steps; ++s) {
+    while (ahead.size() < 1 + below(random, 3)) {
+      ahead.push_back(trainer.draw(random));
+      prefetched += trainer.begin(*ahead.back(), false) != 0;
+    }
+    std::unique_ptr<Trainer::Step> step = std::move(ahead.front());
+    ahead.pop_front();
+    while (step->seq == 0 || !trainer.pool->acquire(step->seq, true)) {
+      try {
+        trainer.begin(*step, true);
+      } catch (const Error& e) {
+        CHECK(e.kind() == ErrorKind::kPoolTooSmall);  // the releasers are behind
+        std::this_thread::yield();
+      }
+    }
+    trainer.pool->wait(step->seq);
+    trainer.train(*step);
+    {
+      std::lock_guard lock(mutex);
+      trained.push_back(std::move(step));
+    }
+    changed.notify_one();
+    if (s % 20 == 0) trainer.pool->check();
+    if (s % 50 == 0) trainer.pool->flush();
+  }
+  for (const auto& step : ahead) trainer.pool->release(step->seq);
+  {
+    std::lock_guard lock(mutex);
+    done = true;
+  }
+  changed.notify_all();
+  releasers.join();
+  CHECK_EQ(trainer.pool->outstanding(), 0);
+  trainer.check_all();
+  const SlotPoolStats stats = trainer.pool->stats(0);
+  CHECK(prefetched > 0 && stats.evictions > 0 && stats.write_backs > 0 && stats.write_backs <= stats.evictions);
+}
+
+TEST("a slot pool over memory trains like a table in memory, released on other threads") {
+  Random random = fresh_random();
+  MemoryVolume volume;
+  train_on_threads(random, volume, 600 * rounds());
+}
+
+TEST_ON_EACH_MEDIUM("a slot pool over an SSD volume trains like a table in memory, released on other threads") {
+  Random random = fresh_random();
+  const Folder folder;
+  const auto volume = open_volume(options_for(medium, {folder.path()}, 64u << 20));
+  train_on_threads(random, *volume, 300 * rounds());
+}
+
+TEST("a batch that does not fit beside hard tickets is refused and changes nothing") {
+  MemoryVolume volume;
+  Trainer trainer(volume);
+  Trainer::Step big, small;
+  big.ids = rows_up_to(kPoolRows[0]);
+  big.offsets = {0, kPoolRows[0], kPoolRows[0], kPoolRows[0]};
+  big.slots.assign(big.ids.size(), -1);
+  CHECK(trainer.begin(big, true) != 0);
+  trainer.pool->wait(big.seq);
+  trainer.train(big);
+  small.ids = {kRows[0] - 1};
+  small.offsets = {0, 1, 1, 1};
+  small.slots = {-1};
+  CHECK_EQ(trainer.begin(small, false), 0u);  // a prefetch declines
+  check_error(ErrorKind::kPoolTooSmall, [&] { trainer.begin(small, true); });
+  small.ids = {kRows[0]};
+  check_error(ErrorKind::kIdOutOfRange, [&] { trainer.begin(small, true); });
+  trainer.pool->check();
+  CHECK_EQ(trainer.pool->resident(0), kPoolRows[0]);
+  trainer.pool->release(big.seq);
+  small.ids = {kRows[0] - 1};
+  CHECK(trainer.begin(small, true) != 0);
+  trainer.pool->wait(small.seq);
+  trainer.train(small);
+  trainer.pool->release(small.seq);
+  trainer.check_all();
+}
+
+}  // namespace
+}  // namespace mtrains::test

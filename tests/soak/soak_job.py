@@ -1,0 +1,31 @@
+"""The job that the soak kills: so little room on its SSD that cleaning never rests, and a checkpoint every few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchrec_mtrains.data import SyntheticConfig, SyntheticSource
+from torchrec_mtrains.job_model import ModelOptions
+from torchrec_mtrains.placement import PlacementOptions
+from torchrec_mtrains.train import TrainOptions
+
+SIZES = SyntheticConfig(table_count=3, rows=2000, pooling=4, dense_dim=4)
+BATCH_SIZE = 64
+POOL_ROWS = 300  # a batch touches at most 256 rows of a table
+STEPS = 200
+CHECKPOINT_EVERY = 7
+CAPACITY_BYTES = 14 << 20  # 1.7 MiB of records are live; 200 steps write about 15 MiB
+
+
+def options(ssd: Path | None, **job: object) -> TrainOptions:
+    """The job on an SSD folder, or whole in memory."""
+    tiers = PlacementOptions(in_memory=True) if ssd is None else PlacementOptions(
+        ssd=(str(ssd),), ssd_capacity_bytes=CAPACITY_BYTES, pool_rows=POOL_ROWS
+    )  # fmt: skip
+    model = ModelOptions(embedding_dim=32, dense_layers=(8,), over_layers=(8,), optimizer="adagrad")
+    return TrainOptions(model=model, placement=tiers, **{"steps": STEPS, **job})  # type: ignore[arg-type]
+
+
+def source(rank: int, world_size: int) -> SyntheticSource:
+    """The batches of one rank."""
+    return SyntheticSource(SIZES, BATCH_SIZE, rank=rank, world_size=world_size, held_out_batch_count=1)
