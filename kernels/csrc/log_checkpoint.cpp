@@ -265,7 +265,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
     throw;
   }
   ++stats_.checkpoints;
-  made_before_ = std::exchange(made_segments_, 0);
+  replaced_before_ = std::exchange(replaced_bytes_, 0);
   while (kept_.size() > options_.keep_checkpoints) forget_manifest();
   folders_[0].sync();
   reclaim();

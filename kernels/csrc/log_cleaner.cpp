@@ -84,7 +84,6 @@ void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
     wait_for_cleaner(waiting_puts_, lock);
     if (!fits(1 + reserve())) refuse_full();
     stream.ready.push_back(make_segment(stream.block_bytes));
-    ++made_segments_;
   }
   if (cleaning_is_due()) cleaner_wake_.notify_one();
 }
@@ -156,17 +155,18 @@ void LogVolume::remove_segment(uint32_t number) {
 
 bool LogVolume::cleaning_is_due() const {
   // What a kept manifest names comes back only when that manifest goes: with checkpoints, cleaning begins as many segments
-  // earlier as are filled until then, and what it has emptied already counts as room.
-  const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * std::max(made_segments_, made_before_);
-  const uint64_t wanted = 1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then;
-  return !will_fit(wanted);
+  // earlier as puts replace until then, and what it has emptied already counts as room. Survivors do not count (the more were
+  // cleaned, the more would have to be), nor do rows put for the first time.
+  const uint64_t replaced = std::max(replaced_bytes_, replaced_before_) / segment_bytes_ + 1;
+  const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * replaced;
+  return !will_fit(1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then);
 }
 
 uint64_t LogVolume::held_back() const {
-  return 2 + reserve() + (made_before_ > made_segments_ ? made_before_ - made_segments_ : 0);
+  return 2 + reserve() + (replaced_before_ > replaced_bytes_ ? replaced_before_ - replaced_bytes_ : 0) / segment_bytes_;
 }
 
-uint64_t LogVolume::comfortable() const { return 1 + (kept_.empty() ? reserve() : held_back()); }
+uint64_t LogVolume::comfortable() const { return 2 + reserve(); }
 
 std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
@@ -178,7 +178,7 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0 || !s->chunks.empty() || busy.contains(number)) continue;
     if (s->kept > 0 && !roomy) continue;
-    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.3 : 0);  // to copy
+    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.1 : 0);  // to copy
     if (share >= 0.95) continue;  // copying gains nothing
     // Room gained per byte copied, times how long it has stayed: what an old segment still holds is not being replaced.
     const double score = (1 - share) / share * (next_segment_ - number);

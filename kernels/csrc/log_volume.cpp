@@ -222,6 +222,7 @@ std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
     seal(table, open, lock);
   }
   uint64_t& entry = entry_to_change(table, row);
+  if (entry && &open == &table.fresh) replaced_bytes_ += table.shape.stride_bytes;
   if (entry == kGivenUp) {
     --given_up_;
   } else if (entry) {

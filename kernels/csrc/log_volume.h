@@ -314,7 +314,7 @@ class LogVolume final : public Volume {
   uint64_t coming_ = 0;  // segments that hold no newest record and wait for a manifest to go
   uint32_t next_segment_ = 1;
   uint64_t next_sequence_ = 1;
-  uint64_t made_segments_ = 0, made_before_ = 0;  // for puts, since the last checkpoint, and between the two before
+  uint64_t replaced_bytes_ = 0, replaced_before_ = 0;  // by puts, since the last checkpoint and between the two before
   size_t writing_ = 0, checkpointing_ = 0;
   uint64_t given_up_ = 0;  // rows
   std::string write_error_, sync_error_;
