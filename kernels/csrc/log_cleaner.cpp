@@ -98,9 +98,11 @@ bool LogVolume::someone_waits() const {
 void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
   const uint64_t round = idle_rounds_;
   ++waiting;
-  asked_ = true;
-  cleaner_wake_.notify_one();
-  room_made_.wait(lock, [&] { return !someone_waits() || idle_rounds_ != round || !write_error_.empty() || stop_cleaner_; });
+  while (someone_waits() && idle_rounds_ == round && write_error_.empty() && !stop_cleaner_) {
+    asked_ = true;  // each time anew: what the cleaner made may be another's by now
+    cleaner_wake_.notify_one();
+    room_made_.wait(lock);
+  }
   --waiting;
   require_open(stop_cleaner_, name());
   require_usable();
