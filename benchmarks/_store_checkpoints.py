@@ -78,12 +78,14 @@ def stall(folder: Path, *, tables: int, rows: int, dim: int, batch: int, pooling
         """Seconds of each step, and of the commit."""
         draw(steps + 1 - len(coming))
         seconds = []
-        for _ in range(steps):
+        for step in range(steps):
             start = perf_counter()
             ids = coming.pop(0)
             if coming:
                 tbe.prefetch(coming[0], offsets)
             tbe(ids, offsets).backward(gradient)
+            if epoch is not None:
+                durability.trickle([tbe], steps - step - 1)
             seconds.append(perf_counter() - start)
         start = perf_counter()
         if epoch is not None:

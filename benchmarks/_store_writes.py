@@ -66,21 +66,31 @@ def uniform_write_amplification(fill: float) -> float:
 
 
 class PooledTable:
-    """A slot pool over one table of a volume. A batch is looked up, read, marked as trained and released."""
+    """A slot pool over one table of a volume. Batches are looked up and read, used, and released."""
 
     def __init__(self, volume: SsdVolume, rows: int, record_bytes: int, pool_rows: int) -> None:
         self.volume = volume
         self.home = volume.table("t", row_count=rows, record_bytes=record_bytes)
-        self.slots_memory = torch.zeros(pool_rows, record_bytes, dtype=torch.uint8)
-        part = _core.Part(self.slots_memory.data_ptr(), record_bytes, record_bytes)
+        self.memory = torch.zeros(pool_rows, record_bytes, dtype=torch.uint8)
+        part = _core.Part(self.memory.data_ptr(), record_bytes, record_bytes)
         table = _core.SlotPoolTable("t", volume._native, self.home._id, rows, pool_rows, [part])
         self.pool = _core.SlotPool([table], [0], BATCH_LIMIT)
 
-    def train(self, ids: torch.Tensor) -> None:
+    def begin(self, ids: torch.Tensor, train: bool = True) -> tuple[int, torch.Tensor]:
+        """Its ticket and its slots, which are filled after ``wait``."""
         offsets, slots = torch.tensor([0, len(ids)]), torch.empty(len(ids), dtype=torch.int64)
-        seq = self.pool.begin(ids.data_ptr(), False, len(ids), offsets.data_ptr(), False, 1, slots.data_ptr(), True, True)
+        seq = self.pool.begin(ids.data_ptr(), False, len(ids), offsets.data_ptr(), False, 1, slots.data_ptr(), True, train)
+        return seq, slots
+
+    def train(self, ids: torch.Tensor) -> None:
+        seq, _slots = self.begin(ids)
         self.pool.wait(seq)
         self.pool.release(seq)
+
+    @property
+    def misses(self) -> int:
+        """Rows read so far."""
+        return self.pool.stats(0)["misses"]
 
     def checkpoint(self, epoch: int) -> None:
         self.pool.flush()
@@ -118,9 +128,10 @@ class Written:
         }
 
 
-def _filled(folder: Path, rows: int, record_bytes: int, capacity_bytes: int) -> SsdVolume:
+def filled(folder: Path, rows: int, record_bytes: int, capacity_bytes: int, depth: int = 128) -> SsdVolume:
+    """A volume with every row of one table put, in an order that scatters them."""
     folder.mkdir()
-    volume = SsdVolume((str(folder),), capacity_bytes)
+    volume = SsdVolume((str(folder),), capacity_bytes, depth=depth)
     table = volume.table("t", row_count=rows, record_bytes=record_bytes)
     for part in shuffled(rows, 20_000):
         table.put(part, records(part, record_bytes))
@@ -141,7 +152,7 @@ def steady_state(root: Path, stream: str, fill: float, *, rows: int, record_byte
     """``churn`` and ``measured``: puts before and while measuring, as multiples of all rows."""
     folder = root / f"{stream}_{fill}"
     capacity = capacity_for(rows, record_bytes, fill)
-    volume = _filled(folder, rows, record_bytes, capacity)
+    volume = filled(folder, rows, record_bytes, capacity)
     step, _pool = _steps(volume, rows, record_bytes, stream, max(64, int(rows * LOOKUPS_PER_ROW)))
     halves = []
     for share in (churn, measured / 2, measured / 2):
@@ -168,7 +179,7 @@ def with_checkpoints(
     batch = max(64, int(rows * LOOKUPS_PER_ROW))
 
     def run(folder: Path, capacity: int, count: int, measure_from: int) -> tuple[dict[str, float], int, list[int]]:
-        volume = _filled(folder, rows, record_bytes, capacity)
+        volume = filled(folder, rows, record_bytes, capacity)
         step, pooled = _steps(volume, rows, record_bytes, "evictions", batch)
         assert pooled
         used, put, written = [], volume.stats()["put_rows"], None

@@ -63,12 +63,12 @@ def _split(packed: bytes, size: int) -> list[bytes]:
 
 
 class Ssd:
-    """``SsdVolume``; ``capacity_bytes`` None leaves room for every record twice."""
+    """``SsdVolume``, with room for every record twice."""
 
-    def __init__(self, folder: Path, rows: int, record_bytes: int, depth: int = 128, capacity_bytes: int | None = None) -> None:
+    def __init__(self, folder: Path, rows: int, record_bytes: int, depth: int = 128) -> None:
         folder.mkdir()
-        self.rows, self.record_bytes = rows, record_bytes
-        self.volume = SsdVolume((str(folder),), capacity_bytes or rows * (record_bytes + 64) * 2 + (256 << 20), depth=depth)
+        self.record_bytes = record_bytes
+        self.volume = SsdVolume((str(folder),), rows * (record_bytes + 64) * 2 + (256 << 20), depth=depth)
         self.table = self.volume.table("t", row_count=rows, record_bytes=record_bytes)
         for part in shuffled(rows, 50_000):
             self.table.put(part, records(part, record_bytes))

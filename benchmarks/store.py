@@ -66,7 +66,7 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
             churn=1.0,
             fills=(0.7, 0.85),
         ),
-        "writes": dict(rows=int(250_000 * scale), record_bytes=1000, churn=2.5, measured=1.5, checkpoints=8, steps_between=500),
+        "writes": dict(rows=int(350_000 * scale), record_bytes=1000, churn=3.0, measured=2.0, checkpoints=8, steps_between=500),
         "checkpoints": dict(
             epoch=dict(rows=int(300_000 * scale), record_bytes=260),
             steps=dict(tables=4, rows=int(500_000 * scale), dim=64, batch=1024, pooling=4, steps=100, pairs=3),
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--open-rows", type=int, default=100_000_000, help="rows of the volume that is opened")
     parser.add_argument("--depth", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")
     args = parser.parse_args()
     facts = print_machine()
