@@ -16,7 +16,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torchrec_mtrains.kernels import durability
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
-from _common import bounded_zipf, finish, median, options, print_machine
+from _common import ZipfIds, finish, median, options, print_machine
 from torchrec_mtrains.tiers import Cache, DdrCache, PmemCache, SsdHome, TierChain
 
 DIM = 64
@@ -64,7 +64,7 @@ def counters(tbe: TieredTBE) -> dict[str, float]:
 def measure(exponent: float, tables: int, rows: int, lookups: int, warm: int, steps: int, scratch: Path, pmem: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     total = warm + steps
-    ids = [bounded_zipf(rows, exponent, lookups * total, generator).view(total, lookups) for _ in range(tables)]
+    ids = [ZipfIds(rows, exponent, generator).draw(lookups * total).view(total, lookups) for _ in range(tables)]
     offsets = torch.arange(0, tables * lookups + 1)
     groups = {}
     for name, chain in chains(pmem, rows // 10).items():

@@ -30,16 +30,20 @@ def make(pg, ssd: Path, checkpoint: Path, **options) -> Job:
     return Job(source, job, pg)
 
 
-def fill_until_it_wants(job: Job) -> None:
-    """Other records on the job's own volume use its room up."""
+def fill_until_it_wants(job: Job, here: bool = True) -> None:
+    """Other records on the job's own volume use its room up, and a checkpoint holds copies that the next one would give back."""
     (volume,) = durability.volumes(tiered_groups(job.dmp))
     table = volume.table("filler", row_count=1 << 20, record_bytes=4000)
     records = np.ones((64, 4000), np.uint8)
-    for first in range(0, 1 << 20, 64):
+    for first in range(0, 2048, 64):  # a third of the volume
+        table.put(np.arange(first, first + 64), records)
+    job.save()
+    assert not wants_checkpoint(job.dmp)
+    for first in range(0, 1 << 20 if here else 0, 64):
         if volume.wants_checkpoint:
             return
-        table.put(np.arange(first, first + 64), records)
-    raise AssertionError("the volume never wanted a checkpoint")
+        table.put(np.arange(first, first + 64) % 2048, records)
+    assert not here, "the volume never wanted a checkpoint"
 
 
 @pytest.fixture
@@ -54,8 +58,6 @@ def test_a_volume_that_is_short_of_room_gets_its_checkpoint_at_the_next_step(fol
         job = make(pg, *folders)
         losses: list[float] = []
         job.train(4, lambda s: losses.append(s.loss))
-        job.save()
-        assert not wants_checkpoint(job.dmp)
         fill_until_it_wants(job)
         assert wants_checkpoint(job.dmp)
         job.train(5, lambda s: losses.append(s.loss))
@@ -70,9 +72,7 @@ def train_with_one_rank_short_of_room(ssd: Path, checkpoint: Path) -> list[tuple
     with process_group() as pg:
         job = make(pg, ssd, checkpoint)
         job.train(3, lambda _: None)
-        job.save()
-        if pg.rank() == 1:
-            fill_until_it_wants(job)
+        fill_until_it_wants(job, pg.rank() == 1)
         job.train(4, lambda _: None)
         job.close()
         return [(c.step, c.wanted) for c in job.checkpoints]

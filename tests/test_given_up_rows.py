@@ -75,7 +75,7 @@ def test_no_checkpoint_is_committed_without_the_rows_in_training(folder: str) ->
     written(volume)
     pool = Pool(volume, 20)
     pool.batch(torch.arange(10))
-    with pytest.raises(VolumeError, match="newest values of 10 rows are in slot pools"):
+    with pytest.raises(VolumeError, match="newest values, 10240 bytes of records, are in slot pools"):
         volume.checkpoint(1)
     assert volume.epochs == []
     pool.pool.flush()

@@ -228,9 +228,9 @@ void LogVolume::checkpoint(uint64_t epoch) {
   for (const Kept& k : kept_) have.push_back(k.epoch);
   require_newer(have, epoch, name());
   drain_alone(lock);
-  if (given_up_ > 0) {
-    throw Error(ErrorKind::kVolume, "volume " + name() + ": the newest values of " + std::to_string(given_up_) +
-                                        " rows are in slot pools. Nothing was committed. Flush the pools first");
+  if (given_up_bytes_ > 0) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + ": newest values, " + std::to_string(given_up_bytes_) +
+                                        " bytes of records, are in slot pools. Nothing was committed. Flush the pools first");
   }
   Manifest manifest{volume_, epoch, next_sequence_, segment_bytes_, named_ ? named_->epoch : 0,
                     static_cast<uint32_t>(folders_.size()), {}, {}};
@@ -428,7 +428,7 @@ void LogVolume::restore(uint64_t epoch) {
   }
   segments_.clear();
   graves_.clear();
-  given_up_ = 0;
+  given_up_bytes_ = 0;
   write_error_.clear();
   load(manifest);
   awaiting_restore_ = false;

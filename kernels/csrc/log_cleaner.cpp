@@ -160,7 +160,7 @@ bool LogVolume::cleaning_is_due() const {
   // What a kept manifest names comes back only when that manifest goes: with checkpoints, cleaning begins as many segments
   // earlier as puts replace until then, and what it has emptied already counts as room. Survivors do not count (the more were
   // cleaned, the more would have to be), nor do rows put for the first time.
-  const uint64_t replaced = std::max(replaced_bytes_, replaced_before_) / segment_bytes_ + 1;
+  const uint64_t replaced = (std::max(replaced_bytes_, replaced_before_) + given_up_bytes_) / segment_bytes_ + 1;
   const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * replaced;
   return !will_fit(1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then);
 }
@@ -175,7 +175,8 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
   // One that is held gives nothing back yet, and puts go on until it does.
   // A commit is what gives it back: for one that waits, the cleaner goes as far as leaves room for a put.
-  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve()));
+  // Where all is held and nothing is coming, one is emptied in any case, so that the next commit gives something back.
+  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve())) || (coming_ == 0 && fits(1));
   std::shared_ptr<Segment> best;
   double best_score = 0;
   for (const auto& [number, s] : segments_) {

@@ -197,7 +197,7 @@ void LogVolume::give_up(Table& table, int64_t row, uint64_t place) {
   if (table.index[static_cast<size_t>(row)] != place) return;  // it has been put since
   lose(table, place);
   entry_to_change(table, row) = kGivenUp;
-  ++given_up_;
+  given_up_bytes_ += table.shape.stride_bytes;
 }
 
 void LogVolume::give_up(const Batch& batch) {
@@ -224,7 +224,7 @@ std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_
   uint64_t& entry = entry_to_change(table, row);
   if (entry && &open == &table.fresh) replaced_bytes_ += table.shape.stride_bytes;
   if (entry == kGivenUp) {
-    --given_up_;
+    given_up_bytes_ -= table.shape.stride_bytes;
   } else if (entry) {
     lose(table, entry);
   }
@@ -575,7 +575,9 @@ std::vector<SegmentInfo> LogVolume::segments() const {
 
 bool LogVolume::wants_checkpoint() const {
   std::lock_guard lock(mutex_);
-  if (kept_.empty() || fits(2 + reserve() + options_.capacity_bytes / segment_bytes_ / 16)) return false;
+  // The commit begins with the pools' flush, which puts what they have taken.
+  const uint64_t to_come = given_up_bytes_ / segment_bytes_;
+  if (kept_.empty() || fits(2 + reserve() + to_come + options_.capacity_bytes / segment_bytes_ / 16)) return false;
   return coming_ > 0 || std::any_of(segments_.begin(), segments_.end(), [&](const auto& s) {
            return s.second->kept > 0 && s.second->live_bytes < segment_bytes_ / 4 * 3;
          });

@@ -316,7 +316,7 @@ class LogVolume final : public Volume {
   uint64_t next_sequence_ = 1;
   uint64_t replaced_bytes_ = 0, replaced_before_ = 0;  // by puts, since the last checkpoint and between the two before
   size_t writing_ = 0, checkpointing_ = 0;
-  uint64_t given_up_ = 0;  // rows
+  uint64_t given_up_bytes_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   bool stop_cleaner_ = false, asked_ = false;
