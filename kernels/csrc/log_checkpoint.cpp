@@ -179,7 +179,10 @@ void LogVolume::replay_block(const Segment& segment, uint32_t block, const std::
   for (uint32_t i = 0; i < table.shape.records; ++i) {
     const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
     const RecordHeader h = header_of(record);
-    if (h.table == 0) break;
+    if (h.table == 0) {
+      if (!is_zeros(record, data + segment.block_bytes)) fail("what follows its records is neither a record nor zeros");
+      break;
+    }
     const uint64_t place = Place{segment.number, block, i}.pack();
     if (h.table != number || h.row < 0 || h.row >= table.spec.row_count || !sound(table, h.row, place, record)) {
       fail("the record of table '" + table.spec.name + "', row " + std::to_string(h.row) + " fails its checksum");

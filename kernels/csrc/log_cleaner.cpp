@@ -269,8 +269,8 @@ void LogVolume::move_block(Segment& segment, uint32_t block, const std::byte* da
   for (uint32_t i = 0; i < table.shape.records; ++i) {
     const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
     const RecordHeader h = header_of(record);
-    if (h.table == 0) break;
     const Place place{segment.number, block, i};
+    if (h.table == 0 && is_zeros(record, data + segment.block_bytes)) break;
     if (h.table != number || h.row < 0 || h.row >= table.spec.row_count) {
       throw Error(ErrorKind::kDamagedRecord, "damaged: " + describe(table, h.row, place));
     }

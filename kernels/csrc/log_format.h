@@ -9,6 +9,7 @@
 // row, the one with the highest sequence counts.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -68,6 +69,11 @@ inline RecordHeader header_of(const std::byte* record) {
   RecordHeader h;
   std::memcpy(&h, record, sizeof h);
   return h;
+}
+
+// What follows the records of a block. A table number that reads as 0 does not end a block alone: it may be a flipped bit.
+inline bool is_zeros(const std::byte* begin, const std::byte* end) {
+  return std::all_of(begin, end, [](std::byte b) { return b == std::byte{0}; });
 }
 
 using VolumeId = std::array<uint8_t, 16>;

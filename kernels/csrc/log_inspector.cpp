@@ -74,7 +74,7 @@ void LogInspector::read_block(const ManifestSegment& segment, uint32_t block, co
   }
   if (!verify) return;
   const std::byte* rest = data + uint64_t{i} * shape.stride_bytes;
-  if (std::any_of(rest, data + segment.block_bytes, [](std::byte b) { return b != std::byte{0}; })) {
+  if (!is_zeros(rest, data + segment.block_bytes)) {
     add(segment, block, i, spec.name, -1, "bytes follow the last record of the block");
   }
 }
