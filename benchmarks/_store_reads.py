@@ -44,10 +44,10 @@ def measure(
             return Turn(reads, spent, cpu, reads * PAGE_BYTES)
         subject, threads = subjects[name]
         subject.on(threads)
-        subject.forget()
         drawn: list[np.ndarray] = []
 
         def prepare() -> Any:
+            subject.forget()
             drawn.append(rng.choice(rows, batch, replace=False))
             return subject.prepare(drawn[-1])
 

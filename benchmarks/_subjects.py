@@ -1,7 +1,7 @@
 """The stores that are compared: the same records in each, on the same disk, and how each is read cold.
 
 Records are noise that their row determines. RocksDB reads around the page cache and has a block cache too small
-to matter; LMDB and mmap can only read through the page cache, so they are made to forget what it holds before every turn
+to matter; LMDB and mmap can only read through the page cache, so they are made to forget what it holds before every batch
 (``forget``), and the bytes fetched from storage are counted beside every figure.
 """
 
