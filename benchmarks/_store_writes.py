@@ -257,7 +257,7 @@ def figures(f: dict[str, Any]) -> list[Figure]:
     return [
         *lines,
         Figure("write amplification: evictions, 2 checkpoints kept", c["write_amplification"]),
-        Figure("… planned", c["planned_write_amplification"]),
+        Figure("… by the planner's formula", c["planned_write_amplification"]),
         Figure("bytes on disk ÷ live, 2 checkpoints kept, peak", c["disk_over_live_peak"]),
-        Figure("… planned", c["planned_disk_over_live"]),
+        Figure("… capacity by the planner's formula", c["planned_disk_over_live"]),
     ]

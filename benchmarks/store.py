@@ -97,6 +97,7 @@ def main() -> None:
             sections[name] = MODULES[name].measure(Path(root), **sizes(args)[name])
         MODULES[name].show(sections[name])
         lines += [replace(f, goal="") if args.quick else f for f in MODULES[name].figures(sections[name])]
+    assert len({f.name for f in lines}) == len(lines), "two figures of one name"
     print(f"== figures, after {perf_counter() - start:,.0f} s")
     print_figures(lines)
     if args.picture:

@@ -103,7 +103,7 @@ def test_returning_to_a_checkpoint_finds_the_rows_that_were_given_up_since(folde
 
 
 def test_cleaning_copies_no_row_that_is_in_training(folder: str) -> None:
-    rows, capacity = 6000, 11 << 20
+    rows, capacity = 6000, 12 << 20
     half = rows // 2
 
     def moved(train: bool) -> int:
@@ -119,8 +119,9 @@ def test_cleaning_copies_no_row_that_is_in_training(folder: str) -> None:
             ids, slots = torch.arange(half) * 2, torch.empty(half, dtype=torch.int64)  # every second row of every block
             offsets = torch.tensor([0, half])
             pool.release(pool.begin(ids.data_ptr(), False, half, offsets.data_ptr(), False, 1, slots.data_ptr(), True, train))
-            churned = torch.arange(100) * 2 + 1
-            for _ in range(150):
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(200):
+                churned = torch.randperm(half, generator=generator)[:100] * 2 + 1
                 table.put(churned, torch.zeros(100, RECORD_BYTES, dtype=torch.uint8))
             volume.flush()
             return volume.stats()["moved_rows"]
