@@ -206,7 +206,7 @@ void LogVolume::count_live() {
         throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": the index says that " + describe(t, static_cast<int64_t>(row), place) +
                                                    " is where the checkpoint has no record. Restore the volume from a copy");
       }
-      at->second->live_bytes += t.shape.stride_bytes;
+      at->second->live_bytes += t.shape.share_bytes();
     }
   }
 }

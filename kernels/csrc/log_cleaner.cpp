@@ -110,7 +110,7 @@ void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
 
 void LogVolume::lose(const Table& table, uint64_t place) {
   Segment& segment = *segments_.at(Place::unpack(place).segment);
-  segment.live_bytes -= table.shape.stride_bytes;
+  segment.live_bytes -= table.shape.share_bytes();
   if (segment.live_bytes == 0 && segment.kept > 0) ++coming_;
 }
 

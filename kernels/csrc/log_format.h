@@ -53,6 +53,8 @@ struct BlockShape {
   uint32_t block_bytes;
   uint32_t records;       // a block
 
+  uint32_t share_bytes() const { return block_bytes / records; }  // what a record takes of its block, waste included
+
   static BlockShape of(uint32_t record_bytes) {
     const uint32_t stride = (kRecordHeaderBytes + record_bytes + 7) / 8 * 8;
     uint32_t block = (stride + kPageBytes - 1) / kPageBytes * kPageBytes;

@@ -254,7 +254,7 @@ void LogVolume::seal(Table& table, OpenBlock& open, Lock& lock) {
   }
   if (segment.live_bytes == 0 && segment.kept > 0) --coming_;
   const size_t used = open.rows.size() * table.shape.stride_bytes;
-  segment.live_bytes += used;
+  segment.live_bytes += open.rows.size() * uint64_t{table.shape.share_bytes()};
   segment.unsynced = true;
   std::byte* to = chunk ? chunk->buffer.get() + uint64_t{chunk->blocks++} * stream.block_bytes
                         : segment.mapping.data() + block_offset(stream.block_bytes, block);
