@@ -16,8 +16,8 @@ namespace {
 constexpr uint32_t kBytes = 300;
 constexpr int64_t kRows = 100;
 
-// Even rows at version 1, then rows below 50 at version 2; the checkpoints that follow name a snapshot of the index, and hold
-// row 99 besides, at the number of checkpoints before.
+// Even rows at version 1, then rows below 50 at version 2. Until a checkpoint names a snapshot of the index others follow, with
+// row 99 at the number of checkpoints before.
 struct Small {
   Folder folder;
   LogOptions options;
@@ -146,7 +146,8 @@ TEST_ON_EACH_MEDIUM("a bit that flips under an open volume is a typed error that
       ++refused;
     }
   }
-  CHECK_EQ(refused, 76u);  // 50 rows at version 2, 25 at version 1, row 99
+  CHECK_EQ(refused, kRows - std::count(small.newest.begin(), small.newest.end(), 0u));
+  CHECK(refused >= 75);  // 50 rows at version 2, 25 at version 1
 }
 
 TEST_ON_EACH_MEDIUM("rows that are taken in one batch with a damaged row are not given up") {
