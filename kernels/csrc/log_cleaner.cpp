@@ -75,17 +75,18 @@ uint64_t LogVolume::room_of(const Stream& stream) {
   return room;
 }
 
-void LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
+uint64_t LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
   Stream& stream = *table.fresh.stream;
-  // Blocks that these rows fill, and one for every block that a flush would seal.
-  const uint64_t needed = (table.fresh.rows.size() + rows) / table.shape.records + stream.tables;
-  while (room_of(stream) < needed) {
+  // Blocks that these rows fill, that puts under way on other threads may fill, and one for every block that a flush would seal.
+  const uint64_t filled = (table.fresh.rows.size() + rows) / table.shape.records;
+  while (room_of(stream) < filled + stream.promised_blocks + stream.tables) {
     if (!fits(comfortable())) reclaim();
     wait_for_cleaner(waiting_puts_, lock);
     if (!fits(1 + reserve())) refuse_full();
     stream.ready.push_back(make_segment(stream.block_bytes));
   }
   if (cleaning_is_due()) cleaner_wake_.notify_one();
+  return filled;
 }
 
 bool LogVolume::will_fit(uint64_t segments) const { return fits(segments > coming_ ? segments - coming_ : 0); }
@@ -175,8 +176,9 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
   // One that is held gives nothing back yet, and puts go on until it does.
   // A commit is what gives it back: for one that waits, the cleaner goes as far as leaves room for a put.
-  // Where all is held and nothing is coming, one is emptied in any case, so that the next commit gives something back.
-  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve())) || (coming_ == 0 && fits(1));
+  // Where all is held and nothing is coming, one is emptied in any case, so that the next commit gives something back. Without
+  // room for another segment too: the one that survivors go to may have some left.
+  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve())) || coming_ == 0;
   std::shared_ptr<Segment> best;
   double best_score = 0;
   for (const auto& [number, s] : segments_) {

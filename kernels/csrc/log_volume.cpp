@@ -170,11 +170,15 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   require_writable();
   Table& table = tables_.at(id);
   require_rows(table.spec, rows);
+  uint64_t blocks;
   do {
     written_.wait(lock, [&] { return checkpointing_ == 0; });
     require_usable();
-    ensure_room(table, rows.size(), lock);  // may wait, and a checkpoint begin meanwhile
+    blocks = ensure_room(table, rows.size(), lock);  // may wait, and a checkpoint begin meanwhile
   } while (checkpointing_ > 0);
+  table.fresh.stream->promised_blocks += blocks;
+  const auto end = [blocks](Stream* stream) { stream->promised_blocks -= blocks; };
+  const std::unique_ptr<Stream, decltype(end)> under_way(table.fresh.stream, end);
   for (size_t i = 0; i < rows.size(); ++i) {
     gather_record(parts, slots[i], append(table, table.fresh, rows[i], next_sequence_++, lock));
   }

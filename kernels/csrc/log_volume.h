@@ -167,6 +167,7 @@ class LogVolume final : public Volume {
     uint32_t block_bytes, chunk_blocks;
     bool survivors;
     uint32_t tables = 0;
+    uint64_t promised_blocks = 0;  // to puts under way: each may wait, and others must leave it its room
     std::shared_ptr<Segment> current;
     std::deque<std::shared_ptr<Segment>> ready;  // made ahead, still empty
     Chunk* chunk = nullptr;                      // being filled
@@ -252,7 +253,7 @@ class LogVolume final : public Volume {
   void require_usable() const;
   void require_writable() const;
   static uint64_t room_of(const Stream& stream);  // blocks
-  void ensure_room(Table& table, size_t rows, Lock& lock);
+  uint64_t ensure_room(Table& table, size_t rows, Lock& lock);  // returns the blocks that the rows fill
   bool fits(uint64_t more_segments) const;
   uint64_t reserve() const { return streams_.size() / 2; }  // segments that puts leave to the cleaner: one a block size
   std::shared_ptr<Segment> make_segment(uint32_t block_bytes);

@@ -75,6 +75,8 @@ TEST_ON_EACH_MEDIUM("readers, writers, the cleaner and checkpoints on threads of
       });
     }
     others.start([&] {
+      const auto end = [](Shared* s) { s->stop = true; };  // writers need its checkpoints
+      const std::unique_ptr<Shared, decltype(end)> guard(&shared, end);
       uint64_t epoch = 0;
       for (bool last = false; !last;) {
         last = shared.stop;
