@@ -117,22 +117,38 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps) {
       }
     });
   }
+  const auto end = [&](bool*) {
+    {
+      std::lock_guard lock(mutex);
+      done = true;
+    }
+    changed.notify_all();
+  };
+  std::unique_ptr<bool, decltype(end)> guard(&done, end);  // releasers end also when a check fails
+  const auto begin_when_released = [&](Trainer::Step& step, bool hard) {
+    for (;;) {
+      try {
+        trainer.begin(step, hard);
+        return;
+      } catch (const Error& e) {
+        const bool releasers_are_behind = e.kind() == ErrorKind::kPoolTooSmall || e.kind() == ErrorKind::kTicket;
+        if (!releasers_are_behind) throw;
+        std::this_thread::yield();
+      }
+    }
+  };
   std::deque<std::unique_ptr<Trainer::Step>> ahead;
   uint64_t prefetched = 0;
   for (uint32_t s = 0; s < steps; ++s) {
     while (ahead.size() < 1 + below(random, 3)) {
       ahead.push_back(trainer.draw(random));
-      prefetched += trainer.begin(*ahead.back(), false) != 0;
+      begin_when_released(*ahead.back(), false);
+      prefetched += ahead.back()->seq != 0;
     }
     std::unique_ptr<Trainer::Step> step = std::move(ahead.front());
     ahead.pop_front();
     while (step->seq == 0 || !trainer.pool->acquire(step->seq, true)) {
-      try {
-        trainer.begin(*step, true);
-      } catch (const Error& e) {
-        CHECK(e.kind() == ErrorKind::kPoolTooSmall);  // the releasers are behind
-        std::this_thread::yield();
-      }
+      begin_when_released(*step, true);
     }
     trainer.pool->wait(step->seq);
     trainer.train(*step);
@@ -145,11 +161,7 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps) {
     if (s % 50 == 0) trainer.pool->flush();
   }
   for (const auto& step : ahead) trainer.pool->release(step->seq);
-  {
-    std::lock_guard lock(mutex);
-    done = true;
-  }
-  changed.notify_all();
+  guard.reset();
   releasers.join();
   CHECK_EQ(trainer.pool->outstanding(), 0);
   trainer.check_all();
