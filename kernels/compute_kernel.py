@@ -1,17 +1,19 @@
-"""``BatchedTieredEmbeddingBag``: TorchRec's compute-kernel contract over a ``TieredTBE``."""
+"""``BatchedTieredEmbeddingBag`` and ``BatchedTieredEmbedding``: TorchRec's compute-kernel contract over a ``TieredTBE``."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import Tensor, nn
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.types import ShardingType
 from torchrec.distributed.utils import append_prefix
@@ -95,85 +97,74 @@ def tbe_options(fused_params: dict[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def _offset(table: ShardedEmbeddingTable, dim: int) -> int:
-    return int(table.local_metadata.shard_offsets[dim]) if table.local_metadata else 0
-
-
-class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
-    """Pooled lookups of one group of tiered tables.
+class _TieredKernel(FusedOptimizerModule):
+    """What the kernels of bags and of sequences have in common: a ``TieredTBE``, its rows as parameters, its optimizer.
 
     ``prefetch`` and ``forward`` of ``emb_module`` may be called directly. Weights are ``LazyRows``: they show the rows' current
     values, wherever these are.
-
-    Raises: UnsupportedError for an optimizer, option or data type that tiered tables do not have; VolumeError when a home
-    cannot be opened.
     """
 
-    def __init__(
-        self,
-        config: GroupedEmbeddingConfig,
-        pg: dist.ProcessGroup | None = None,
-        device: torch.device | None = None,
-        sharding_type: ShardingType | None = None,
-    ) -> None:
-        super().__init__(config, pg, device, sharding_type)
+    _config: GroupedEmbeddingConfig
+    _feature_table_map: list[int]
+
+    def _make(self, config: GroupedEmbeddingConfig, pooling: PoolingMode, pg: dist.ProcessGroup | None, device: torch.device | None) -> None:
         if device is not None and device.type != "cpu":
             raise errors.UnsupportedError(f"tiered tables train on the CPU for now, got device {device}")
         precision = data_type_to_sparse_type(config.data_type)
         if precision not in (SparseType.FP32, SparseType.FP16):
             raise errors.UnsupportedError(f"data_type must be FP32 or FP16 on tiered tables, got {config.data_type}")
         self._config = _with_prefetch(config)
-        applied: list[tuple[int, InitFn]] = []
-        tables = []
-        for i, table in enumerate(config.embedding_tables):
-            assert table.fused_params is not None
-            tiers: TableTiers = table.fused_params[TABLE_TIERS]
-            uniform = as_uniform(tiers.init_fn, table.name, table.num_embeddings, table.embedding_dim)
+        together = _shards_of_rows(config.embedding_tables)
+        tables, applied = [], []
+        for shards in together:
+            first = config.embedding_tables[shards[0]]
+            assert first.fused_params is not None
+            tiers: TableTiers = first.fused_params[TABLE_TIERS]
+            uniform = as_uniform(tiers.init_fn, first.name, first.num_embeddings, first.embedding_dim)
             if uniform is None and tiers.init_fn is not None:
-                applied.append((i, tiers.init_fn))
+                applied += [(s, tiers.init_fn) for s in shards]
+            columns, first_row = tuple(_columns(config.embedding_tables[s]) for s in shards), _first_row(first)
+            weight_type = "float32" if precision is SparseType.FP32 else "float16"
             tables.append(
                 TieredTable(
-                    name=table.name,
-                    rows=table.local_rows,
-                    dim=table.local_cols,
+                    name=first.name,
+                    rows=first.local_rows,
+                    columns=columns,
                     chain=tiers.chain,
-                    first_row=_offset(table, 0),
-                    first_column=_offset(table, 1),
-                    init=None
-                    if uniform is None
-                    else uniform.deferred(
-                        columns=table.local_cols,
-                        weight_type="float32" if precision is SparseType.FP32 else "float16",
-                        first_row=_offset(table, 0),
-                        first_column=_offset(table, 1),
-                    ),
+                    first_row=first_row,
+                    init=None if uniform is None else uniform.deferred(columns=columns, weight_type=weight_type, first_row=first_row),
                 )
             )
         self._emb_module = TieredTBE(
             tables,
             self._feature_table_map,
-            self._pooling,
+            pooling,
             precision,
             rank=dist.get_rank() if dist.is_initialized() else 0,
             **tbe_options(config.fused_params),
         )
-        self.table_states = [TableState(self._emb_module, i, t, pg) for i, t in enumerate(config.embedding_tables)]
+        of_table: dict[str, dict[int, ShardedEmbeddingTable]] = {}
+        for shard, table in enumerate(config.embedding_tables):
+            of_table.setdefault(table.name, {})[shard] = table
+        self.table_states = [TableState(self._emb_module, name, shards, pg) for name, shards in of_table.items()]
         self._optim = TieredFusedOptimizer(self._emb_module, self.table_states)
-        self._param_per_table = {t.name: self._parameter(i) for i, t in enumerate(config.embedding_tables)}
-        for i, init_fn in applied:
-            self._apply_init_fn(i, init_fn)
+        self._param_per_table = {name: self._parameter(tuple(shards)) for name, shards in of_table.items()}
+        for shard, init_fn in applied:
+            self._apply_init_fn(shard, init_fn)
 
-    def _parameter(self, table: int) -> nn.Parameter:
-        parameter = nn.Parameter(LazyRows(RowSource(self._emb_module, table, 0), 0, self._local_rows[table]), requires_grad=False)
+    def _parameter(self, shards: tuple[int, ...]) -> nn.Parameter:
+        rows = self._config.embedding_tables[shards[0]].local_rows
+        parameter = nn.Parameter(LazyRows(RowSource(self._emb_module, shards, 0), 0, rows), requires_grad=False)
         parameter._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
         return parameter
 
-    def _apply_init_fn(self, table: int, init_fn: InitFn) -> None:
+    def _apply_init_fn(self, shard: int, init_fn: InitFn) -> None:
         """Applies an ``init_fn`` that cannot be deferred to blocks of rows, and writes every one of them to its home."""
+        table = self._emb_module.table_of_shard[shard]
         volume = self._emb_module._home_tables[table].volume
         if self._emb_module.durable(table) and volume.epochs:
             return  # the volume of an earlier job: restoring one of its checkpoints brings the values
-        weights = self._param_per_table[self._config.embedding_tables[table].name]
+        weights = LazyRows(RowSource(self._emb_module, (shard,), 0), 0, self._emb_module.tables[table].rows)
         block = rows_per_block(weights.dtype.itemsize * weights.shape[1])
         for first in range(0, weights.shape[0], block):
             rows = torch.empty(min(block, weights.shape[0] - first), weights.shape[1], dtype=weights.dtype)
@@ -193,19 +184,6 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
     def fused_optimizer(self) -> FusedOptimizer:
         """The optimizer of the group's rows."""
         return self._optim
-
-    def forward(self, features: KeyedJaggedTensor, vbe_output: Tensor | None = None, vbe_output_offsets: Tensor | None = None) -> Tensor:
-        """Pooled embeddings, (batch, sum of the features' dimensions).
-
-        Raises: as ``TieredTBE.forward``; UnsupportedError for a variable batch size per feature.
-        """
-        if features.variable_stride_per_key():
-            raise errors.UnsupportedError("variable batch size per feature is not supported on tiered tables yet")
-        weights = features.weights_or_none()
-        if weights is not None and not torch.is_floating_point(weights):
-            weights = None
-        # The values go in as they came: a prefetched batch is found by their identity.
-        return self._emb_module(features.values(), features.offsets(), weights)
 
     def split_embedding_weights(self) -> list[Tensor]:
         """The local shard of every table, (rows, columns), lazily."""
@@ -240,6 +218,87 @@ class BatchedTieredEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerM
 
     def purge(self) -> None:
         """Nothing to drop: TorchRec calls this after loading weights behind a cache's back, and ours are written through it."""
+
+
+class BatchedTieredEmbeddingBag(_TieredKernel, BaseBatchedEmbeddingBag[Tensor]):
+    """Pooled lookups of one group of tiered tables.
+
+    Raises: UnsupportedError for an optimizer, option or data type that tiered tables do not have; VolumeError when a home
+    cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        sharding_type: ShardingType | None = None,
+    ) -> None:
+        super().__init__(config, pg, device, sharding_type)
+        self._make(config, self._pooling, pg, device)
+
+    def forward(self, features: KeyedJaggedTensor, vbe_output: Tensor | None = None, vbe_output_offsets: Tensor | None = None) -> Tensor:
+        """Pooled embeddings, (batch, sum of the features' dimensions).
+
+        Where features differ in their batch sizes: (n,), by rank, feature and bag; or ``vbe_output`` with the bags of this group at
+        ``vbe_output_offsets``, (ranks, features).
+        Raises: as ``TieredTBE.forward``.
+        """
+        weights = features.weights_or_none()
+        if weights is not None and not torch.is_floating_point(weights):
+            weights = None
+        batch_sizes = features.stride_per_key_per_rank() if features.variable_stride_per_key() else None
+        # The values go in as they came: a prefetched batch is found by their identity.
+        pooled = self._emb_module(features.values(), features.offsets(), weights, batch_size_per_feature_per_rank=batch_sizes)
+        if batch_sizes is None or vbe_output is None:
+            return pooled
+        assert vbe_output_offsets is not None
+        return _place(pooled, vbe_output, vbe_output_offsets, batch_sizes, self._config.embedding_dims())
+
+
+class BatchedTieredEmbedding(_TieredKernel, BaseBatchedEmbedding[Tensor]):
+    """Lookups without pooling of one group of tiered tables.
+
+    Raises: as ``BatchedTieredEmbeddingBag``.
+    """
+
+    def __init__(
+        self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None = None, device: torch.device | None = None
+    ) -> None:
+        super().__init__(config, pg, device)
+        self._make(config, PoolingMode.NONE, pg, device)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Embeddings, (ids, dimension). Raises: as ``TieredTBE.forward``."""
+        return self._emb_module(features.values(), features.offsets())
+
+
+def _first_row(table: ShardedEmbeddingTable) -> int:
+    return int(table.local_metadata.shard_offsets[0]) if table.local_metadata else 0
+
+
+def _columns(table: ShardedEmbeddingTable) -> range:
+    first = int(table.local_metadata.shard_offsets[1]) if table.local_metadata else 0
+    return range(first, first + table.local_cols)
+
+
+def _shards_of_rows(tables: Sequence[ShardedEmbeddingTable]) -> list[list[int]]:
+    """Shards that are columns of the same rows; TorchRec lists them one after the other."""
+    together = [list(shards) for _, shards in groupby(range(len(tables)), key=lambda i: (tables[i].name, _first_row(tables[i])))]
+    assert len(together) == len({(t.name, _first_row(t)) for t in tables})
+    return together
+
+
+def _place(
+    pooled: Tensor, vbe_output: Tensor, vbe_output_offsets: Tensor, batch_sizes: list[list[int]], dims: list[int]
+) -> Tensor:
+    """``vbe_output`` with this group's bags, which come by rank and feature, where they belong."""
+    places = [
+        torch.arange(first, first + batch_sizes[f][rank] * dims[f])
+        for rank, of_rank in enumerate(vbe_output_offsets.tolist())
+        for f, first in enumerate(of_rank)
+    ]
+    return vbe_output.index_copy(0, torch.cat(places), pooled)
 
 
 def _with_prefetch(config: GroupedEmbeddingConfig) -> GroupedEmbeddingConfig:

@@ -36,11 +36,20 @@ def table_seed(name: str, seed: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
 
 
+Columns = int | tuple[range, ...]
+"""Columns of a table: ranges of them, or how many of its first."""
+
+
+def column_ranges(columns: Columns) -> tuple[range, ...]:
+    """``columns`` as ranges."""
+    return (range(columns),) if isinstance(columns, int) else columns
+
+
 @dataclass(frozen=True)
 class UniformInit:
     """Uniform values in [low, high), keyed by (seed, global row, global column).
 
-    ``first_row`` and ``first_column`` are where the shard begins in its table; ``columns`` is its width.
+    ``first_row`` is where the shard begins in its table, ``columns`` are those that it has, in the order of its elements.
     ``weight_type`` is ``"float32"`` or ``"float16"``.
     """
 
@@ -48,8 +57,7 @@ class UniformInit:
     low: float
     high: float
     first_row: int = 0
-    first_column: int = 0
-    columns: int = 0
+    columns: Columns = 0
     weight_type: str = "float32"
 
     def __post_init__(self) -> None:
@@ -62,7 +70,7 @@ class UniformInit:
         Shapes: (row_count, columns) of ``weight_type``.
         """
         rows = torch.arange(self.first_row + first_row + 1, self.first_row + first_row + row_count + 1)
-        columns = torch.arange(self.first_column + 1, self.first_column + self.columns + 1)
+        columns = torch.cat([torch.arange(r.start + 1, r.stop + 1) for r in column_ranges(self.columns)])
         golden = _signed(_GOLDEN)
         row_key = _mix(rows * golden + _signed(self.seed))
         key = _mix(row_key[:, None] + (columns * golden)[None, :])

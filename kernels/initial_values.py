@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
-from .deferred_init import UniformInit, table_seed
+from .deferred_init import Columns, UniformInit, table_seed
 
 InitFn = Callable[[Tensor], "Tensor | None"]
 
@@ -59,9 +59,9 @@ class UniformInitFn:
                 weight[first : first + rows] = init.materialize(first, rows)
         return weight
 
-    def deferred(self, columns: int, weight_type: str, first_row: int = 0, first_column: int = 0) -> UniformInit:
+    def deferred(self, columns: Columns, weight_type: str, first_row: int = 0) -> UniformInit:
         """The same values for one shard, made when a row is first touched."""
-        return UniformInit(table_seed(self.table, self.seed), self.low, self.high, first_row, first_column, columns, weight_type)
+        return UniformInit(table_seed(self.table, self.seed), self.low, self.high, first_row, columns, weight_type)
 
 
 def uniform_init_fn(

@@ -22,31 +22,39 @@ _aten = torch.ops.aten
 
 
 class RowSource:
-    """One part of one table of a group: its weights (part 0), or its k-th optimizer state (part k).
+    """One part of shards of one table of a group, side by side: their weights (part 0), or their k-th optimizer state (part k).
 
-    Two sources are equal when they stand for the same rows.
+    A state of one value a row has one shard. Two sources are equal when they stand for the same rows.
     """
 
-    def __init__(self, tbe: TieredTBE, table: int, part: int) -> None:
-        self.tbe, self.table, self.part = tbe, table, part
-        self.name, pool = tbe.tables[table].name, tbe._parts[table][part]
-        self.row_shape, self.dtype = pool.shape[1:], pool.dtype
+    def __init__(self, tbe: TieredTBE, shards: tuple[int, ...], part: int) -> None:
+        self.tbe, self.shards, self.part = tbe, shards, part
+        self.name = tbe.tables[tbe.table_of_shard[shards[0]]].name
+        pools = [tbe._parts[s][part] for s in shards]
+        self.dtype, self._widths = pools[0].dtype, [p.shape[1] for p in pools if p.dim() > 1]
+        assert len(shards) == 1 or len(self._widths) == len(shards)
+        self.row_shape = torch.Size([sum(self._widths)] if self._widths else [])
+
+    def _identity(self) -> tuple[object, ...]:
+        return self.tbe, self.shards, self.part
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RowSource) and (self.tbe, self.table, self.part) == (other.tbe, other.table, other.part)
+        return isinstance(other, RowSource) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash((self.tbe, self.table, self.part))
+        return hash(self._identity())
 
     def read(self, first_row: int, row_count: int) -> Tensor:
         """Current values. Shapes: (row_count, *row_shape)."""
-        return self.tbe.read_rows(self.table, first_row, row_count)[self.part]
+        parts = [self.tbe.read_rows(shard, first_row, row_count)[self.part] for shard in self.shards]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def write(self, first_row: int, rows: Tensor) -> None:
         """Replaces values. Shapes: (n, *row_shape)."""
-        parts: list[Tensor | None] = [None] * len(self.tbe._parts[self.table])
-        parts[self.part] = rows
-        self.tbe.write_rows(self.table, first_row, parts)
+        for shard, mine in zip(self.shards, rows.split(self._widths, dim=1) if self._widths else [rows], strict=True):
+            parts: list[Tensor | None] = [None] * len(self.tbe._parts[shard])
+            parts[self.part] = mine
+            self.tbe.write_rows(shard, first_row, parts)
 
 
 class LazyRows(torch.Tensor):

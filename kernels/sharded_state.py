@@ -7,7 +7,7 @@ FUSED tables loads into tiered ones and the other way round: ``torch.distributed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,14 @@ SHARD_BYTES = 50_000_000
 """Size of one local shard: what a checkpoint writer holds in memory at once, per thread."""
 
 
-def _blocks(shard: ShardMetadata, row_bytes: int, dims: int) -> list[ShardMetadata]:
-    """A shard of the plan as blocks of rows; ``dims`` is 2 for (rows, columns) and 1 for one value a row."""
+def _blocks(shard: ShardMetadata, row_bytes: int) -> list[ShardMetadata]:
+    """A shard as blocks of whole rows."""
     first, rows = shard.shard_offsets[0], shard.shard_sizes[0]
     block = rows_per_block(row_bytes, SHARD_BYTES)
     return [
         ShardMetadata(
-            shard_offsets=[first + start, *shard.shard_offsets[1:]][:dims],
-            shard_sizes=[min(block, rows - start), *shard.shard_sizes[1:]][:dims],
+            shard_offsets=[first + start, *shard.shard_offsets[1:]],
+            shard_sizes=[min(block, rows - start), *shard.shard_sizes[1:]],
             placement=shard.placement,
         )
         for start in range(0, rows, block)
@@ -40,49 +40,70 @@ def _blocks(shard: ShardMetadata, row_bytes: int, dims: int) -> list[ShardMetada
 
 
 def sharded_tensor(
-    plan_shards: Sequence[ShardMetadata],
+    shards: Sequence[ShardMetadata],
     size: Sequence[int],
     dtype: torch.dtype,
-    local: Sequence[tuple[ShardMetadata, RowSource]],
+    local: Mapping[int, RowSource],
     pg: dist.ProcessGroup | None,
 ) -> ShardedTensor:
-    """Weights or states of a whole table, of which this rank has ``local``: (its shard of the plan, where its rows are).
+    """A tensor of ``shards``, of which this rank has those in ``local``: which of ``shards`` they are, and where their rows are.
 
     Shapes: ``size`` (rows, columns), or (rows,) for a state of one value a row.
     """
     row_bytes = dtype.itemsize * torch.Size(size[1:]).numel()
-    dims = len(size)
     metadata = ShardedTensorMetadata(
-        shards_metadata=[block for shard in plan_shards for block in _blocks(shard, row_bytes, dims)],
+        shards_metadata=[block for shard in shards for block in _blocks(shard, row_bytes)],
         size=torch.Size(size),
         tensor_properties=TensorProperties(dtype=dtype),
     )
-    shards = [
-        Shard(LazyRows(source, block.shard_offsets[0] - shard.shard_offsets[0], block.shard_sizes[0]), block)
-        for shard, source in local
-        for block in _blocks(shard, row_bytes, dims)
+    blocks = [
+        Shard(LazyRows(source, block.shard_offsets[0] - shards[i].shard_offsets[0], block.shard_sizes[0]), block)
+        for i, source in local.items()
+        for block in _blocks(shards[i], row_bytes)
     ]
     return ShardedTensor._init_from_local_shards_and_global_metadata(
-        local_shards=shards, sharded_tensor_metadata=metadata, process_group=pg
+        local_shards=blocks, sharded_tensor_metadata=metadata, process_group=pg
     )
 
 
-class TableState:
-    """One table's shard of a group, with the sharding of the whole table as the plan has it."""
+def rowwise_shards(shards: Sequence[ShardMetadata], size: Sequence[int]) -> tuple[list[ShardMetadata], list[int]]:
+    """Where TorchRec puts states of one value a row: the shards of such a state, in the order of the weights', and its size.
 
-    def __init__(self, tbe: TieredTBE, index: int, table: ShardedEmbeddingTable, pg: dist.ProcessGroup | None) -> None:
-        assert table.global_metadata is not None
-        assert table.local_metadata is not None
-        self.tbe, self.index, self.pg, self.name = tbe, index, pg, table.name
-        self.plan_shards: Sequence[ShardMetadata] = table.global_metadata.shards_metadata
-        self.local_shard: ShardMetadata = table.local_metadata
-        self.size = (table.num_embeddings, table.embedding_dim)
+    With several shards of columns each has states of its own, and they stand one after the other, in the order of columns.
+    """
+    by_column = sorted(range(len(shards)), key=lambda i: shards[i].shard_offsets[1])
+    over_columns = any(s.shard_sizes[1] != size[1] for s in shards)
+    result: list[ShardMetadata | None] = [None] * len(shards)
+    end = 0
+    for i in by_column:
+        s = shards[i]
+        first = end if over_columns else s.shard_offsets[0]
+        result[i] = ShardMetadata(shard_offsets=[first], shard_sizes=s.shard_sizes[:1], placement=s.placement)
+        end += s.shard_sizes[0]
+    return [s for s in result if s is not None], [end]
+
+
+class TableState:
+    """A table of a group: the sharding of the whole table as the plan has it, and which of its shards are here.
+
+    ``local`` says where: from a place in ``plan_shards`` to the group's shard.
+    """
+
+    def __init__(self, tbe: TieredTBE, name: str, shards: Mapping[int, ShardedEmbeddingTable], pg: dist.ProcessGroup | None) -> None:
+        of_table = next(iter(shards.values()))
+        assert of_table.global_metadata is not None
+        self.tbe, self.name, self.pg = tbe, name, pg
+        self.size = (of_table.num_embeddings, of_table.embedding_dim)
+        self.plan_shards: Sequence[ShardMetadata] = of_table.global_metadata.shards_metadata
+        places = {tuple(s.shard_offsets): i for i, s in enumerate(self.plan_shards)}
+        self.local = {places[tuple(t.local_metadata.shard_offsets)]: shard for shard, t in shards.items() if t.local_metadata is not None}
 
     def part(self, part: int) -> ShardedTensor:
         """Part 0, the weights, or part k, the k-th optimizer state."""
-        source = RowSource(self.tbe, self.index, part)
-        size = self.size if source.row_shape else self.size[:1]
-        return sharded_tensor(self.plan_shards, size, source.dtype, [(self.local_shard, source)], self.pg)
+        sources = {place: RowSource(self.tbe, (shard,), part) for place, shard in self.local.items()}
+        source = next(iter(sources.values()))
+        shards, size = (self.plan_shards, self.size) if source.row_shape else rowwise_shards(self.plan_shards, self.size)
+        return sharded_tensor(shards, size, source.dtype, sources, self.pg)
 
 
 class TieredFusedOptimizer(FusedOptimizer):

@@ -8,6 +8,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections import deque
@@ -28,7 +29,7 @@ from .. import errors
 from ..tiers import DdrHome, TierChain
 from . import _core
 from .caches import CachedVolume
-from .deferred_init import UniformInit
+from .deferred_init import Columns, UniformInit, column_ranges
 from .homes import open_home, open_table, volume_of
 
 BATCH_LIMIT = (1 << 31) - 2
@@ -42,6 +43,9 @@ MAX_ROWS = (1 << 31) - 2
 
 _INT32, _INT64 = torch.int32, torch.int64
 
+BatchSizes = list[list[int]]
+"""By feature and rank: how many bags a batch has, where features differ in that (TorchRec's variable batch per feature)."""
+
 # FBGEMM's names of the per-row states of each admitted optimizer, and whether they are one value a row.
 STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     EmbOptimType.EXACT_SGD: (),
@@ -50,17 +54,29 @@ STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
 }
 
 
+VARIABLE_BATCH_OPTIMIZERS = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+"""Those of ``STATES`` for which FBGEMM has a variable batch per feature."""
+
+
 @dataclass
 class TieredTable:
-    """One table shard: its size, where it starts in its table, its chain and its initial values (None: zeros)."""
+    """Rows of one table: how many, which columns, its chain, where the rows start in the table, initial values (None: zeros).
+
+    Each range of columns is a table of its own in the TBE: column-wise sharding gives a rank several. Their rows are one record
+    and share a slot.
+    """
 
     name: str
     rows: int
-    dim: int
+    columns: Columns
     chain: TierChain
     first_row: int = 0
-    first_column: int = 0
     init: UniformInit | None = None
+
+    @property
+    def dims(self) -> list[int]:
+        """The width of each range of columns."""
+        return [len(r) for r in column_ranges(self.columns)]
 
 
 class _Ticket:
@@ -82,7 +98,8 @@ class _Token:
 class TieredTBE(nn.Module):
     """A group of tiered tables in one stock TBE.
 
-    ``feature_table_map[f]`` is the table of feature ``f``. Remaining keyword arguments go to the stock TBE.
+    The TBE has one table, a *shard* here, for each range of columns of each table, in that order: ``feature_table_map[f]`` is the
+    shard of feature ``f``. Remaining keyword arguments go to the stock TBE.
 
     Raises: UnsupportedError for an optimizer outside the allow-list; ConfigurationError for a shape that cannot work.
     """
@@ -110,16 +127,19 @@ class TieredTBE(nn.Module):
         self.tables = list(tables)
         self.state_names = [name for name, _ in STATES[optimizer]]
         self._rowwise = [rowwise for _, rowwise in STATES[optimizer]]
-        self._bounds_check_mode = bounds_check_mode
+        self._optimizer, self._bounds_check_mode = optimizer, bounds_check_mode
         # FATAL and NONE leave bad ids to the slot pool, which refuses them.
         self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
+        self.table_of_shard = [i for i, t in enumerate(self.tables) for _ in t.dims]
         self._check_tables()
         # A pool never needs more slots than its table has rows. Row-wise sharding may leave a rank none: one slot that nothing uses.
         self.pool_rows = [max(1, min(t.chain.pool_rows, t.rows)) for t in self.tables]
         tbe_kwargs.setdefault("stochastic_rounding", False)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[
-                (pool, t.dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for pool, t in zip(self.pool_rows, self.tables, strict=True)
+                (pool, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
+                for pool, t in zip(self.pool_rows, self.tables, strict=True)
+                for dim in t.dims
             ],
             feature_table_map=list(feature_table_map),
             pooling_mode=pooling_mode,
@@ -130,9 +150,10 @@ class TieredTBE(nn.Module):
             **tbe_kwargs,
         )
         self._features = len(feature_table_map)
-        self._feature_rows = torch.tensor([self.tables[t].rows for t in feature_table_map], dtype=torch.int64)
+        tables_of_features = [self.table_of_shard[s] for s in feature_table_map]
+        self._feature_rows = torch.tensor([self.tables[t].rows for t in tables_of_features], dtype=torch.int64)
         self._warning = torch.zeros(1, dtype=torch.int64)
-        self._open(rank, list(feature_table_map), batch_limit)
+        self._open(rank, tables_of_features, batch_limit)
         self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
 
     def _check_tables(self) -> None:
@@ -141,17 +162,21 @@ class TieredTBE(nn.Module):
                 raise errors.ConfigurationError(
                     f"table {t.name!r}: a shard has 0 to {MAX_ROWS} rows, got {t.rows}; shard it row-wise over more ranks"
                 )
-            if t.dim <= 0 or t.dim % 4:
-                raise errors.ConfigurationError(f"table {t.name!r}: embedding_dim must be a positive multiple of 4, got {t.dim}")
+            for dim in t.dims:
+                if dim <= 0 or dim % 4:
+                    raise errors.ConfigurationError(
+                        f"table {t.name!r}: embedding_dim, or its share in column-wise sharding, must be a positive multiple of 4, got {dim}"
+                    )
 
-    def _open(self, rank: int, feature_table_map: list[int], batch_limit: int) -> None:
+    def _open(self, rank: int, tables_of_features: list[int], batch_limit: int) -> None:
         self._homes = [open_home(t.chain.home, rank) for t in self.tables]
         self._home_tables, self._cached, native = [], self._cached_volumes(), []
         self._below_pools = []  # what each pool evicts into: the home's table, or the same behind its caches
         self._parts = self._pool_parts()
         for i, t in enumerate(self.tables):
-            name = f"{t.name}@{t.first_row},{t.first_column}"
-            record_bytes = sum(p.nbytes // self.pool_rows[i] for p in self._parts[i])
+            name = f"{t.name}@{t.first_row}," + "+".join(str(r.start) for r in column_ranges(t.columns))
+            record = [self._parts[s][p] for s, p in self._record(i)]
+            record_bytes = sum(p.nbytes // self.pool_rows[i] for p in record)
             home = open_table(self._homes[i], name, max(1, t.rows), record_bytes, t.init)
             self._home_tables.append(home)
             below = home
@@ -160,10 +185,10 @@ class TieredTBE(nn.Module):
                     home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=t.chain.caches
                 )
             self._below_pools.append(below)
-            parts = [_core.Part(p.data_ptr(), p.nbytes // self.pool_rows[i], p.nbytes // self.pool_rows[i]) for p in self._parts[i]]
+            parts = [_core.Part(p.data_ptr(), p.nbytes // self.pool_rows[i], p.nbytes // self.pool_rows[i]) for p in record]
             native.append(_core.SlotPoolTable(t.name, below.volume._native, below._id, t.rows, self.pool_rows[i], parts))
         self._native_tables = native
-        self._pool = _core.SlotPool(native, feature_table_map, batch_limit)
+        self._pool = _core.SlotPool(native, tables_of_features, batch_limit)
 
     def _cached_volumes(self) -> dict[int, CachedVolume]:
         """Caches by the identity of the volume below them: one object for all tables over it, so that their reads stay one batch."""
@@ -171,36 +196,70 @@ class TieredTBE(nn.Module):
         return {key: CachedVolume(volume) for key, volume in {id(volume_of(h)): volume_of(h) for h in self._homes}.items() if key in cached}
 
     def _pool_parts(self) -> list[list[Tensor]]:
-        """The pool's arrays per table: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
+        """The pool's arrays per shard: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
         weights = self.tbe.split_embedding_weights()
-        states = self.tbe.split_optimizer_states() if self.state_names else [[] for _ in self.tables]
+        states = self.tbe.split_optimizer_states() if self.state_names else [[] for _ in weights]
         parts = []
-        for i in range(len(self.tables)):
-            mine = [weights[i].detach(), *(s.detach() for s in states[i])]
-            assert all(p.is_contiguous() and p.shape[0] == self.pool_rows[i] for p in mine)
+        for table, of_shard, weight in zip(self.table_of_shard, states, weights, strict=True):
+            mine = [weight.detach(), *(s.detach() for s in of_shard)]
+            assert all(p.is_contiguous() and p.shape[0] == self.pool_rows[table] for p in mine)
             parts.append(mine)
         return parts
 
+    def _record(self, table: int) -> list[tuple[int, int]]:
+        """What a record of the table consists of, as (shard, part): the weights of every shard, then their states."""
+        shards = [s for s, t in enumerate(self.table_of_shard) if t == table]
+        return [(s, p) for p in range(1 + len(self.state_names)) for s in shards]
+
     # -- batches
 
-    def _rewrite_bad_ids(self, indices: Tensor, offsets: Tensor) -> Tensor:
+    def _rewrite_bad_ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Tensor:
         """WARNING and IGNORE turn bad ids into row 0 as the stock TBE does; here on a copy."""
         indices = indices.clone()
-        torch.ops.fbgemm.bounds_check_indices(self._feature_rows, indices, offsets, self._bounds_check_mode, self._warning, None)
+        if batch_sizes:
+            bags = [sum(of_feature) for of_feature in batch_sizes]
+            first_bags = torch.tensor([0, *itertools.accumulate(bags)], dtype=torch.int32)
+            variable = {"B_offsets": first_bags, "max_B": max(bags)}
+        else:
+            variable = {}
+        torch.ops.fbgemm.bounds_check_indices(
+            self._feature_rows, indices, offsets.to(indices.dtype), self._bounds_check_mode, self._warning, None, **variable
+        )
         return indices
 
-    def _begin(self, indices: Tensor, offsets: Tensor, hard: bool, dirty: bool) -> _Ticket | None:
-        narrow, narrow_offsets = indices.dtype is _INT32, offsets.dtype is _INT32
-        if not (narrow or indices.dtype is _INT64) or not (narrow_offsets or offsets.dtype is _INT64):
+    def _feature_starts(self, offsets: Tensor, batch_sizes: BatchSizes | None) -> Tensor:
+        """Where each feature's ids begin, and where the last one's end. Shapes: (features + 1,) int64."""
+        bags = offsets.numel() - 1
+        if batch_sizes:
+            if self._optimizer not in VARIABLE_BATCH_OPTIMIZERS:
+                raise errors.UnsupportedError(
+                    f"FBGEMM has no variable batch per feature for {self._optimizer.name}; use one of "
+                    f"{', '.join(o.name for o in VARIABLE_BATCH_OPTIMIZERS)}, or give every feature the same batch size"
+                )
+            ends = [0, *itertools.accumulate(sum(of_feature) for of_feature in batch_sizes)]
+            if len(ends) != self._features + 1 or ends[-1] != bags:
+                raise errors.ConfigurationError(
+                    f"offsets must have one element for each of the {ends[-1]} bags of {self._features} features, and one more, got "
+                    f"{bags + 1} for the batch sizes of {len(batch_sizes)} features"
+                )
+            starts = offsets[torch.tensor(ends)]
+        else:
+            stride, rest = divmod(bags, self._features)
+            if rest:
+                raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {bags + 1}")
+            starts = offsets[::stride] if stride else offsets.expand(self._features + 1)
+        return starts.long().contiguous()
+
+    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
+        narrow = indices.dtype is _INT32
+        if not (narrow or indices.dtype is _INT64) or offsets.dtype not in (_INT32, _INT64):
             raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
-        ids = self._rewrite_bad_ids(indices, offsets) if self._rewrites_bad_ids else indices
-        ids, offsets = ids.contiguous(), offsets.contiguous()
+        starts = self._feature_starts(offsets, batch_sizes)
+        ids = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
+        ids = ids.contiguous()
         count = ids.numel()
-        stride, rest = divmod(offsets.numel() - 1, self._features)
-        if rest:
-            raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}")
         slots = torch.empty(count, dtype=_INT64)
-        seq = self._pool.begin(ids.data_ptr(), narrow, count, offsets.data_ptr(), narrow_offsets, stride, slots.data_ptr(), hard, dirty)
+        seq = self._pool.begin(ids.data_ptr(), narrow, count, starts.data_ptr(), False, 1, slots.data_ptr(), hard, dirty)
         return _Ticket(seq, slots, indices, dirty) if seq else None
 
     def prefetch(
@@ -208,7 +267,7 @@ class TieredTBE(nn.Module):
         indices: Tensor,
         offsets: Tensor,
         forward_stream: Any = None,
-        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+        batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> None:
         """Starts bringing a batch's rows into slots; its forward must get the same ``indices`` tensor.
 
@@ -216,8 +275,7 @@ class TieredTBE(nn.Module):
         Raises: IdOutOfRangeError.
         """
         del forward_stream
-        self._refuse_vbe(batch_size_per_feature_per_rank)
-        ticket = self._begin(indices, offsets, hard=False, dirty=torch.is_grad_enabled())
+        ticket = self._begin(indices, offsets, batch_size_per_feature_per_rank, hard=False, dirty=torch.is_grad_enabled())
         if ticket is not None:
             if len(self._waiting) >= WAITING_LIMIT:
                 self._forget_revoked()
@@ -250,20 +308,21 @@ class TieredTBE(nn.Module):
         offsets: Tensor,
         per_sample_weights: Tensor | None = None,
         feature_requires_grad: Tensor | None = None,
-        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+        batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> Tensor:
         """The stock TBE's lookup, on rows.
 
-        Shapes: ``indices`` (n,) int32 or int64; ``offsets`` (features × batch + 1,).
+        Shapes: ``indices`` (n,) int32 or int64; ``offsets`` (features × batch + 1,), or one element for every bag and one more when
+        ``batch_size_per_feature_per_rank`` says how many each feature has.
         Raises: IdOutOfRangeError, PoolTooSmallError (nothing was changed), DamagedRecordError, VolumeFullError.
         """
-        self._refuse_vbe(batch_size_per_feature_per_rank)
+        batch_sizes = batch_size_per_feature_per_rank
         dirty = torch.is_grad_enabled()
-        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, hard=True, dirty=dirty)
+        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
         assert ticket is not None
         try:
             self._pool.wait(ticket.seq)
-            output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad)
+            output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
         except BaseException:
             self._pool.release(ticket.seq)
             raise
@@ -293,43 +352,40 @@ class TieredTBE(nn.Module):
         # The finalizer keeps the slots alive for as long as the pool may ask which of them the ticket pins.
         weakref.finalize(token, _release_and_forget, pool, seq, slots)
 
-    def _refuse_vbe(self, batch_size_per_feature_per_rank: list[list[int]] | None) -> None:
-        if batch_size_per_feature_per_rank:
-            raise errors.UnsupportedError("variable batch size per feature is not supported on tiered tables yet")
-
     # -- rows, as users see them
 
-    def state_widths(self, table: int) -> list[int]:
-        """Elements of each state per row: 1 for row-wise states, dim for element-wise ones."""
-        return [1 if rowwise else self.tables[table].dim for rowwise in self._rowwise]
+    def read_rows(self, shard: int, first_row: int, row_count: int) -> list[Tensor]:
+        """The current values of a shard's rows, wherever they are: [weights (n, dim), then each state (n,) or (n, dim)]."""
+        table, mine = self.table_of_shard[shard], self._parts[shard]
+        rows = [torch.empty((row_count, *p.shape[1:]), dtype=p.dtype) for p in mine]
+        scratch = torch.empty(max(p.nbytes // p.shape[0] for s, i in self._record(table) for p in [self._parts[s][i]]), dtype=torch.uint8)
+        parts = []
+        for s, i in self._record(table):  # the other shards' parts of each record go to one place, to be forgotten
+            row_bytes = self._parts[s][i].nbytes // self.pool_rows[table]
+            parts.append(
+                _core.Part(rows[i].data_ptr(), row_bytes, row_bytes) if s == shard else _core.Part(scratch.data_ptr(), 0, row_bytes)
+            )
+        self._pool.read(table, first_row, row_count, parts)
+        return rows
 
-    def _row_parts(self, table: int, count: int) -> list[Tensor]:
-        return [torch.empty((count, *p.shape[1:]), dtype=p.dtype) for p in self._parts[table]]
-
-    def _addresses(self, table: int, parts: Sequence[Tensor | None]) -> list[Any]:
-        row_bytes = [p.nbytes // p.shape[0] for p in self._parts[table]]
-        return [_core.Part(0 if p is None else p.data_ptr(), b, b) for p, b in zip(parts, row_bytes, strict=True)]
-
-    def read_rows(self, table: int, first_row: int, row_count: int) -> list[Tensor]:
-        """The current values of rows, wherever they are: [weights (n, dim), then each state (n,) or (n, dim)]."""
-        parts = self._row_parts(table, row_count)
-        self._pool.read(table, first_row, row_count, self._addresses(table, parts))
-        return parts
-
-    def write_rows(self, table: int, first_row: int, parts: Sequence[Tensor | None]) -> None:
-        """Replaces the values of consecutive rows; None keeps that part. Shapes as ``read_rows`` returns."""
+    def write_rows(self, shard: int, first_row: int, parts: Sequence[Tensor | None]) -> None:
+        """Replaces the values of consecutive rows of a shard; None keeps that part. Shapes as ``read_rows`` returns."""
         given = [p for p in parts if p is not None]
         if not given:
             return
-        count = given[0].shape[0]
+        table, count = self.table_of_shard[shard], given[0].shape[0]
         fixed: list[Tensor | None] = []
-        for part, pool in zip(parts, self._parts[table], strict=True):
+        for part, pool in zip(parts, self._parts[shard], strict=True):
             if part is not None and part.shape != (count, *pool.shape[1:]):
                 raise errors.ConfigurationError(
                     f"table {self.tables[table].name!r}: rows of shape {(count, *pool.shape[1:])} expected, got {tuple(part.shape)}"
                 )
             fixed.append(None if part is None else part.detach().to("cpu", pool.dtype).contiguous())
-        self._pool.write(table, first_row, count, self._addresses(table, fixed))
+        addresses = []
+        for s, i in self._record(table):
+            row_bytes, part = self._parts[s][i].nbytes // self.pool_rows[table], fixed[i] if s == shard else None
+            addresses.append(_core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes))
+        self._pool.write(table, first_row, count, addresses)
 
     def flush(self) -> None:
         """Hands every changed row to its home."""
@@ -383,7 +439,7 @@ class TieredTBE(nn.Module):
         """Per table: its sizes and counters since creation (rows, not bytes, unless the name says so)."""
         result = []
         for i, t in enumerate(self.tables):
-            record_bytes = sum(p.nbytes // p.shape[0] for p in self._parts[i])
+            record_bytes = self._home_tables[i].record_bytes
             result.append(
                 {"table": t.name, "rows": t.rows, "pool_rows": self.pool_rows[i], "record_bytes": record_bytes, **self._pool.stats(i)}
             )

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from .. import errors
 from . import _core
-from .deferred_init import UniformInit
+from .deferred_init import UniformInit, column_ranges
 
 Array = np.ndarray | torch.Tensor
 
@@ -110,11 +110,13 @@ def native_initializer(name: str, record_bytes: int, init: UniformInit | None) -
     if init is not None:
         initializer.zero = False
         initializer.seed, initializer.low, initializer.high = init.seed, init.low, init.high
-        initializer.first_row, initializer.first_column = init.first_row, init.first_column
-        initializer.columns, initializer.type = init.columns, getattr(_core.WeightType, init.weight_type)
-        if init.columns * (4 if init.weight_type == "float32" else 2) > record_bytes:
+        initializer.first_row, initializer.type = init.first_row, getattr(_core.WeightType, init.weight_type)
+        ranges = column_ranges(init.columns)
+        initializer.columns = [_core.ColumnRange(r.start, len(r)) for r in ranges]
+        count = sum(len(r) for r in ranges)
+        if count * (4 if init.weight_type == "float32" else 2) > record_bytes:
             raise errors.ConfigurationError(
-                f"table {name!r}: {init.columns} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
+                f"table {name!r}: {count} initial {init.weight_type} values do not fit records of {record_bytes} bytes"
             )
     return initializer
 

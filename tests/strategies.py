@@ -22,9 +22,9 @@ class Group:
     """What both sides of an equality test are built from."""
 
     rows: list[int]
-    dims: list[int]
+    dims: list[list[int]]  # by table: of each range of its columns
     pool_rows: list[int]
-    feature_table_map: list[int]
+    features: list[int]  # by feature: its table
     optimizer: EmbOptimType
     pooling: PoolingMode
     precision: SparseType
@@ -38,6 +38,15 @@ class Group:
     index_dtype: torch.dtype
     between: list[str]  # by step, when no backward is pending: "", "flush" or "evaluate" what was trained so far
     caches: list[tuple[Cache, ...]]  # by table, between its pool and its home
+    ranks: int  # that variable batches come from; 0: every feature has ``batch_size`` bags
+
+    def shards(self) -> list[tuple[int, int]]:
+        """(table, dim) of every table of the stock TBE."""
+        return [(table, dim) for table, dims in enumerate(self.dims) for dim in dims]
+
+    def feature_table_map(self) -> list[int]:
+        """Every range of columns is looked up by all features of its table."""
+        return [shard for shard, (table, _) in enumerate(self.shards()) for _ in range(self.features.count(table))]
 
 
 def caches() -> st.SearchStrategy[tuple[Cache, ...]]:
@@ -55,17 +64,20 @@ def groups(draw: st.DrawFn) -> Group:
     batch_size, max_length = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     pooling = draw(st.sampled_from([PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE]))
     dim = draw(st.integers(1, 4)) * 4
-    dims = [dim if pooling is PoolingMode.NONE else draw(st.integers(1, 4)) * 4 for _ in range(tables)]
+    dims = [[dim if pooling is PoolingMode.NONE else draw(st.integers(1, 4)) * 4 for _ in range(draw(st.sampled_from([1, 1, 2])))] for _ in range(tables)]
     rows = [draw(st.integers(1, 60)) for _ in range(tables)]
     at_once = draw(st.sampled_from([1, 1, 2, 3]))
     smallest = [max(1, features.count(t) * batch_size * max_length * at_once) for t in range(tables)]
     steps = draw(st.integers(1, 12))
+    optimizer = draw(st.sampled_from([EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD]))
+    # What FBGEMM has a variable batch for.
+    may_vary = pooling is not PoolingMode.NONE and optimizer is not EmbOptimType.EXACT_ADAGRAD
     return Group(
         rows=rows,
         dims=dims,
         pool_rows=[s + draw(st.sampled_from([0, 0, 1, 5])) for s in smallest],
-        feature_table_map=features,
-        optimizer=draw(st.sampled_from([EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD])),
+        features=features,
+        optimizer=optimizer,
         pooling=pooling,
         precision=draw(st.sampled_from([SparseType.FP32, SparseType.FP16])),
         weighted=pooling is PoolingMode.SUM and draw(st.booleans()),
@@ -78,21 +90,30 @@ def groups(draw: st.DrawFn) -> Group:
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
         between=draw(st.lists(st.sampled_from(["", "", "flush", "evaluate"]), min_size=steps, max_size=steps)),
         caches=[draw(caches()) for _ in range(tables)],
+        ranks=draw(st.sampled_from([0, 0, 1, 3])) if may_vary else 0,
     )
 
 
-def batch(group: Group, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One batch: ids, offsets and, for a weighted group, per-sample weights; half of the ids come from a hot tenth."""
-    lengths, ids = [], []
-    for table in group.feature_table_map:
-        for _ in range(group.batch_size):
-            n = int(torch.randint(0, group.max_length + 1, (1,), generator=generator))
-            lengths.append(n)
-            hot = torch.rand(n, generator=generator) < 0.5
-            cold = torch.randint(0, group.rows[table], (n,), generator=generator)
-            ids.append(torch.where(hot, cold % max(1, group.rows[table] // 10), cold))
-    indices = torch.cat(ids).to(group.index_dtype)
-    offsets = torch.zeros(len(lengths) + 1, dtype=group.index_dtype)
-    offsets[1:] = torch.tensor(lengths).cumsum(0)
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[list[int]] | None]
+
+
+def batch(group: Group, generator: torch.Generator) -> Batch:
+    """One batch: ids, offsets, per-sample weights of a weighted group, batch sizes of a variable one; half of the ids come from a hot tenth."""
+
+    def number(below: int) -> int:
+        return int(torch.randint(0, below, (1,), generator=generator))
+
+    of_features = []
+    for table in group.features:
+        sizes = [number(group.batch_size // group.ranks + 1) for _ in range(group.ranks)] if group.ranks else [group.batch_size]
+        lengths = [number(group.max_length + 1) for _ in range(sum(sizes))]
+        hot = torch.rand(sum(lengths), generator=generator) < 0.5
+        cold = torch.randint(0, group.rows[table], (sum(lengths),), generator=generator)
+        of_features.append((table, sizes, lengths, torch.where(hot, cold % max(1, group.rows[table] // 10), cold)))
+    # Each range of a table's columns sees the ids of all the table's features.
+    laid_out = [f for shard, _ in group.shards() for f in of_features if f[0] == shard]
+    indices = torch.cat([ids for *_, ids in laid_out]).to(group.index_dtype)
+    lengths = torch.tensor([n for _, _, of_feature, _ in laid_out for n in of_feature])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(group.index_dtype)
     weights = torch.rand(indices.numel(), generator=generator) if group.weighted else None
-    return indices, offsets, weights
+    return indices, offsets, weights, [sizes for _, sizes, *_ in laid_out] if group.ranks else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import deque
 from pathlib import Path
@@ -22,24 +23,33 @@ from torchrec_mtrains import DdrHome, PmemHome, SsdHome, TierChain
 from torchrec_mtrains.tiers import Home
 
 
+def columns_of(dims: list[int]) -> tuple[range, ...]:
+    """Ranges of these widths; those of one width the last one first, as a rank may have any."""
+    ends = list(itertools.accumulate(dims))
+    in_order = [range(end - dim, end) for end, dim in zip(ends, dims, strict=True)]
+    return tuple(in_order if len(set(dims)) > 1 else in_order[::-1])
+
+
 def tiered(group: Group, home: Home) -> TieredTBE:
     tables = [
         TieredTable(
             name=f"t{i}",
             rows=rows,
-            dim=dim,
+            columns=columns_of(dims),
             chain=TierChain(pool_rows=pool, tiers=(*caches, home)),
-            init=UniformInit(table_seed(f"t{i}"), -0.5, 0.5, columns=dim, weight_type=f"float{8 * group.precision.bit_rate() // 8}"),
+            init=UniformInit(
+                table_seed(f"t{i}"), -0.5, 0.5, columns=columns_of(dims), weight_type=f"float{8 * group.precision.bit_rate() // 8}"
+            ),
         )
-        for i, (rows, dim, pool, caches) in enumerate(zip(group.rows, group.dims, group.pool_rows, group.caches, strict=True))
+        for i, (rows, dims, pool, caches) in enumerate(zip(group.rows, group.dims, group.pool_rows, group.caches, strict=True))
     ]
-    return TieredTBE(tables, group.feature_table_map, group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3)
+    return TieredTBE(tables, group.feature_table_map(), group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3)
 
 
 def stock(group: Group, twin: TieredTBE) -> SplitTableBatchedEmbeddingBagsCodegen:
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        embedding_specs=[(r, d, EmbeddingLocation.HOST, ComputeDevice.CPU) for r, d in zip(group.rows, group.dims, strict=True)],
-        feature_table_map=group.feature_table_map,
+        embedding_specs=[(group.rows[t], dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for t, dim in group.shards()],
+        feature_table_map=group.feature_table_map(),
         pooling_mode=group.pooling,
         weights_precision=group.precision,
         optimizer=group.optimizer,
@@ -49,18 +59,19 @@ def stock(group: Group, twin: TieredTBE) -> SplitTableBatchedEmbeddingBagsCodege
         bounds_check_mode=BoundsCheckMode.NONE,
         device=torch.device("cpu"),
     )
-    for t, weights in enumerate(tbe.split_embedding_weights()):
-        init = twin.tables[t].init
-        assert init is not None
-        weights.data.copy_(init.materialize(0, group.rows[t]))
+    shards = iter(tbe.split_embedding_weights())
+    for t, table in enumerate(twin.tables):
+        assert table.init is not None
+        for values in table.init.materialize(0, group.rows[t]).split(group.dims[t], dim=1):
+            next(shards).data.copy_(values)
     return tbe
 
 
 def assert_same_state(group: Group, ours: TieredTBE, theirs: SplitTableBatchedEmbeddingBagsCodegen) -> None:
-    states = theirs.split_optimizer_states() if ours.state_names else [[] for _ in group.rows]
-    for t, weights in enumerate(theirs.split_embedding_weights()):
-        mine = ours.read_rows(t, 0, group.rows[t])
-        for a, b in zip(mine, [weights, *states[t]], strict=True):
+    states = theirs.split_optimizer_states() if ours.state_names else [[] for _ in group.shards()]
+    for s, weights in enumerate(theirs.split_embedding_weights()):
+        mine = ours.read_rows(s, 0, group.rows[group.shards()[s][0]])
+        for a, b in zip(mine, [weights, *states[s]], strict=True):
             assert torch.equal(a, b.detach().reshape(a.shape))
 
 
@@ -71,13 +82,13 @@ def train_and_compare(group: Group, home: Home) -> None:
     batches = [batch(group, generator) for _ in range(group.steps)]
     prefetched: deque[int] = deque()
     pending: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-    for step, (indices, offsets, weights) in enumerate(batches):
+    for step, (indices, offsets, weights, batch_sizes) in enumerate(batches):
         for ahead in range(step, min(group.steps, step + group.prefetch_depths[step])):
             if ahead not in prefetched:
-                ours.prefetch(*batches[ahead][:2])
+                ours.prefetch(*batches[ahead][:2], batch_size_per_feature_per_rank=batches[ahead][3])
                 prefetched.append(ahead)
-        a = ours(indices, offsets, weights)
-        b = theirs(indices.long(), offsets.long(), weights)
+        a = ours(indices, offsets, weights, batch_size_per_feature_per_rank=batch_sizes)
+        b = theirs(indices.long(), offsets.long(), weights, batch_size_per_feature_per_rank=batch_sizes)
         assert torch.equal(a, b)
         pending.append((a, b))
         if len(pending) == group.forwards_at_once or step + 1 == group.steps:
@@ -90,8 +101,9 @@ def train_and_compare(group: Group, home: Home) -> None:
                 ours.flush()
             elif group.between[step] == "evaluate":
                 with torch.no_grad():
-                    for i, o, w in batches[: step + 1]:
-                        assert torch.equal(ours(i, o, w), theirs(i.long(), o.long(), w))
+                    for i, o, w, sizes in batches[: step + 1]:
+                        mine = ours(i, o, w, batch_size_per_feature_per_rank=sizes)
+                        assert torch.equal(mine, theirs(i.long(), o.long(), w, batch_size_per_feature_per_rank=sizes))
         ours._pool.check()
         for cached in ours._cached.values():
             cached._native.check()

@@ -361,7 +361,22 @@ def test_offsets_that_do_not_fit_the_features_are_refused() -> None:
         tbe(torch.tensor([0.0]), torch.tensor([0, 1, 1]))
 
 
-def test_variable_batch_per_feature_is_refused_by_name() -> None:
-    tbe = make(2)
-    with pytest.raises(UnsupportedError, match="variable batch size"):
+def test_a_variable_batch_is_refused_by_name_where_fbgemm_has_none() -> None:
+    tbe = make(2, optimizer=EmbOptimType.EXACT_ADAGRAD)
+    with pytest.raises(UnsupportedError, match="variable batch per feature for EXACT_ADAGRAD"):
         tbe(*bags(0), batch_size_per_feature_per_rank=[[1]])
+
+
+def test_batch_sizes_that_do_not_fit_their_offsets_are_refused() -> None:
+    tbe = make(4, tables=2)
+    for sizes in ([[1]], [[1], [2]], [[1], [1], [1]]):
+        with pytest.raises(ConfigurationError, match="batch sizes"):
+            tbe(*bags(0, 1), batch_size_per_feature_per_rank=sizes)
+    assert tbe._pool.outstanding == 0
+
+
+@pytest.mark.parametrize("mode", [BoundsCheckMode.WARNING, BoundsCheckMode.IGNORE])
+def test_bad_ids_of_a_variable_batch_become_row_0_as_in_stock(mode: BoundsCheckMode) -> None:
+    tbe = make(4, tables=2, bounds_check_mode=mode)
+    output = tbe(*bags(ROWS, 3, -7), batch_size_per_feature_per_rank=[[1], [2]])
+    assert torch.equal(output, make(4, tables=2)(*bags(0, 3, 0), batch_size_per_feature_per_rank=[[1], [2]]))

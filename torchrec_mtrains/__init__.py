@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
-    from .sharder import TieredEmbeddingBagCollectionSharder, sharders
+    from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder, sharders
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "SsdHome",
     "TierChain",
     "TieredEmbeddingBagCollectionSharder",
+    "TieredEmbeddingCollectionSharder",
     "TieredParameterSharding",
     "__version__",
     "kernels",
@@ -42,6 +43,7 @@ __all__ = [
 # Loaded when first used: the planner works without the native core, and the vocabulary without TorchRec.
 _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
+    "TieredEmbeddingCollectionSharder": ".sharder",
     "TieredParameterSharding": ".parameter_sharding",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",

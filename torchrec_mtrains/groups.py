@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .kernels.tiered_tbe import TieredTBE
-from .sharded_modules import ShardedTieredEmbeddingBagCollection
+from .sharded_modules import TieredCollection
 
 
 def tiered_groups(module: nn.Module) -> list[TieredTBE]:
@@ -16,7 +16,7 @@ def tiered_groups(module: nn.Module) -> list[TieredTBE]:
     found = {
         id(kernel.emb_module): kernel.emb_module
         for m in module.modules()
-        if isinstance(m, ShardedTieredEmbeddingBagCollection)
+        if isinstance(m, TieredCollection)
         for kernel in m.tiered_kernels()
     }
     return list(found.values())

@@ -16,7 +16,7 @@ from .tiers import TierChain
 TIERED_KERNEL = EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value
 """TorchRec's name for a compute kernel from outside it; its enum of kernels cannot be extended."""
 
-TIERED_SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
+TIERED_SHARDING_TYPES = tuple(t.value for t in ShardingType if t is not ShardingType.DATA_PARALLEL)
 
 TABLE_TIERS = "mtrains_table_tiers"
 """The fused parameter that carries a table's ``TableTiers`` from the plan to the compute kernel."""
@@ -61,7 +61,7 @@ class TieredParameterSharding(ParameterSharding):
             raise ConfigurationError(f"TieredParameterSharding: tiers must be a TierChain, got {self.tiers!r}")
         if self.sharding_type not in TIERED_SHARDING_TYPES:
             raise UnsupportedError(
-                f"sharding type {self.sharding_type!r} is not supported for tiered tables yet; use one of "
+                f"sharding type {self.sharding_type!r} is not supported for tiered tables; use one of "
                 f"{', '.join(TIERED_SHARDING_TYPES)}"
             )
 

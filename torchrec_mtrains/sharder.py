@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from .sharded_modules import ShardedTieredEmbeddingBagCollection
+from .sharded_modules import ShardedTieredEmbeddingBagCollection, ShardedTieredEmbeddingCollection
 
 
 class TieredEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
@@ -47,13 +48,48 @@ class TieredEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         return ShardedTieredEmbeddingBagCollection
 
 
+class TieredEmbeddingCollectionSharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder for ``EmbeddingCollection``; tables with a ``TieredParameterSharding`` live in its tiers.
+
+    As ``TieredEmbeddingBagCollectionSharder``.
+    """
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedTieredEmbeddingCollection:
+        """As the stock sharder's."""
+        return ShardedTieredEmbeddingCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            use_index_dedup=self._use_index_dedup,
+            module_fqn=module_fqn,
+        )
+
+    @property
+    def sharded_module_type(self) -> type[ShardedTieredEmbeddingCollection]:
+        """What ``shard`` makes."""
+        return ShardedTieredEmbeddingCollection
+
+
 def sharders(
     fused_params: dict[str, Any] | None = None, qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None
 ) -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's default sharders, ours in the place of the one for ``EmbeddingBagCollection``.
+    """TorchRec's default sharders, ours in the place of those for ``EmbeddingBagCollection`` and ``EmbeddingCollection``.
 
-    ``fused_params`` and ``qcomm_codecs_registry`` are for that one, as in TorchRec.
+    ``fused_params`` and ``qcomm_codecs_registry`` are for those two, as in TorchRec.
     """
-    ours = TieredEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
-    stock = [s for s in get_default_sharders() if s.module_type is not EmbeddingBagCollection]
-    return [ours, *stock]
+    ours = [
+        TieredEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
+        TieredEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
+    ]
+    stock = [s for s in get_default_sharders() if s.module_type not in {o.module_type for o in ours}]
+    return [*ours, *stock]

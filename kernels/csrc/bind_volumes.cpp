@@ -61,6 +61,8 @@ nb::dict stats_of(const Volume& volume) {
 void bind_volumes(nb::module_& m) {
   nb::enum_<WeightType>(m, "WeightType").value("float32", WeightType::kFloat32).value("float16", WeightType::kFloat16);
 
+  nb::class_<ColumnRange>(m, "ColumnRange").def(nb::init<int64_t, uint32_t>(), "first"_a, "count"_a);
+
   nb::class_<Initializer>(m, "Initializer")
       .def(nb::init<>())
       .def_rw("zero", &Initializer::zero)
@@ -68,7 +70,6 @@ void bind_volumes(nb::module_& m) {
       .def_rw("low", &Initializer::low)
       .def_rw("high", &Initializer::high)
       .def_rw("first_row", &Initializer::first_row)
-      .def_rw("first_column", &Initializer::first_column)
       .def_rw("columns", &Initializer::columns)
       .def_rw("type", &Initializer::type);
 

@@ -31,7 +31,15 @@ uint16_t to_float16(float value) {  // round to nearest even, subnormals and inf
   return static_cast<uint16_t>(sign | result);
 }
 
+size_t bytes_of(WeightType type) { return type == WeightType::kFloat32 ? 4 : 2; }
+
 }  // namespace
+
+uint64_t Initializer::weight_bytes() const {
+  uint64_t count = 0;
+  for (const ColumnRange& r : columns) count += r.count;
+  return count * bytes_of(type);
+}
 
 void Initializer::fill(int64_t row, std::byte* payload, uint32_t record_bytes) const {
   if (zero) {
@@ -40,20 +48,23 @@ void Initializer::fill(int64_t row, std::byte* payload, uint32_t record_bytes) c
   }
   const uint64_t row_key = mix(seed + kGolden * static_cast<uint64_t>(first_row + row + 1));
   const float range = high - low;
-  const uint32_t element_bytes = type == WeightType::kFloat32 ? 4 : 2;
-  for (uint32_t c = 0; c < columns; ++c) {
-    const uint64_t key = mix(row_key + kGolden * static_cast<uint64_t>(first_column + c + 1));
-    const float u = static_cast<float>(static_cast<int32_t>(key >> 40)) * 0x1p-24f;
-    const float value = low + u * range;
-    if (type == WeightType::kFloat32) {
-      std::memcpy(payload + 4ull * c, &value, 4);
-    } else {
-      const uint16_t half = to_float16(value);
-      std::memcpy(payload + 2ull * c, &half, 2);
+  const size_t element_bytes = bytes_of(type);
+  std::byte* const end = payload + record_bytes;
+  for (const ColumnRange& range_of_columns : columns) {
+    for (uint32_t c = 0; c < range_of_columns.count; ++c) {
+      const uint64_t key = mix(row_key + kGolden * static_cast<uint64_t>(range_of_columns.first + c + 1));
+      const float u = static_cast<float>(static_cast<int32_t>(key >> 40)) * 0x1p-24f;
+      const float value = low + u * range;
+      if (type == WeightType::kFloat32) {
+        std::memcpy(payload, &value, 4);
+      } else {
+        const uint16_t half = to_float16(value);
+        std::memcpy(payload, &half, 2);
+      }
+      payload += element_bytes;
     }
   }
-  const uint32_t used = columns * element_bytes;
-  std::memset(payload + used, 0, record_bytes - used);
+  std::memset(payload, 0, static_cast<size_t>(end - payload));
 }
 
 }  // namespace mtrains

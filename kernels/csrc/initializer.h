@@ -11,8 +11,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace mtrains {
+
+struct ColumnRange {
+  int64_t first = 0;  // global to the unsharded table
+  uint32_t count = 0;
+  bool operator==(const ColumnRange&) const = default;
+};
 
 enum class WeightType : uint8_t { kFloat32 = 0, kFloat16 = 1 };
 
@@ -21,11 +28,11 @@ struct Initializer {
   uint64_t seed = 0;
   float low = 0, high = 0;
   int64_t first_row = 0;       // global row of the shard's row 0
-  int64_t first_column = 0;    // global column of the record's element 0
-  uint32_t columns = 0;
+  std::vector<ColumnRange> columns;  // of the record's elements, in their order
   WeightType type = WeightType::kFloat32;
 
-  // Writes the payload of `row` (local to the shard): columns weights, then zeros up to record_bytes.
+  uint64_t weight_bytes() const;
+  // Writes the payload of `row` (local to the shard): the columns' weights, then zeros up to record_bytes.
   void fill(int64_t row, std::byte* payload, uint32_t record_bytes) const;
 };
 

@@ -16,7 +16,7 @@ constexpr size_t kMostChunks = 8;             // of a stream, in memory: full, b
 
 bool same(const Initializer& a, const Initializer& b) {
   return a.zero == b.zero && (a.zero || (a.seed == b.seed && a.low == b.low && a.high == b.high && a.first_row == b.first_row &&
-                                         a.first_column == b.first_column && a.columns == b.columns && a.type == b.type));
+                                         a.columns == b.columns && a.type == b.type));
 }
 
 std::string text_of(int error) { return error == IoQueue::kShort ? "it ended early" : std::strerror(error); }

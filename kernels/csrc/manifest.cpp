@@ -80,12 +80,15 @@ std::vector<std::byte> Manifest::encode() const {
     w.put(t.spec.record_bytes);
     w.put(static_cast<uint8_t>(t.init.zero));
     w.put(static_cast<uint8_t>(t.init.type));
-    w.put(t.init.columns);
     w.put(t.init.seed);
     w.put(t.init.low);
     w.put(t.init.high);
     w.put(t.init.first_row);
-    w.put(t.init.first_column);
+    w.put(static_cast<uint32_t>(t.init.columns.size()));
+    for (const ColumnRange& c : t.init.columns) {
+      w.put(c.first);
+      w.put(c.count);
+    }
   }
   w.put(static_cast<uint32_t>(segments.size()));
   for (const ManifestSegment& s : segments) {
@@ -124,7 +127,7 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
   if (m.path_count == 0 || m.segment_bytes < kLeastSegmentBytes || m.segment_bytes > kMostSegmentBytes) {
     r.fail("segments of " + std::to_string(m.segment_bytes) + " bytes over " + std::to_string(m.path_count) + " paths");
   }
-  m.tables.resize(r.count(54));
+  m.tables.resize(r.count(46));
   std::set<std::string> names;
   std::set<uint32_t> block_sizes;
   for (ManifestTable& t : m.tables) {
@@ -134,15 +137,17 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
     t.spec.record_bytes = r.get<uint32_t>();
     t.init.zero = r.get<uint8_t>() != 0;
     t.init.type = static_cast<WeightType>(r.get<uint8_t>());
-    t.init.columns = r.get<uint32_t>();
     t.init.seed = r.get<uint64_t>();
     t.init.low = r.get<float>();
     t.init.high = r.get<float>();
     t.init.first_row = r.get<int64_t>();
-    t.init.first_column = r.get<int64_t>();
-    const bool wide = t.init.type == WeightType::kFloat32;
+    t.init.columns.resize(r.count(12));
+    for (ColumnRange& c : t.init.columns) {
+      c.first = r.get<int64_t>();
+      c.count = r.get<uint32_t>();
+    }
     if (!is_valid(t.spec) || t.init.type > WeightType::kFloat16 ||
-        (!t.init.zero && uint64_t{t.init.columns} * (wide ? 4 : 2) > t.spec.record_bytes) ||
+        (!t.init.zero && t.init.weight_bytes() > t.spec.record_bytes) ||
         !names.insert(t.spec.name).second) {
       r.fail("table '" + t.spec.name + "' cannot be");
     }

@@ -146,7 +146,7 @@ class Fuzz {
       LogVolume volume(options(0));
       for (size_t t = 0; t < std::size(kRecordBytes); ++t) {
         volume.table({"table " + std::to_string(t), kRows, kRecordBytes[t]},
-                     t == 0 ? Initializer{} : Initializer{false, t, -1.0f, 1.0f, 0, 0, 4, WeightType::kFloat32});
+                     t == 0 ? Initializer{} : Initializer{false, t, -1.0f, 1.0f, 0, {{0, 4}}, WeightType::kFloat32});
       }
       uint64_t epoch = 0;
       for (const int64_t step : {1, 2, 5}) {  // the newest manifest names the snapshot of the first epochs, written meanwhile

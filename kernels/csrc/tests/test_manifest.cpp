@@ -21,7 +21,9 @@ Manifest some_manifest(Random& random) {
                   static_cast<uint32_t>(4 * (1 + below(random, 300)))};
     if (random() % 2) {
       const auto columns = static_cast<uint32_t>(1 + below(random, table.spec.record_bytes / 4));
-      table.init = {false, random(), -0.5f, 0.25f, 7, 3, columns, random() % 2 ? WeightType::kFloat16 : WeightType::kFloat32};
+      const uint32_t left = below(random, columns);
+      std::vector<ColumnRange> ranges{{3, left}, {1000, columns - left}};
+      table.init = {false, random(), -0.5f, 0.25f, 7, ranges, random() % 2 ? WeightType::kFloat16 : WeightType::kFloat32};
     }
   }
   for (uint32_t s = static_cast<uint32_t>(m.tables.empty() ? 0 : below(random, 5)), number = 1; s > 0; --s) {
@@ -55,7 +57,7 @@ TEST("a manifest survives encoding") {
       CHECK(a.spec.name == b.spec.name && a.spec.row_count == b.spec.row_count && a.spec.record_bytes == b.spec.record_bytes);
       CHECK(a.init.zero == b.init.zero && a.init.type == b.init.type && a.init.columns == b.init.columns);
       CHECK(a.init.seed == b.init.seed && a.init.low == b.init.low && a.init.high == b.init.high);
-      CHECK(a.init.first_row == b.init.first_row && a.init.first_column == b.init.first_column);
+      CHECK(a.init.first_row == b.init.first_row);
     }
     CHECK_EQ(back.segments.size(), m.segments.size());
     for (size_t s = 0; s < m.segments.size(); ++s) {
@@ -104,7 +106,7 @@ TEST("a manifest whose numbers cannot be is a typed error though its checksum is
   good.segment_bytes = 1 << 20;
   good.path_count = 1;
   good.tables.resize(2);
-  good.tables[0] = {{"a", 10, 64}, {false, 1, 0.0f, 1.0f, 0, 0, 16, WeightType::kFloat32}};
+  good.tables[0] = {{"a", 10, 64}, {false, 1, 0.0f, 1.0f, 0, {{0, 16}}, WeightType::kFloat32}};
   good.tables[1] = {{"b", 10, 64}, {}};
   const uint32_t block_bytes = BlockShape::of(64).block_bytes;
   good.segments = {{1, 0, block_bytes, 3, 2}, {2, 0, block_bytes, 0, 0}};
@@ -114,8 +116,8 @@ TEST("a manifest whose numbers cannot be is a typed error though its checksum is
     spoil(bad);
     check_error(ErrorKind::kDamagedRecord, [&] { Manifest::decode(bad.encode(), "file"); });
   };
-  refused([](Manifest& m) { m.tables[0].init.columns = 17; });  // more weights than the record has room for
-  refused([](Manifest& m) { m.tables[0].init.columns = 0x40000001; });
+  refused([](Manifest& m) { m.tables[0].init.columns[0].count = 17; });  // more weights than the record has room for
+  refused([](Manifest& m) { m.tables[0].init.columns.push_back({99, 0x40000001}); });
   refused([](Manifest& m) { m.tables[0].init.type = static_cast<WeightType>(2); });
   refused([](Manifest& m) { m.tables[1].spec.name = "a"; });
   refused([](Manifest& m) { m.tables[1].spec.name.clear(); });
