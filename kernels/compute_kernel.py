@@ -107,7 +107,9 @@ class _TieredKernel(FusedOptimizerModule):
     _config: GroupedEmbeddingConfig
     _feature_table_map: list[int]
 
-    def _make(self, config: GroupedEmbeddingConfig, pooling: PoolingMode, pg: dist.ProcessGroup | None, device: torch.device | None) -> None:
+    def _make(
+        self, config: GroupedEmbeddingConfig, pooling: PoolingMode, pg: dist.ProcessGroup | None, device: torch.device | None
+    ) -> None:
         if device is not None and device.type != "cpu":
             raise errors.UnsupportedError(f"tiered tables train on the CPU for now, got device {device}")
         precision = data_type_to_sparse_type(config.data_type)
@@ -262,9 +264,7 @@ class BatchedTieredEmbedding(_TieredKernel, BaseBatchedEmbedding[Tensor]):
     Raises: as ``BatchedTieredEmbeddingBag``.
     """
 
-    def __init__(
-        self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
         super().__init__(config, pg, device)
         self._make(config, PoolingMode.NONE, pg, device)
 
@@ -289,9 +289,7 @@ def _shards_of_rows(tables: Sequence[ShardedEmbeddingTable]) -> list[list[int]]:
     return together
 
 
-def _place(
-    pooled: Tensor, vbe_output: Tensor, vbe_output_offsets: Tensor, batch_sizes: list[list[int]], dims: list[int]
-) -> Tensor:
+def _place(pooled: Tensor, vbe_output: Tensor, vbe_output_offsets: Tensor, batch_sizes: list[list[int]], dims: list[int]) -> Tensor:
     """``vbe_output`` with this group's bags, which come by rank and feature, where they belong."""
     places = [
         torch.arange(first, first + batch_sizes[f][rank] * dims[f])

@@ -165,7 +165,7 @@ class TieredTBE(nn.Module):
             for dim in t.dims:
                 if dim <= 0 or dim % 4:
                     raise errors.ConfigurationError(
-                        f"table {t.name!r}: embedding_dim, or its share in column-wise sharding, must be a positive multiple of 4, got {dim}"
+                        f"table {t.name!r}: embedding_dim, or its share in column-wise sharding, must be a multiple of 4, got {dim}"
                     )
 
     def _open(self, rank: int, tables_of_features: list[int], batch_limit: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """A gloo world of this process, for the length of a test file."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    del os.environ["LOCAL_WORLD_SIZE"]

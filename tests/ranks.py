@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
 import tempfile
@@ -19,8 +20,9 @@ ANSWER_TIMEOUT_S = 120  # guess: far above the longest example
 GRACE_S = 5  # guess: how long the other ranks may take to fail once one has
 
 
-def _serve(rank: int, world_size: int, store: str, tasks: Any, answers: Any) -> None:
+def _serve(rank: int, world_size: int, local_world_size: int, store: str, tasks: Any, answers: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=ANSWER_TIMEOUT_S)
     )
@@ -38,10 +40,13 @@ class RankFailureError(AssertionError):
 
 
 class Ranks:
-    """``world_size`` processes in one gloo group. ``run`` calls a module-level function on each of them."""
+    """``world_size`` processes in one gloo group, as on nodes of ``local_world_size``.
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    ``run`` calls a module-level function on each of them.
+    """
+
+    def __init__(self, world_size: int, local_world_size: int | None = None) -> None:
+        self.world_size, self.local_world_size = world_size, local_world_size or world_size
         self._processes: list[Any] = []
 
     def _start(self) -> None:
@@ -51,7 +56,9 @@ class Ranks:
         self._tasks = [context.Queue() for _ in range(self.world_size)]
         self._processes = [
             context.Process(
-                target=_serve, args=(r, self.world_size, str(self._folder / "store"), self._tasks[r], self._answers), daemon=True
+                target=_serve,
+                args=(r, self.world_size, self.local_world_size, str(self._folder / "store"), self._tasks[r], self._answers),
+                daemon=True,
             )
             for r in range(self.world_size)
         ]

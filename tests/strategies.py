@@ -64,7 +64,10 @@ def groups(draw: st.DrawFn) -> Group:
     batch_size, max_length = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     pooling = draw(st.sampled_from([PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE]))
     dim = draw(st.integers(1, 4)) * 4
-    dims = [[dim if pooling is PoolingMode.NONE else draw(st.integers(1, 4)) * 4 for _ in range(draw(st.sampled_from([1, 1, 2])))] for _ in range(tables)]
+    dims = [
+        [dim if pooling is PoolingMode.NONE else draw(st.integers(1, 4)) * 4 for _ in range(draw(st.sampled_from([1, 1, 2])))]
+        for _ in range(tables)
+    ]
     rows = [draw(st.integers(1, 60)) for _ in range(tables)]
     at_once = draw(st.sampled_from([1, 1, 2, 3]))
     smallest = [max(1, features.count(t) * batch_size * max_length * at_once) for t in range(tables)]
@@ -98,7 +101,10 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[list[int]] |
 
 
 def batch(group: Group, generator: torch.Generator) -> Batch:
-    """One batch: ids, offsets, per-sample weights of a weighted group, batch sizes of a variable one; half of the ids come from a hot tenth."""
+    """One batch: ids, offsets, per-sample weights of a weighted group, batch sizes of a variable one.
+
+    Half of the ids come from a hot tenth.
+    """
 
     def number(below: int) -> int:
         return int(torch.randint(0, below, (1,), generator=generator))

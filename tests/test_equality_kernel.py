@@ -43,7 +43,9 @@ def tiered(group: Group, home: Home) -> TieredTBE:
         )
         for i, (rows, dims, pool, caches) in enumerate(zip(group.rows, group.dims, group.pool_rows, group.caches, strict=True))
     ]
-    return TieredTBE(tables, group.feature_table_map(), group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3)
+    return TieredTBE(
+        tables, group.feature_table_map(), group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3
+    )
 
 
 def stock(group: Group, twin: TieredTBE) -> SplitTableBatchedEmbeddingBagsCodegen:

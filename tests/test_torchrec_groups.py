@@ -141,10 +141,9 @@ def test_options_for_the_tables_beside_a_tiered_one_are_accepted() -> None:
     sharded(Job([Table(20, 8, ["a"], 6)]), True, cache_load_factor=0.1, prefetch_pipeline=True)
 
 
-@pytest.mark.parametrize("sharding", ["column_wise", "table_column_wise", "table_row_wise", "grid_shard", "data_parallel"])
-def test_other_sharding_types_are_refused_by_name(sharding: str) -> None:
-    with pytest.raises(UnsupportedError, match=sharding):
-        mtrains.TieredParameterSharding(sharding_type=sharding, tiers=TierChain(4, (DdrHome(),)))
+def test_data_parallel_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="data_parallel"):
+        mtrains.TieredParameterSharding(sharding_type="data_parallel", tiers=TierChain(4, (DdrHome(),)))
 
 
 def test_a_tiered_sharding_has_a_chain_and_no_other_kernel() -> None:
@@ -167,16 +166,3 @@ def test_a_customized_kernel_without_tiers_is_refused() -> None:
 def test_other_data_types_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="FP32 or FP16"):
         sharded(Job([Table(20, 8, ["a"], 6)], data_type=DataType.BF16), True)
-
-
-def test_a_variable_batch_per_feature_is_refused() -> None:
-    dmp = sharded(Job([Table(20, 8, ["a", "b"], 6)]), True)
-    batch = KeyedJaggedTensor(
-        keys=["a", "b"],
-        values=torch.tensor([1, 2, 3]),
-        lengths=torch.tensor([1, 1, 1]),
-        stride_per_key_per_rank=[[1], [2]],
-        inverse_indices=(["a", "b"], torch.tensor([[0, 0], [0, 1]])),
-    )
-    with pytest.raises(UnsupportedError, match="variable batch size"):
-        dmp(batch)

@@ -53,8 +53,8 @@ def _put_together(table: str, like: Tensor, wanted: Box, pieces: list[tuple[Box,
             found += part.numel()
     if found != result.numel():
         raise ConfigurationError(
-            f"table {table!r}: rows {wanted[0][0]} to {wanted[0][1]} of this rank are not all in the local shards of the state dict; load a "
-            "checkpoint of another sharding with torch.distributed.checkpoint"
+            f"table {table!r}: rows {wanted[0][0]} to {wanted[0][1]} of this rank are not all in the local shards of the state dict; load a"
+            " checkpoint of another sharding with torch.distributed.checkpoint"
         )
     return result
 

@@ -61,8 +61,7 @@ class TieredParameterSharding(ParameterSharding):
             raise ConfigurationError(f"TieredParameterSharding: tiers must be a TierChain, got {self.tiers!r}")
         if self.sharding_type not in TIERED_SHARDING_TYPES:
             raise UnsupportedError(
-                f"sharding type {self.sharding_type!r} is not supported for tiered tables; use one of "
-                f"{', '.join(TIERED_SHARDING_TYPES)}"
+                f"sharding type {self.sharding_type!r} is not supported for tiered tables; use one of {', '.join(TIERED_SHARDING_TYPES)}"
             )
 
     def get_additional_fused_params(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class _TieredTables:
 
     _modules_name: str  # of the ModuleDict of tables, as in state dicts
     _configs_name: str  # of the list of table configurations
-    _stock: type[nn.Module]
+    _stock: Any  # TorchRec's class
     _lookups: list[Any]
     _env: ShardingEnv
     module_sharding_plan: EmbeddingModuleShardingPlan
@@ -78,10 +78,10 @@ class _TieredTables:
             assert info.fused_params is not None
             tiers = info.fused_params[TABLE_TIERS]
             info.fused_params[TABLE_TIERS] = dataclasses.replace(tiers, init_fn=init_fns[info.embedding_config.name])
-        return infos  # type: ignore[no-any-return]
+        return infos
 
     def _tables(self) -> nn.ModuleDict:
-        return getattr(self, self._modules_name)  # type: ignore[no-any-return]
+        return getattr(self, self._modules_name)
 
     def _kernels(self) -> Iterator[Any]:
         for lookup in self._lookups:
@@ -151,7 +151,7 @@ class _TieredTables:
                 if isinstance(parameter, LazyRows):
                     load_rows(name, self._tiered_sharded_tensors[name], state_dict[key])
                 state_dict[key] = parameter  # loaded: nn.Module copies it onto itself, which does nothing
-        self._stock._pre_load_state_dict_hook(self, state_dict, prefix, *args)  # type: ignore[operator, arg-type]
+        self._stock._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def update_shards(self, changed_sharding_params: Any, env: ShardingEnv, device: torch.device | None) -> None:
         """Refused: tiered rows do not move between ranks while a job runs."""

@@ -87,7 +87,7 @@ def sharders(
 
     ``fused_params`` and ``qcomm_codecs_registry`` are for those two, as in TorchRec.
     """
-    ours = [
+    ours: list[ModuleSharder[Any]] = [
         TieredEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
         TieredEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
     ]

@@ -23,6 +23,7 @@ from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.distributed.types import ShardingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from .kernels.compute_kernel import BatchedTieredEmbedding, BatchedTieredEmbeddingBag
 
@@ -31,7 +32,13 @@ class TieredPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
     """TorchRec's pooled lookup; groups of tiered tables get ``BatchedTieredEmbeddingBag``."""
 
     def _create_embedding_kernel(
-        self, config: GroupedEmbeddingConfig, device: torch.device | None, pg: Any, sharding_type: ShardingType | None, *args: Any, **kwargs: Any
+        self,
+        config: GroupedEmbeddingConfig,
+        device: torch.device | None,
+        pg: Any,
+        sharding_type: ShardingType | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> BaseEmbedding:
         if config.compute_kernel is EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
             return BatchedTieredEmbeddingBag(config, pg, device, sharding_type)
@@ -45,9 +52,17 @@ class TieredEmbeddingsLookup(GroupedEmbeddingsLookup):
         self, config: GroupedEmbeddingConfig, pg: Any, device: torch.device | None, *args: Any, **kwargs: Any
     ) -> BaseEmbedding:
         if config.compute_kernel is EmbeddingComputeKernel.CUSTOMIZED_KERNEL:
-            self._need_prefetch = True
             return BatchedTieredEmbedding(config, pg, device)
         return super()._create_embedding_kernel(config, pg, device, *args, **kwargs)
+
+    def prefetch(self, sparse_features: KeyedJaggedTensor, forward_stream: Any = None) -> None:
+        """As TorchRec's; where no stock table asks for it, it is for tiered ones alone."""
+        if self._need_prefetch:
+            super().prefetch(sparse_features, forward_stream)
+            return
+        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
+            if isinstance(kernel, BatchedTieredEmbedding):
+                kernel.emb_module.prefetch(features.values(), features.offsets(), forward_stream)
 
 
 class _Lookups:
