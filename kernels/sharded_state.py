@@ -61,9 +61,7 @@ class ShardedRows:
 
     def sharded_tensor(self, pg: dist.ProcessGroup | None) -> ShardedTensor:
         """The usual form. No rank asks another."""
-        metadata = ShardedTensorMetadata(
-            shards_metadata=self._blocks, size=self.size, tensor_properties=TensorProperties(dtype=self.dtype)
-        )
+        metadata = ShardedTensorMetadata(shards_metadata=self._blocks, size=self.size, tensor_properties=TensorProperties(dtype=self.dtype))
         return ShardedTensor._init_from_local_shards_and_global_metadata(
             local_shards=self._local, sharded_tensor_metadata=metadata, process_group=pg
         )

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec_mtrains.kernels import sharded_state
 
-from dmp_twins import SEQUENCE_SHARDINGS, SHARDINGS, Job, assert_same_state, batch, in_order, jobs, local_blocks, one_folder, sharded
+import torchrec_mtrains as mtrains
+from dmp_twins import SEQUENCE_SHARDINGS, SHARDINGS, Job, Table, assert_same_state, batch, in_order, jobs, local_blocks, one_folder, sharded
 from ranks import Ranks
+from torchrec_mtrains.errors import UnsupportedError, VolumeIoError
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
@@ -97,6 +99,40 @@ def exchange(job: Job, other: Job, to_fused: bool) -> None:
             assert_same_state(source, target)
             assert torch.equal(train(source, job, seed=2), train(target, other, seed=2))
             assert_same_state(source, target)
+
+
+def save_while_training(job: Job, other: Job) -> None:
+    """What is trained after ``async_save`` returned is not in the checkpoint."""
+    small_blocks = mock.patch.object(sharded_state, "SHARD_BYTES", 200)
+    with small_blocks, tempfile.TemporaryDirectory(dir=Path.cwd()) as mine, one_folder(mine) as folder:
+        source, target = sharded(job, True), sharded(other, True)
+        train(source, job, seed=1)
+        saved = whole(source)
+        future = dcp.async_save(state(source), checkpoint_id=folder, async_stager=mtrains.TieredStager(folder))
+        train(source, job, seed=2)
+        future.result()
+        loaded = state(target)
+        dcp.load(loaded, checkpoint_id=folder)
+        target.load_state_dict(loaded["model"])
+        if "optimizer" in loaded:
+            target.fused_optimizer.load_state_dict(loaded["optimizer"])
+        values = whole(target)
+        for key in saved:
+            assert torch.equal(saved[key], values[key]), key
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=RELAXED)
+@given(moves(world_size=1))
+def test_async_save_saves_what_was_there_when_it_was_called(one_rank: None, move: tuple[Job, Job]) -> None:
+    save_while_training(*move)
+
+
+def test_staging_without_room_or_folder_is_a_typed_error(one_rank: None, tmp_path: Path) -> None:
+    dmp = sharded(Job([Table(100, 8, ["a"], 6)]), True)
+    with pytest.raises(VolumeIoError, match=r"cannot be staged in .*missing.*No such file"):
+        mtrains.TieredStager(tmp_path / "missing").stage(dmp.state_dict())
+    with pytest.raises(UnsupportedError, match=r"async_stager=mtrains.TieredStager\(folder\)"):
+        dmp.state_dict()["embedding_bags.t0.weight"].local_shards()[0].tensor.new_empty([])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder, sharders
+    from .stager import TieredStager
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "TieredEmbeddingBagCollectionSharder",
     "TieredEmbeddingCollectionSharder",
     "TieredParameterSharding",
+    "TieredStager",
     "__version__",
     "kernels",
     "load_checkpoint",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredEmbeddingCollectionSharder": ".sharder",
     "TieredParameterSharding": ".parameter_sharding",
+    "TieredStager": ".stager",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
     "save_checkpoint": ".checkpoint",

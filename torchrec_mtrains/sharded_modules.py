@@ -49,7 +49,8 @@ def _refuse(sharding_infos: list[EmbeddingShardingInfo], env: ShardingEnv, shard
 class _TieredTables:
     """What sharded collections of bags and of sequences have in common; before TorchRec's class in their bases.
 
-    Raises: UnsupportedError for what tiered tables do not have (2D parallelism, and what the compute kernel refuses); ConfigurationError for a customized kernel without tiers.
+    Raises: UnsupportedError for what tiered tables do not have (2D parallelism, and what the compute kernel refuses);
+    ConfigurationError for a customized kernel without tiers.
     """
 
     _modules_name: str  # of the ModuleDict of tables, as in state dicts
