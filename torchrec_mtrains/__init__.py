@@ -8,10 +8,12 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+    from .explain import explain
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
+    from .resize import resize
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder, sharders
     from .stager import TieredStager
 
@@ -29,10 +31,12 @@ __all__ = [
     "TieredParameterSharding",
     "TieredStager",
     "__version__",
+    "explain",
     "kernels",
     "load_checkpoint",
     "planner",
     "register",
+    "resize",
     "save_checkpoint",
     "sharders",
     "tiered_groups",
@@ -48,8 +52,10 @@ _MODULE_OF = {
     "TieredEmbeddingCollectionSharder": ".sharder",
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
+    "explain": ".explain",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
+    "resize": ".resize",
     "save_checkpoint": ".checkpoint",
     "sharders": ".sharder",
     "tiered_groups": ".groups",

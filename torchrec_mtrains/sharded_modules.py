@@ -91,14 +91,15 @@ class _TieredTables:
         """The compute kernels of tiered tables on this rank, in the order of lookups and groups."""
         return (kernel for kernel in self._kernels() if isinstance(kernel, TieredKernel))
 
-    def _tiered_tables(self) -> dict[str, TieredParameterSharding]:
+    def tiered_tables(self) -> dict[str, TieredParameterSharding]:
+        """What the plan says of each, whether this rank has rows of it or not."""
         return {name: s for name, s in self.module_sharding_plan.items() if isinstance(s, TieredParameterSharding)}
 
     # -- state
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
         super()._initialize_torch_state(skip_registering)  # type: ignore[misc]
-        for name in self._tiered_tables():
+        for name in self.tiered_tables():
             table = self._tables()[name]
             if not hasattr(table, "weight"):  # this rank has no shard of the table
                 empty = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -111,7 +112,7 @@ class _TieredTables:
     def _build_tiered_weights(self) -> dict[str, ShardedTensor | DTensor]:
         result = {state.name: state.part(0) for kernel in self.tiered_kernels() for state in kernel.table_states}
         for config in getattr(self, self._configs_name):
-            sharding = self._tiered_tables().get(config.name)
+            sharding = self.tiered_tables().get(config.name)
             if sharding is not None and config.name not in result:
                 assert sharding.sharding_spec is not None
                 size = (config.num_embeddings, config.embedding_dim)
@@ -127,7 +128,7 @@ class _TieredTables:
     @contextmanager
     def _without_tiered_tables(self) -> Iterator[None]:
         everything: list[BaseEmbeddingConfig] = getattr(self, self._configs_name)
-        tiered = self._tiered_tables()
+        tiered = self.tiered_tables()
         setattr(self, self._configs_name, [c for c in everything if c.name not in tiered])
         try:
             yield
@@ -148,7 +149,7 @@ class _TieredTables:
 
     @staticmethod
     def _pre_load_state_dict_hook(self: _TieredTables, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._tiered_tables():
+        for name in self.tiered_tables():
             key = f"{prefix}{self._modules_name}.{name}.weight"
             if key in state_dict:
                 parameter = self._tables()[name].weight
