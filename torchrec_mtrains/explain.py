@@ -76,7 +76,8 @@ class Explanation:
 
 def explain(module: nn.Module) -> Explanation:
     """The tiered tables and volumes of this rank below a ``DistributedModelParallel``, since it was made (or resized)."""
-    tiers, volumes = [], {}
+    tiers: list[TierUse] = []
+    volumes: dict[int, Any] = {}
     for collection in tiered_collections(module):
         shardings = collection.tiered_tables()
         for group in (kernel.emb_module for kernel in collection.tiered_kernels()):
