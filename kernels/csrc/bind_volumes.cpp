@@ -53,6 +53,7 @@ nb::dict stats_of(const Volume& volume) {
   d["clean_read_ios"] = s.clean_read_ios;
   d["clean_read_bytes"] = s.clean_read_bytes;
   d["read_wait_seconds"] = s.read_wait_seconds;
+  d["registered_buffer_bytes"] = s.registered_buffer_bytes;
   return d;
 }
 
@@ -140,6 +141,7 @@ void bind_volumes(nb::module_& m) {
              return result;
            })
       .def("fallback_reason", &LogVolume::fallback_reason)
+      .def("unregistered_reason", &LogVolume::unregistered_reason)
       .def("direct", &LogVolume::direct)
       .def("wants_checkpoint", &LogVolume::wants_checkpoint);
 

@@ -525,6 +525,7 @@ VolumeStats LogVolume::stats() const {
   std::lock_guard guard(batch_mutex_);
   VolumeStats s = stats_;
   s.disk_bytes = used_bytes();
+  if (queue_) s.registered_buffer_bytes = queue_->registered_bytes();
   return s;
 }
 

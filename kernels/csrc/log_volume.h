@@ -134,6 +134,7 @@ class LogVolume final : public Volume {
   VolumeStats stats() const override;
   const char* backend() const override { return queue_ ? queue_->backend() : "mapped"; }
   std::string fallback_reason() const { return queue_ ? queue_->fallback_reason() : ""; }
+  std::string unregistered_reason() const { return queue_ ? queue_->unregistered_reason() : ""; }
   bool direct() const;  // whether the page cache is out of the way
   bool wants_checkpoint() const;  // room is short, and what checkpoints hold would make some
   std::string id() const override;
