@@ -14,7 +14,7 @@ constexpr uint64_t kCleanBytes = 1u << 20;  // read at a time; puts and gets go 
 }  // namespace
 
 uint64_t LogVolume::manifest_bytes() const {
-  uint64_t bytes = 128 + 16 * (segments_.size() + 1);
+  uint64_t bytes = 128 + kManifestSegmentBytes * (segments_.size() + 1);
   for (const Table& t : tables_) bytes += 64 + t.spec.name.size();
   return bytes;
 }

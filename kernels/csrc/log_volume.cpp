@@ -12,6 +12,7 @@ namespace mtrains {
 namespace {
 
 constexpr uint64_t kChunkBytes = 256u << 10;  // one write
+constexpr uint32_t kEntriesAhead = 16;        // of the index, prefetched: each row is a miss of the processor's caches
 constexpr size_t kMostChunks = 8;             // of a stream, in memory: full, being written or being filled
 
 bool same(const Initializer& a, const Initializer& b) {
@@ -148,14 +149,22 @@ void LogVolume::require_writable() const {
   if (options_.read_only) throw Error(ErrorKind::kVolume, "volume " + name() + " is open for reading; nothing in it can change");
 }
 
-void LogVolume::require_usable() const {
+void LogVolume::require_loaded() const {
   require_open(closed_, name());
+  if (!restore_error_.empty()) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + " holds nothing to serve: " + restore_error_ + ". Restore again, that epoch or "
+                                        "another that it keeps, or close it");
+  }
   if (awaiting_restore_) {
     std::string epochs;
     for (const Kept& k : kept_) epochs += (epochs.empty() ? "" : ", ") + std::to_string(k.epoch);
     throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " holds the checkpoints (" + epochs + ") of an earlier job. "
                                                 "Nothing was changed. Resume from one (load_checkpoint), or name another path");
   }
+}
+
+void LogVolume::require_usable() const {
+  require_loaded();
   if (!write_error_.empty()) {
     throw Error(ErrorKind::kVolumeIo, "volume " + name() + ": " + write_error_ + ". Everything up to the last checkpoint is intact; "
                                           "resume from it once the device works");
@@ -258,6 +267,7 @@ void LogVolume::seal(Table& table, OpenBlock& open, Lock& lock) {
   }
   if (segment.live_bytes == 0 && segment.kept > 0) --coming_;
   const size_t used = open.rows.size() * table.shape.stride_bytes;
+  segment.records += static_cast<uint32_t>(open.rows.size());
   segment.live_bytes += open.rows.size() * uint64_t{table.shape.share_bytes()};
   segment.unsynced = true;
   std::byte* to = chunk ? chunk->buffer.get() + uint64_t{chunk->blocks++} * stream.block_bytes
@@ -376,8 +386,7 @@ const std::byte* LogVolume::in_memory(const Segment& segment, uint32_t block) co
 
 uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
   Lock lock(mutex_);
-  require_open(closed_, name());
-  if (awaiting_restore_) require_usable();
+  require_loaded();
   for (const GetRequest& r : requests) require_rows(tables_.at(r.table).spec, r.rows);
   auto batch = std::make_unique<Batch>();
   batch->requests = std::move(requests);
@@ -389,6 +398,9 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
     batch->tables.push_back(&table);
     stats_.get_rows += request.rows.size();
     for (uint32_t i = 0; i < request.rows.size(); ++i) {
+      if (i + kEntriesAhead < request.rows.size()) {
+        __builtin_prefetch(&table.index[static_cast<size_t>(request.rows[i + kEntriesAhead])]);
+      }
       const uint64_t entry = table.index[static_cast<size_t>(request.rows[i])];
       const std::byte* record = nullptr;
       if (entry == 0) {

@@ -37,6 +37,8 @@
 //   - no manifest is committed while a row is given up: its place in the log would be an older value's;
 //   - a segment that a kept manifest names is neither removed nor rewritten below the blocks that it names;
 //   - after a write has failed its records are still served from memory, and put, flush and checkpoint report it;
+//   - a restore changes nothing on disk before it has loaded the epoch; one that fails leaves nothing in memory, and the volume refuses
+//     all but another restore;
 //   - after an fsync has failed nothing is committed any more: what the kernel dropped cannot be known.
 #pragma once
 
@@ -156,7 +158,8 @@ class LogVolume final : public Volume {
   };
   struct Segment {
     uint32_t number, path, block_bytes, capacity_blocks;
-    uint32_t blocks = 0;  // sealed
+    uint32_t blocks = 0;   // sealed
+    uint32_t records = 0;  // in them
     uint64_t live_bytes = 0;  // of newest records
     uint32_t kept = 0;        // manifests that name it
     bool unsynced = false;
@@ -221,7 +224,10 @@ class LogVolume final : public Volume {
   };
   struct Snapshot {  // of the index; being written, then named by the manifests that follow
     uint64_t epoch;
-    std::map<uint32_t, uint32_t> blocks;  // by segment: those that it covers
+    struct Covered {
+      uint32_t blocks, records;
+    };
+    std::map<uint32_t, Covered> covered;  // by segment
     size_t table = 0;                     // rows before (table, row) are written
     uint64_t row = 0;
     std::vector<std::map<uint64_t, uint64_t>> before;  // by table: entries of rows not yet written that have changed since
@@ -238,8 +244,9 @@ class LogVolume final : public Volume {
   void open_folders();
   void load(const Manifest& manifest);
   void load_snapshot(const Manifest& manifest);
-  void replay(Segment& segment, uint32_t first_block, std::vector<LazyArray<uint64_t>>& sequences);
-  void replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  void remove_unnamed();  // files that no kept manifest names
+  void replay(Segment& segment, const ManifestSegment& named, std::vector<LazyArray<uint64_t>>& sequences);
+  uint32_t replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
   void count_live();
   void read_blocks(const Segment& segment, uint32_t first, uint32_t count, std::byte* to) const;
   bool snapshot_is_due(const Manifest& manifest) const;
@@ -251,6 +258,7 @@ class LogVolume final : public Volume {
   Table& add_table(const TableSpec& spec, const Initializer& init);
   Stream& stream_of(uint32_t block_bytes, bool survivors);
 
+  void require_loaded() const;
   void require_usable() const;
   void require_writable() const;
   static uint64_t room_of(const Stream& stream);  // blocks
@@ -321,6 +329,7 @@ class LogVolume final : public Volume {
   uint64_t given_up_bytes_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
+  std::string restore_error_;  // of a restore that has begun and did not come to its end: what is in memory is half an epoch
   bool stop_cleaner_ = false, asked_ = false;
   size_t waiting_puts_ = 0, waiting_commits_ = 0;  // that have asked the cleaner to do what it can
   uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
