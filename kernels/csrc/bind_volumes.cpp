@@ -101,6 +101,8 @@ void bind_volumes(nb::module_& m) {
       .value("read_error", Fault::kReadError)
       .value("write_error", Fault::kWriteError)
       .value("no_space", Fault::kNoSpace)
+      .value("open_error", Fault::kOpenError)
+      .value("map_error", Fault::kMapError)
       .value("sync_error", Fault::kSyncError)
       .value("delay", Fault::kDelay);
 

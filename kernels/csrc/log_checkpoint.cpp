@@ -86,7 +86,9 @@ void LogVolume::load(const Manifest& manifest) {
         segment->path = s.path_index;
         segment->block_bytes = s.block_bytes;
         segment->file = folders_[s.path_index].open_segment(s.number);
-        if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, !options_.read_only);
+        if (options_.mapped) {
+          segment->mapping = Mapping(segment->file, folders_[s.path_index].segment_file(s.number), segment_bytes_, !options_.read_only);
+        }
         segments_[s.number] = segment;
       }
       if (segment->path != s.path_index || segment->block_bytes != s.block_bytes) {
@@ -270,17 +272,19 @@ void LogVolume::checkpoint(uint64_t epoch) {
     kept_.back().bytes = bytes.size();
   } catch (const Error& e) {
     lock.lock();
-    let_go(kept_.back());
+    if (e.kind() == ErrorKind::kVolumeFull) {
+      let_go(kept_.back());
+    } else {  // its manifest may be on disk, so what it names stays
+      sync_error_ = e.what();
+    }
     kept_.pop_back();
     if (due) snapshot_.reset();
-    if (e.kind() != ErrorKind::kVolumeFull) sync_error_ = e.what();
     for (const auto& s : unsynced) s->unsynced = true;
     throw;
   }
   ++stats_.checkpoints;
   replaced_before_ = std::exchange(replaced_bytes_, 0);
-  while (kept_.size() > options_.keep_checkpoints) forget_manifest();
-  folders_[0].sync();
+  forget_manifests(lock);
   reclaim();
   room_made_.notify_all();
   if (due) {
@@ -289,10 +293,25 @@ void LogVolume::checkpoint(uint64_t epoch) {
   }
 }
 
-void LogVolume::forget_manifest() {
-  folders_[0].remove_manifest(kept_.front().epoch);
-  let_go(kept_.front());
-  kept_.erase(kept_.begin());
+// What they name is given back only when it is certain that they are gone. Others go on meanwhile: commit_mutex_ holds kept_.
+void LogVolume::forget_manifests(Lock& lock) {
+  if (kept_.size() <= options_.keep_checkpoints) return;
+  const auto end = kept_.end() - options_.keep_checkpoints;
+  lock.unlock();
+  std::string error;
+  try {
+    for (auto k = kept_.begin(); k != end; ++k) folders_[0].remove_manifest(k->epoch);
+    folders_[0].sync();
+  } catch (const Error& e) {
+    error = e.what();
+  }
+  lock.lock();
+  if (!error.empty()) {
+    sync_error_ = error;
+    throw Error(ErrorKind::kVolumeIo, error);
+  }
+  for (auto k = kept_.begin(); k != end; ++k) let_go(*k);
+  kept_.erase(kept_.begin(), end);
   remove_unnamed_snapshots();
 }
 
@@ -423,6 +442,7 @@ void LogVolume::restore(uint64_t epoch) {
     if (!batches_.empty()) throw Error(ErrorKind::kVolume, "volume " + name() + ": reads are in flight; wait for them before restore");
   }
   const Manifest manifest = Manifest::decode(folders_[0].read_manifest(epoch), folders_[0].manifest_file(epoch));
+  std::vector<uint64_t> on_disk = folders_[0].manifests();  // also one whose commit reported a failure
   restore_error_ = "its restore of epoch " + std::to_string(epoch) + " did not come to its end";
   std::vector<Kept> later(std::make_move_iterator(at + 1), std::make_move_iterator(kept_.end()));
   kept_.erase(at + 1, kept_.end());
@@ -443,7 +463,10 @@ void LogVolume::restore(uint64_t epoch) {
   given_up_bytes_ = 0;
   try {
     load(manifest);
-    for (; !later.empty(); later.pop_back()) folders_[0].remove_manifest(later.back().epoch);
+    for (; !on_disk.empty() && on_disk.back() > epoch; on_disk.pop_back()) {
+      folders_[0].remove_manifest(on_disk.back());
+      if (!later.empty() && later.back().epoch == on_disk.back()) later.pop_back();
+    }
     folders_[0].sync();
     remove_unnamed();
   } catch (const std::exception& e) {

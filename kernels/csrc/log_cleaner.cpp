@@ -59,7 +59,7 @@ std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes
   std::memcpy(page.get(), &header, sizeof header);
   try {
     write_whole(segment->file, page.get(), kPageBytes, 0, file);
-    if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, true);
+    if (options_.mapped) segment->mapping = Mapping(segment->file, file, segment_bytes_, true);
   } catch (const Error&) {
     folders_[segment->path].remove_segment(segment->number);
     throw;

@@ -1,7 +1,5 @@
 #include "log_volume.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
 #include <chrono>
@@ -28,16 +26,6 @@ AlignedBytes aligned_bytes(size_t bytes) {
   void* p = std::aligned_alloc(kPageBytes, (bytes + kPageBytes - 1) / kPageBytes * kPageBytes);
   if (!p) throw std::bad_alloc();
   return AlignedBytes(static_cast<std::byte*>(p));
-}
-
-Mapping::Mapping(int fd, uint64_t bytes, bool writable) : bytes_(bytes) {
-  void* p = mmap(nullptr, bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
-  if (p == MAP_FAILED) throw_io("map", "a segment of " + std::to_string(bytes) + " bytes", errno);
-  data_ = static_cast<std::byte*>(p);
-}
-
-Mapping::~Mapping() {
-  if (data_) munmap(data_, bytes_);
 }
 
 // -- opening

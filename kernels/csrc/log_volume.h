@@ -60,8 +60,8 @@
 #include "lazy_array.h"
 #include "log_format.h"
 #include "manifest.h"
+#include "mapped_file.h"
 #include "volume.h"
-#include "volume_folder.h"
 
 namespace mtrains {
 
@@ -72,24 +72,6 @@ using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;  // on a page
 AlignedBytes aligned_bytes(size_t bytes);
 
 inline uint64_t block_offset(uint32_t block_bytes, uint32_t block) { return kPageBytes + uint64_t{block} * block_bytes; }
-
-class Mapping {  // of a whole file; unmapped at its end
- public:
-  Mapping() = default;
-  Mapping(int fd, uint64_t bytes, bool writable);
-  ~Mapping();
-  Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-  Mapping& operator=(Mapping&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  std::byte* data() const { return data_; }
-
- private:
-  std::byte* data_ = nullptr;
-  uint64_t bytes_ = 0;
-};
 
 struct LogOptions {
   std::vector<std::string> paths;
@@ -254,7 +236,7 @@ class LogVolume final : public Volume {
   void write_snapshot(const std::shared_ptr<Snapshot>& snapshot);
   void stop_snapshot(Lock& lock);
   void remove_unnamed_snapshots();
-  void forget_manifest();
+  void forget_manifests(Lock& lock);
   Table& add_table(const TableSpec& spec, const Initializer& init);
   Stream& stream_of(uint32_t block_bytes, bool survivors);
 
