@@ -232,6 +232,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
     if (!options_.read_only && !kept_.empty()) wait_for_cleaner(waiting_commits_, lock);
   }
   std::lock_guard commit(commit_mutex_);
+  Lock moving(moving_mutex_);
   Lock lock(mutex_);
   require_usable();
   require_writable();
@@ -263,6 +264,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   const bool due = snapshot_is_due(manifest);
   if (due) begin_snapshot(manifest);
   lock.unlock();
+  moving.unlock();
   try {
     for (const auto& s : unsynced) sync_file(s->file, folders_[s->path].segment_file(s->number));
     for (const VolumeFolder& f : folders_) f.sync();
@@ -285,7 +287,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   ++stats_.checkpoints;
   replaced_before_ = std::exchange(replaced_bytes_, 0);
   forget_manifests(lock);
-  reclaim();
+  reclaim(lock);
   room_made_.notify_all();
   if (due) {
     if (snapshot_writer_.joinable()) snapshot_writer_.join();  // the one before has ended
@@ -424,7 +426,7 @@ void LogVolume::await_restore() {
 }
 
 void LogVolume::restore(uint64_t epoch) {
-  std::lock_guard commit(commit_mutex_);
+  std::scoped_lock alone(commit_mutex_, moving_mutex_);
   Lock lock(mutex_);
   require_open(closed_, name());
   require_writable();

@@ -113,7 +113,7 @@ TableId LogVolume::table(const TableSpec& spec, const Initializer& init) {
 }
 
 void LogVolume::grow(TableId id, int64_t row_count) {
-  std::lock_guard commit(commit_mutex_);  // a checkpoint may be about to start a snapshot of the old size
+  std::scoped_lock alone(commit_mutex_, moving_mutex_);  // a checkpoint may be about to start a snapshot of the old size
   Lock lock(mutex_);
   require_usable();
   require_writable();
@@ -596,6 +596,7 @@ void LogVolume::close() {
   stop_snapshot(lock);
   closed_ = true;
   written_.wait(lock, [&] { return writing_ == 0; });
+  room_made_.wait(lock, [&] { return removing_ == 0; });
   {
     Lock guard(batch_mutex_);
     batch_done_.wait(guard, [&] {

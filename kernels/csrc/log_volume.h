@@ -252,8 +252,7 @@ class LogVolume final : public Volume {
   void keep(const Kept& kept);
   void let_go(const Kept& kept);
   std::set<uint32_t> filling() const;
-  void reclaim();
-  void remove_segment(uint32_t number);
+  void reclaim(Lock& lock);
   uint64_t used_bytes() const;
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
@@ -300,6 +299,7 @@ class LogVolume final : public Volume {
   std::deque<Stream> streams_;
   std::map<uint32_t, std::shared_ptr<Segment>> segments_;
   std::vector<Grave> graves_;
+  size_t removing_ = 0;  // segments that are no longer in segments_, and still on disk
   std::vector<Kept> kept_;
   std::shared_ptr<Snapshot> named_, snapshot_;  // the one that manifests name; the one that is being written
   std::thread snapshot_writer_;
@@ -318,7 +318,9 @@ class LogVolume final : public Volume {
   VolumeStats stats_;
   mutable std::mutex mutex_;
   std::condition_variable written_, cleaner_wake_, room_made_;
-  std::mutex commit_mutex_;  // one checkpoint, restore, close or cleaning of a piece at a time; taken before mutex_
+  std::mutex commit_mutex_;  // one checkpoint, restore, withdrawal, growth or close at a time
+  std::mutex moving_mutex_;  // none of these while a piece is cleaned; but a checkpoint that has drained, and syncs, lets cleaning go on
+                             // order: commit_mutex_, moving_mutex_, mutex_
 
   std::map<uint64_t, std::unique_ptr<Batch>> batches_;
   uint64_t last_batch_ = 0;
