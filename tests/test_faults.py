@@ -239,6 +239,18 @@ def test_a_commit_that_fails_anywhere_leaves_a_volume_that_opens(fault, then: st
 # -- going back
 
 
+def assert_serves_nothing(volume: SsdVolume, table: VolumeTable) -> None:
+    refusal = r"holds nothing to serve: its restore of epoch 1 .* Restore again, that epoch or"
+    for use in (
+        lambda: read_all(table),
+        lambda: table.put(torch.arange(1), values(4, 1)),
+        volume.flush,
+        lambda: volume.checkpoint(3),
+    ):
+        with pytest.raises(VolumeError, match=refusal):
+            use()
+
+
 @pytest.mark.parametrize("then", ["restore again", "restore another", "open again"])
 @pytest.mark.parametrize("fault", [Fault.read_error, Fault.open_error, Fault.short_read])
 def test_a_restore_that_fails_anywhere_loses_no_checkpoint_and_the_volume_serves_nothing_half(fault, then: str) -> None:
@@ -271,9 +283,7 @@ def test_a_restore_that_fails_anywhere_loses_no_checkpoint_and_the_volume_serves
                 assert torch.equal(read_all(table)[:5], values(3, 5)), "it failed before it began"
             except VolumeError:
                 refused += 1
-                for use in (lambda: read_all(table), lambda: table.put(torch.arange(1), values(4, 1)), volume.flush, lambda: volume.checkpoint(3)):
-                    with pytest.raises(VolumeError, match=r"holds nothing to serve: its restore of epoch 1 .* Restore again, that epoch or"):
-                        use()
+                assert_serves_nothing(volume, table)
             want = 1 if then == "restore again" else volume.epochs[-1]
             if then == "open again":
                 volume.close()

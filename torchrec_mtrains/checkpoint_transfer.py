@@ -4,7 +4,7 @@ Segments are append-only: of one that was shipped before, only the new tail goes
 it has shipped, to see that it is the same, unless it can know: the checkpoint that was pushed last is still kept here, by its
 folder and by the volumes, and what a kept checkpoint names does not change.
 
-A push that publishes its checkpoint then removes those of before that are not kept any more, and what only they needed: ``_Push.remove_old``.
+A push that publishes its checkpoint then removes those that are not kept any more, and what only they needed.
 
 A push may run beside the job. If the job drops the checkpoint meanwhile, the push fails, and DEST stays what it was.
 
@@ -284,9 +284,7 @@ def _read(file: Any, path: Path, size: int) -> bytes:
     return bytes(data)
 
 
-def push(
-    directory: str | Path, ssd: Sequence[str], dest: str | Path, progress: Progress = _ignore, *, keep: int | None = None
-) -> Transfer:
+def push(directory: str | Path, ssd: Sequence[str], dest: str | Path, progress: Progress = _ignore, *, keep: int | None = None) -> Transfer:
     """Ship the latest checkpoint of a job: its folder, and the volumes of those of its ranks whose SSD is here.
 
     ``ssd``: the job's SSD paths, all of them and in its order. The checkpoint is published at DEST once every rank's volumes are

@@ -99,7 +99,7 @@ void LogInspector::read(const ManifestSegment& segment, uint32_t first, uint32_t
     add(segment.number, 0, 0, "", -1, "the checkpoint counts " + std::to_string(records) + " records in the segment, there are " +
                                           std::to_string(met) + ": the end of a block was wiped");
   }
-  if (first == 0) unread_.erase(segment.number);
+  unread_.erase(segment.number);
   posix_fadvise(opened.fd(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
