@@ -21,8 +21,8 @@ class CachedVolume(_NativeVolume):
     ``below`` open.
     """
 
-    def __init__(self, below: Volume, batch_limit: int = BATCH_LIMIT) -> None:
-        self.below = below
+    def __init__(self, below: Volume, batch_limit: int = BATCH_LIMIT, system: Any = None) -> None:
+        self.below, self._system = below, system
         self._native = _core.CachedVolume(below._native, batch_limit)
 
     def cached_table(
@@ -33,7 +33,7 @@ class CachedVolume(_NativeVolume):
         Raises: VolumeIoError, VolumeFullError for a ``PmemCache`` whose folder is missing, not writable or too small;
         ConfigurationError for a table that is open already.
         """
-        native = [_core.CacheSpec(c.rows, c.path if isinstance(c, PmemCache) else "") for c in caches]
+        native = [_core.CacheSpec(c.rows, c.path if isinstance(c, PmemCache) else "", self._system) for c in caches]
         initializer = native_initializer(name, record_bytes, init)
         table = self._native.cached_table(name, row_count, record_bytes, initializer, native)
         return VolumeTable(self, table, name, row_count, record_bytes)

@@ -223,6 +223,124 @@ def test_every_damaged_object_is_named_and_nothing_half_opens(here, dest, tmp_pa
     assert there.run(STEPS, resume=True) == here.run(STEPS, resume=True)
 
 
+def names_of(dest: Path) -> list[int]:
+    """The steps of the checkpoints at DEST, published or not."""
+    return [int(name.split("-")[0].removeprefix("step_")) for name in ObjectStore(dest).names()]
+
+
+def needed(dest: Path) -> set[str]:
+    """The objects that the checkpoints at DEST name."""
+    store, digests = ObjectStore(dest), set()
+    for name in store.names():
+        for ref in store.refs(name):
+            digests.add(store.catalogue_digest(name, ref))
+            digests.update(checkpoint_transfer._digests(store.catalogue(name, ref)))
+    return digests
+
+
+def objects_at(dest: Path) -> set[str]:
+    return {p.parent.name + p.name for p in (dest / "objects").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, [14, 16]), (1, [16]), (3, [12, 14, 16]), (0, [10, 12, 14, 16])])
+def test_a_push_keeps_the_newest_checkpoints_and_only_the_objects_that_they_name(here, there, dest, undisturbed, keep, left):
+    losses = here.run(10)
+    for steps in (12, 14, 16):
+        here.push(dest, keep=keep)
+        losses += here.run(steps, resume=True)
+    stray = dest / "objects" / "00"
+    stray.mkdir(exist_ok=True)
+    (stray / f"{'1' * 62}.killed.tmp").write_bytes(b"of a push that was killed")
+    done = here.push(dest, keep=keep)
+    assert names_of(dest) == left
+    assert [n for n in reversed(ObjectStore(dest).published())] == ObjectStore(dest).names()
+    if keep != 0:
+        assert objects_at(dest) == needed(dest)
+        assert done.removed_bytes > 0
+    there.pull(dest)
+    assert losses + there.run(STEPS, resume=True) == undisturbed
+
+
+def test_a_push_removes_nothing_while_another_push_or_pull_is_there(here, dest):
+    here.run(10)
+    here.push(dest, keep=1)
+    here.run(12, resume=True)
+    before = objects_at(dest)
+    with ObjectStore(dest).in_use(writing=False):
+        done = here.push(dest, keep=1)
+        assert "another push or pull is under way" in done.not_removed
+        assert done.removed == ()
+        assert before <= objects_at(dest)
+    again = here.push(dest, keep=1)
+    assert (names_of(dest), len(again.removed)) == ([12], 1)
+    assert objects_at(dest) == needed(dest)
+
+
+def test_a_push_that_is_killed_while_it_removes_leaves_whole_checkpoints_and_the_next_goes_on(here, dest, tmp_path, monkeypatch):
+    here.run(10)
+    here.push(dest, keep=1)
+    here.run(12, resume=True)
+    real, stop_after = Path.unlink, 0
+    interrupted = 0
+
+    class Killed(BaseException):
+        pass
+
+    def unlink(self, missing_ok=False):
+        nonlocal stop_after
+        if dest in self.parents and self.suffix != ".tmp":
+            if stop_after == 0:
+                raise Killed
+            stop_after -= 1
+        real(self, missing_ok)
+
+    def rmtree(path):
+        for file in sorted(path.iterdir()):
+            file.unlink()
+        path.rmdir()
+
+    monkeypatch.setattr(object_store.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    while True:
+        stop_after = 1  # of what an earlier push left, one more goes each time
+        try:
+            here.push(dest, keep=1)
+            break
+        except Killed:
+            interrupted += 1
+            there = Place(tmp_path, f"there{interrupted}")
+            there.pull(dest)
+            assert latest_step(there.checkpoint) == 12
+    assert interrupted >= 2
+    assert objects_at(dest) == needed(dest)
+
+
+def test_a_push_removes_nothing_while_a_kept_checkpoint_cannot_be_read(here, dest):
+    here.run(10)
+    here.push(dest, keep=2)
+    here.run(12, resume=True)
+    here.push(dest, keep=2)
+    here.run(14, resume=True)
+    (ref,) = (dest / "checkpoints").glob("step_000000000012-*/job")
+    ref.write_text("no digest\n")
+    before = objects_at(dest)
+    done = here.push(dest, keep=2)
+    assert str(ref) in done.not_removed
+    assert before <= objects_at(dest)
+
+
+def test_an_unpublished_checkpoint_of_a_later_step_is_not_removed(here, dest):
+    here.run(10)
+    here.push(dest, keep=1)
+    store = ObjectStore(dest)
+    for step in (8, 14):
+        store.commit(f"step_{step:012d}-another", "rank_0", {"volumes": []})
+    here.run(12, resume=True)
+    assert len(here.push(dest, keep=1).removed) == 2
+    assert names_of(dest) == [12, 14]
+    assert objects_at(dest) == needed(dest)
+
+
 def test_a_damaged_object_is_replaced_by_the_next_push_if_its_length_shows_it(here, there, dest):
     here.run(10)
     here.push(dest)
@@ -370,8 +488,12 @@ def test_the_commands_push_and_pull(here, there, dest):
     here.run(6)
     assert run("checkpoint", "push", dest, "--checkpoint", here.checkpoint, "--ssd", here.paths[0]).startswith("0 ")
     assert "moved" in run("checkpoint", "push", dest, "--checkpoint", here.checkpoint, "--ssd", here.paths[0])
+    here.run(8, resume=True)
+    assert "of checkpoints that are not kept" in run(
+        "checkpoint", "push", dest, "--keep", 1, "--checkpoint", here.checkpoint, "--ssd", here.paths[0]
+    )
     assert "volumes of ranks: 0" in run("checkpoint", "pull", dest, "--checkpoint", there.checkpoint, "--ssd", there.paths[0])
-    assert latest_step(there.checkpoint) == 6
+    assert latest_step(there.checkpoint) == 8
     refused = run("checkpoint", "pull", there.ssd[0], "--checkpoint", there.checkpoint, "--ssd", there.paths[0])
     assert refused.startswith("2 ")
     assert "no published checkpoint" in refused

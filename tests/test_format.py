@@ -22,6 +22,7 @@ def test_the_worked_example_is_what_a_volume_writes() -> None:
         volume.checkpoint(1)
         volume.close()
         segment = (Path(folder) / "segment_00000001.log").read_bytes()
+        manifest = (Path(folder) / "manifest_0000000000000001.bin").read_bytes()
         assert sorted(p.name for p in Path(folder).iterdir()) == [
             "manifest_0000000000000001.bin",
             "segment_00000001.log",
@@ -31,3 +32,5 @@ def test_the_worked_example_is_what_a_volume_writes() -> None:
         at = int(offset, 16)
         assert segment[at : at + 16] == bytes.fromhex(numbers)
     assert not any(segment[0x1040 : 4096 + 4096])
+    tail = re.findall(r"^ {9}((?:[0-9a-f]{2} )+)", DOCUMENT.read_text(), re.MULTILINE)
+    assert manifest[-36:-4] == bytes.fromhex("".join(tail))

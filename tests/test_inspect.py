@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torchrec_mtrains.kernels import SsdVolume
 from torchrec_mtrains.kernels._core import decode_manifest
 
-from torchrec_mtrains import volume_report
+from torchrec_mtrains import volume_files, volume_report
 from torchrec_mtrains.cli import main
 from torchrec_mtrains.errors import ConfigurationError, DamagedRecordError
 from torchrec_mtrains.volume_report import look
@@ -176,6 +177,127 @@ def test_a_damaged_manifest_is_an_error(written):
         look(written.paths)
     with pytest.raises(DamagedRecordError):
         decode_manifest(b"", "nothing")
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+INDEX_ROWS, INDEX_HEADER_BYTES, INDEX_PAGE_HEADER_BYTES = 60, 44, 16
+
+
+class Indexed:
+    """A volume whose newest manifest names an index snapshot, of one page; rows 0-9 and 50-54 were put before and after it."""
+
+    def __init__(self, folder: Path, puts: list[list[int]] | None = None) -> None:
+        self.folder = folder
+        volume = SsdVolume((str(folder),), CAPACITY_BYTES, snapshot_after_bytes=0)
+        table = volume.table("t", row_count=INDEX_ROWS, record_bytes=RECORD_BYTES)
+        epoch = 0
+        for rows in puts or [list(range(55)), [0, 1, 2, 20], [*range(10), *range(50, 55)]]:
+            table.put(np.array(rows), records(np.array(rows), epoch))
+            epoch += 1
+            volume.checkpoint(epoch)
+            while not self.is_whole(volume_files.snapshot_file(folder, epoch)):  # written in the background, named by the next manifest
+                time.sleep(0.001)
+            time.sleep(0.02)
+        volume.close()
+        manifest = volume_files.read_manifest(folder, volume_files.epochs(folder)[-1])
+        assert manifest.snapshot == epoch - 1
+        self.index = volume_files.snapshot_file(folder, manifest.snapshot)
+
+    @staticmethod
+    def is_whole(index: Path) -> bool:
+        whole = INDEX_HEADER_BYTES + 2 * INDEX_PAGE_HEADER_BYTES + 8 * INDEX_ROWS + 8
+        return index.exists() and index.stat().st_size == whole
+
+    def change(self, row: int, place: int | None = None, *, as_of: int | None = None) -> None:
+        """Gives a row another entry, or that of another row; the checksum is right."""
+        data = bytearray(self.index.read_bytes())
+        page = INDEX_HEADER_BYTES + INDEX_PAGE_HEADER_BYTES
+        if as_of is not None:
+            place = int.from_bytes(data[page + 8 * as_of : page + 8 * as_of + 8], "little")
+        assert place is not None
+        data[page + 8 * row : page + 8 * row + 8] = place.to_bytes(8, "little")
+        end = page + 8 * INDEX_ROWS
+        data[end : end + 4] = crc32c(bytes(data[INDEX_HEADER_BYTES:end])).to_bytes(4, "little")
+        self.index.write_bytes(data)
+
+    def damage(self) -> list[volume_report.Damage]:
+        return look([str(self.folder)]).damage
+
+
+def test_a_sound_index_snapshot_is_no_damage(tmp_path):
+    made = Indexed(tmp_path)
+    made.change(30, as_of=30)
+    assert made.damage() == []
+    assert look([str(tmp_path)], verify=True).damage == []
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.lists(st.integers(0, INDEX_ROWS - 1), min_size=1, max_size=80), min_size=3, max_size=6))
+def test_an_index_snapshot_of_any_history_is_sound(tmp_path_factory, puts):
+    assert Indexed(tmp_path_factory.mktemp("v"), puts).damage() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"row": 30, "as_of": 31}, "points here, where no record of the row is"),
+        ({"row": 30, "place": 77 << 35}, "points here, where no record of the row is"),
+        ({"row": 57, "as_of": 30}, "points here, where no record of the row is"),
+        ({"row": 30, "place": 0}, "says that the row was never put, the log has a record of it"),
+    ],
+)
+def test_an_entry_of_an_index_snapshot_that_is_not_where_its_row_is_is_named(tmp_path, change, what):
+    made = Indexed(tmp_path)
+    made.change(**change)
+    (damage,) = made.damage()
+    assert (damage.table, damage.row) == ("t", change["row"])
+    assert what in damage.what
+    assert CliRunner().invoke(main, ["inspect", str(tmp_path)]).exit_code == 2
+
+
+def test_an_entry_of_an_index_snapshot_that_points_at_an_older_record_is_named(tmp_path):
+    made = Indexed(tmp_path, [[*range(40)], [5], [50]])
+    made.change(5, place=(1 << 35) | 5)
+    (damage,) = made.damage()
+    assert (damage.table, damage.row) == ("t", 5)
+    assert "points at an older record" in damage.what
+
+
+def test_rows_that_were_put_after_an_index_snapshot_do_not_need_their_old_records(tmp_path):
+    made = Indexed(tmp_path)
+    made.change(4, place=77 << 35)
+    assert made.damage() == []
+
+
+def test_a_damaged_and_a_missing_index_snapshot_are_named(tmp_path):
+    made = Indexed(tmp_path)
+    data = bytearray(made.index.read_bytes())
+    data[100] ^= 1
+    made.index.write_bytes(data)
+    (damage,) = made.damage()
+    assert made.index.name in damage.what
+    assert "fails its checksum" in damage.what
+    assert made.index.name in CliRunner().invoke(main, ["inspect", str(tmp_path)]).output
+    made.index.unlink()
+    (damage,) = made.damage()
+    assert made.index.name in damage.what
+
+
+def test_the_wiped_end_of_a_block_is_seen_without_looking_at_payloads(written):
+    file, at = written.place("<row 299 version 1>")
+    with file.open("r+b") as f:
+        f.seek(at - 24)
+        f.write(bytes(24 + RECORD_BYTES))
+    (damage,) = look(written.paths).damage
+    assert "the end of a block was wiped" in damage.what
 
 
 def test_what_is_no_volume_is_refused(tmp_path, written):

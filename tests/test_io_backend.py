@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
+import traceback
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torchrec_mtrains.kernels import SsdVolume
 
@@ -35,3 +39,61 @@ def test_io_uring_is_used_where_the_kernel_permits_it(tmp_path: Path) -> None:
         f"the kernel permits {expected}, but the SSD volume runs on {backend}: install liburing-dev (apt) or liburing-devel (dnf), "
         "then rm .venv/stamps/liburing && make setup"
     )
+
+
+NOBODY = 65534
+needs_io_uring = pytest.mark.skipif(not io_uring_is_permitted(), reason="the kernel forbids io_uring")
+
+
+def registered_bytes_after_use(folder: str) -> int:
+    """Writes small and large records, reads them back from the device, and says how much the kernel had registered."""
+    volume = SsdVolume((folder,), 64 << 20, depth=16)
+    small = volume.table("small", row_count=500, record_bytes=260)
+    large = volume.table("large", row_count=40, record_bytes=40_000)  # longer than a registered buffer
+    for table in (small, large):
+        rows = np.arange(table.row_count)
+        put = np.random.default_rng(1).integers(0, 256, (table.row_count, table.record_bytes), dtype=np.uint8)
+        table.put(rows, put)
+        volume.flush()
+        for ids in (rows, rows[::-7].copy(), np.random.default_rng(2).permutation(rows)):
+            out = np.empty((len(ids), table.record_bytes), np.uint8)
+            table.get(ids, out)
+            assert np.array_equal(out, put[ids])
+    stats = volume.stats()
+    assert stats["read_ios"] >= 3 * 40
+    volume.close()
+    return stats["registered_buffer_bytes"]
+
+
+@needs_io_uring
+def test_read_buffers_are_registered_and_longer_reads_work_beside_them(tmp_path: Path) -> None:
+    assert registered_bytes_after_use(str(tmp_path)) == 16 * 16384
+
+
+@needs_io_uring
+def test_a_process_that_may_not_pin_memory_reads_without_and_says_so(tmp_path: Path) -> None:
+    """In a child without privileges, which the limit binds."""
+    tmp_path.chmod(0o777)
+    np.random.default_rng(1)  # what it imports late, the child may not be able to read
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(tmp_path)  # the folders above it may be closed to others
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (128 << 10, 128 << 10))  # a ring, and not its buffers
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert registered_bytes_after_use(".") == 0
+                assert registered_bytes_after_use(".") == 0
+            texts = [str(w.message) for w in said if "registered buffers" in str(w.message)]
+            assert len(texts) == 1, texts  # said once
+            assert "RLIMIT_MEMLOCK" in texts[0]
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0

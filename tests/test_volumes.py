@@ -445,7 +445,7 @@ def test_a_newer_format_is_refused(path: str) -> None:
     data = bytearray(manifest.read_bytes())
     data[8] = 99
     manifest.write_bytes(bytes(data))
-    with pytest.raises(VolumeMismatchError, match="format version 99, this release reads 1"):
+    with pytest.raises(VolumeMismatchError, match="format version 99, this release reads 2"):
         SsdVolume((path,), CAPACITY)
 
 

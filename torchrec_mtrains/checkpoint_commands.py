@@ -45,19 +45,28 @@ def _say(done: Transfer, verb: str) -> None:
     )
     if done.missing_ranks:
         click.echo(f"not published yet: push ranks {', '.join(map(str, done.missing_ranks))} from their hosts")
+    if done.removed_bytes:
+        click.echo(
+            f"removed {show_bytes(done.removed_bytes)}, of checkpoints that are not kept: {', '.join(done.removed) or 'unfinished ones'}"
+        )
+    if done.not_removed:
+        click.echo(f"removed nothing: {done.not_removed}")
 
 
 @checkpoint.command()
 @click.argument("dest", type=click.Path(file_okay=False))
 @_CHECKPOINT
 @_SSD
+@click.option(
+    "--keep", type=click.IntRange(0), default=None, help="Published checkpoints that DEST keeps; left out: as many as the job; 0: all."
+)
 @typed_errors
-def push(dest: str, directory: str, ssd: tuple[str, ...]) -> None:
+def push(dest: str, directory: str, ssd: tuple[str, ...], keep: int | None) -> None:
     """Ship the latest checkpoint to the folder DEST: what DEST has already is not sent again. May run beside the job."""
     from .checkpoint_transfer import push as run
 
     with _bar("push") as progress:
-        done = run(directory, ssd, dest, progress)
+        done = run(directory, ssd, dest, progress, keep=keep)
     _say(done, "pushed")
 
 

@@ -4,6 +4,8 @@ Segments are append-only: of one that was shipped before, only the new tail goes
 it has shipped, to see that it is the same, unless it can know: the checkpoint that was pushed last is still kept here, by its
 folder and by the volumes, and what a kept checkpoint names does not change.
 
+A push that publishes its checkpoint then removes those that are not kept any more, and what only they needed.
+
 A push may run beside the job. If the job drops the checkpoint meanwhile, the push fails, and DEST stays what it was.
 
 Catalogues (JSON) of the checkpoint ``step_N-<commit>``:
@@ -48,6 +50,10 @@ class Transfer:
     moved_bytes: int = 0
     known_bytes: int = 0
     missing_ranks: tuple[int, ...] = ()
+    removed: tuple[str, ...] = ()
+    removed_bytes: int = 0
+    not_removed: str = ""
+    """Why a push has removed nothing, where it should have looked."""
 
 
 Progress = Callable[[int, int], None]
@@ -78,8 +84,9 @@ def name_of_checkpoint(about: dict[str, Any]) -> str:
 
 
 class _Push:
-    def __init__(self, directory: Path, store: ObjectStore, progress: Progress) -> None:
+    def __init__(self, directory: Path, store: ObjectStore, progress: Progress, keep: int | None) -> None:
         self.directory, self.store, self.progress = directory, store, progress
+        self.keep = _kept_here(directory) if keep is None else keep
         self.folder, self.about = about_of_latest(directory)
         self.name = name_of_checkpoint(self.about)
         self.result = Transfer(self.name, [])
@@ -212,8 +219,46 @@ class _Push:
         wanted = {rank for rank, homes in enumerate(self.about["homes"]) if homes}
         self.result.missing_ranks = tuple(sorted(r for r in wanted if f"rank_{r}" not in self.store.refs(self.name)))
         if not self.result.missing_ranks:
-            self.store.publish(self.name)
+            self.store.publish(self.name, self.keep)
+            if self.keep:
+                self.remove_old()
         return self.result
+
+    def remove_old(self) -> None:
+        """Checkpoints that LATEST does not keep go, but not one of a later step: ranks on other hosts may be still to come."""
+        if not self.store.is_alone():
+            self.result.not_removed = "another push or pull is under way there"
+            return
+        published = self.store.published()
+        later = [n for n in self.store.names() if _step_of(n) > self.about["step"]]
+        kept = {*published, *later}
+        named: set[str] = set()
+        try:
+            for name in kept:
+                for ref in self.store.refs(name):
+                    named.add(self.store.catalogue_digest(name, ref))
+                    named.update(_digests(self.store.catalogue(name, ref)))
+            old = [n for n in self.store.names() if n not in kept]
+            self.result.removed_bytes = self.store.remove(old, named)
+            self.result.removed = tuple(old)
+        except (DamagedRecordError, OSError) as e:  # what a checkpoint names cannot be known, or a file not be removed
+            self.result.not_removed = str(e)
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step_").split("-")[0])
+
+
+def _digests(catalogue: dict[str, Any]) -> Iterator[str]:
+    """Of every piece that a catalogue names."""
+    pieces = list(catalogue.get("files", {}).values())
+    for volume in catalogue.get("volumes", ()):
+        pieces += [[volume["manifest"]], volume["index"], *volume["segments"].values()]
+    return (digest for listed in pieces for _, digest in listed)
+
+
+def _kept_here(directory: Path) -> int:
+    return sum(1 for _ in directory.glob(f"step_*/{ABOUT}"))
 
 
 def _index_file(volume: LocalVolume, manifest: Manifest) -> Path | None:
@@ -239,11 +284,12 @@ def _read(file: Any, path: Path, size: int) -> bytes:
     return bytes(data)
 
 
-def push(directory: str | Path, ssd: Sequence[str], dest: str | Path, progress: Progress = _ignore) -> Transfer:
+def push(directory: str | Path, ssd: Sequence[str], dest: str | Path, progress: Progress = _ignore, *, keep: int | None = None) -> Transfer:
     """Ship the latest checkpoint of a job: its folder, and the volumes of those of its ranks whose SSD is here.
 
     ``ssd``: the job's SSD paths, all of them and in its order. The checkpoint is published at DEST once every rank's volumes are
-    there; of a job on several hosts, the last host's push does that.
+    there; of a job on several hosts, the last host's push does that. Of the published ones DEST then keeps the newest ``keep``: None
+    for as many as ``directory`` has, 0 for all. Nothing is removed while another push or pull is there.
 
     Raises: ConfigurationError, VolumeMismatchError, DamagedRecordError, VolumeFullError, VolumeIoError. DEST keeps the checkpoint
     that it had.
@@ -252,7 +298,9 @@ def push(directory: str | Path, ssd: Sequence[str], dest: str | Path, progress: 
         root = Path(dest)
         root.mkdir(parents=True, exist_ok=True)
         try:
-            return _Push(Path(directory), ObjectStore(root), progress).run(ssd)
+            store = ObjectStore(root)
+            with store.in_use(writing=True):
+                return _Push(Path(directory), store, progress, keep).run(ssd)
         except FileNotFoundError as e:
             raise VolumeMismatchError(
                 f"push to {dest}: {e.filename} is gone: the job has dropped the checkpoint meanwhile. Nothing was published; push again"
@@ -390,7 +438,8 @@ def pull(
     """
     with _typed(f"pull from {dest}: could not go on. Repair that and pull again"):
         store = ObjectStore(Path(dest))
-        name = store.latest()
-        if name is None:
-            raise ConfigurationError(f"{dest} holds no published checkpoint; push one there first")
-        return _Pull(store, name, progress).run(Path(directory), ssd, ranks)
+        with store.in_use(writing=False):
+            name = store.latest()
+            if name is None:
+                raise ConfigurationError(f"{dest} holds no published checkpoint; push one there first")
+            return _Pull(store, name, progress).run(Path(directory), ssd, ranks)

@@ -28,6 +28,7 @@ class Segment:
     path_index: int
     block_bytes: int
     blocks: int
+    records: int
     bytes: int
 
 

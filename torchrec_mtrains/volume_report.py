@@ -1,7 +1,8 @@
 """What a volume on disk holds, found out from its files alone: no lock is taken and nothing is changed.
 
 The rows and segments are those of one committed checkpoint. With ``verify`` every segment that any kept checkpoint names is
-read up to the most blocks that one of them names, and every record in it is checked.
+read up to the most blocks that one of them names, and every record in it is checked. An index snapshot that the checkpoint names
+is checked against its records; of those that other checkpoints name, the checksums with ``verify``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .volume_files import Manifest, Segment
 
 @dataclass(frozen=True)
 class Damage:
-    """One damaged place. ``table`` is empty and ``row`` what is written there where they cannot be known; -1: no record's."""
+    """One damaged place. ``table`` is empty and ``row`` what is written there where they cannot be known; -1: no record's.
+    ``segment`` is 0 for what lies in none."""
 
     segment: int
     block: int
@@ -99,7 +101,7 @@ def look(
         raise ConfigurationError(f"the volume in {folders[0]} lies over {asked.path_count} paths, got {len(folders)}: name them in order")
     report = VolumeReport(asked.volume, folders, volume_files.lock_owner(folders[0]), kept, asked.epoch, asked.snapshot, verified=verify)
     longest = {s.number: s for manifest in manifests for s in manifest.segments}  # segments grow from checkpoint to checkpoint
-    inspector = _read(report, asked, manifests[-1], list(longest.values()), progress)
+    inspector = _read(report, asked, manifests, list(longest.values()), progress)
     report.tables = [
         TableReport(t["name"], t["row_count"], t["record_bytes"], live) for t, live in zip(asked.tables, inspector.live_rows(), strict=True)
     ]
@@ -130,31 +132,60 @@ def _file(folders: Sequence[Path], segment: Segment) -> Path:
 
 
 def _read(
-    report: VolumeReport, asked: Manifest, newest: Manifest, longest: list[Segment], progress: Callable[[int, int], None] | None
+    report: VolumeReport,
+    asked: Manifest,
+    manifests: list[Manifest],
+    longest: list[Segment],
+    progress: Callable[[int, int], None] | None,
 ) -> Any:
     """Reads what the checkpoint names; with ``verify`` then what only others do, for its damage alone."""
-    mine = {s.number: s.blocks for s in asked.segments}
-    manifest_file = volume_files.manifest_file
-    inspector = _core.LogInspector(asked.data, str(manifest_file(report.folders[0], asked.epoch)))
-    work = [(inspector, s, 0) for s in asked.segments]
-    if report.verified:  # the newest manifest knows every table
-        others = _core.LogInspector(newest.data, str(manifest_file(report.folders[0], newest.epoch)))
-        work += [(others, s, mine.get(s.number, 0)) for s in longest if s.blocks > mine.get(s.number, 0)]
-    total = sum((s.blocks - first) * s.block_bytes for _, s, first in work)
+    newest, mine = manifests[-1], {s.number: s for s in asked.segments}
+    inspector = _inspector(report, asked)
+    readers = [inspector]
+    snapshot = _read_snapshot(report, inspector, asked)
+    work = [(inspector, s, 0, s.records) for s in asked.segments]
+    if report.verified:
+        for manifest in {m.snapshot: m for m in manifests if m.snapshot != asked.snapshot}.values():
+            _read_snapshot(report, _inspector(report, manifest), manifest)
+        readers.append(_inspector(report, newest))  # the newest manifest knows every table
+        for s in longest:
+            if (shorter := mine.get(s.number)) is None:
+                work.append((readers[1], s, 0, s.records))
+            elif s.blocks > shorter.blocks:
+                work.append((readers[1], s, shorter.blocks, s.records - shorter.records))
+    total = sum((s.blocks - first) * s.block_bytes for _, s, first, _ in work)
     done = 0
-    for reader, s, first in work:
+    for reader, s, first, records in work:
         try:
-            reader.read(s.number, s.block_bytes, first, s.blocks, str(_file(report.folders, s)), report.verified)
+            reader.read(s.number, s.block_bytes, first, s.blocks, records, str(_file(report.folders, s)), report.verified)
         except MTrainsError as e:  # the other segments are still worth looking at
             report.damage.append(Damage(s.number, first, 0, "", -1, str(e)))
         done += (s.blocks - first) * s.block_bytes
         if progress is not None:
             progress(done, total)
+    if snapshot:
+        inspector.check_snapshot()
     report.damage_count = len(report.damage)
-    for reader in dict.fromkeys(reader for reader, _, _ in work):
+    for reader in readers:
         report.damage += [Damage(*d) for d in reader.damage]
         report.damage_count += reader.damage_count
     return inspector
+
+
+def _inspector(report: VolumeReport, manifest: Manifest) -> Any:
+    return _core.LogInspector(manifest.data, str(volume_files.manifest_file(report.folders[0], manifest.epoch)))
+
+
+def _read_snapshot(report: VolumeReport, inspector: Any, manifest: Manifest) -> bool:
+    """Whether the manifest names an index snapshot that is whole."""
+    if manifest.snapshot is None:
+        return False
+    try:
+        inspector.read_snapshot(str(volume_files.snapshot_file(report.folders[0], manifest.snapshot)))
+    except MTrainsError as e:
+        report.damage.append(Damage(0, 0, 0, "", -1, str(e)))
+        return False
+    return True
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -193,7 +224,7 @@ def show(report: VolumeReport) -> None:
     if report.uncommitted:
         console.print(f"segments of no checkpoint, removed when the volume is opened: {len(report.uncommitted)}", highlight=False)
     for d in report.damage:
-        where = f"volume {report.volume}, segment {d.segment}, block {d.block}, record {d.position}"
+        where = f"volume {report.volume}" + (f", segment {d.segment}, block {d.block}, record {d.position}" if d.segment else "")
         named = f", table {d.table!r}, row {d.row}" if d.table else ""
         console.print(f"damaged: {where}{named}: {d.what}", highlight=False, markup=False, soft_wrap=True)
     if report.verified and not report.damage_count:

@@ -1,10 +1,12 @@
 // Bindings of the caches in front of a volume. caches.py gives them their public names.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind_records.h"
 #include "cached_volume.h"
+#include "faulty_system.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -30,9 +32,12 @@ nb::dict as_dict(const CacheStats& s) {
 }  // namespace
 
 void bind_caches(nb::module_& m) {
-  nb::class_<CacheSpec>(m, "CacheSpec").def("__init__", [](CacheSpec* self, int64_t rows, std::string folder) {
-    new (self) CacheSpec{rows, std::move(folder)};
-  });
+  nb::class_<CacheSpec>(m, "CacheSpec")
+      .def("__init__",
+           [](CacheSpec* self, int64_t rows, std::string folder, std::shared_ptr<FaultySystem> system) {
+             new (self) CacheSpec{rows, std::move(folder), std::move(system)};
+           },
+           "rows"_a, "folder"_a, "system"_a.none());
 
   nb::class_<CachedVolume, Volume>(m, "CachedVolume")
       .def("__init__",

@@ -39,6 +39,7 @@ nb::dict as_dict(const Manifest& m) {
     d["path_index"] = s.path_index;
     d["block_bytes"] = s.block_bytes;
     d["blocks"] = s.blocks;
+    d["records"] = s.records;
     d["bytes"] = kPageBytes + uint64_t{s.blocks} * s.block_bytes;
     segments.append(d);
   }
@@ -63,12 +64,14 @@ void bind_inspector(nb::module_& m) {
            [](LogInspector* self, const nb::bytes& manifest, const std::string& file) { new (self) LogInspector(decode(manifest, file)); },
            "manifest"_a, "file"_a)
       .def("read",
-           [](LogInspector& self, uint32_t number, uint32_t block_bytes, uint32_t first, uint32_t blocks, const std::string& file,
-              bool verify) {
+           [](LogInspector& self, uint32_t number, uint32_t block_bytes, uint32_t first, uint32_t blocks, uint32_t records,
+              const std::string& file, bool verify) {
              nb::gil_scoped_release unlocked;
-             self.read({number, 0, block_bytes, blocks}, first, file, verify);
+             self.read({number, 0, block_bytes, blocks, records, 0, 0}, first, records, file, verify);
            },
-           "number"_a, "block_bytes"_a, "first"_a, "blocks"_a, "file"_a, "verify"_a)
+           "number"_a, "block_bytes"_a, "first"_a, "blocks"_a, "records"_a, "file"_a, "verify"_a)
+      .def("read_snapshot", &LogInspector::read_snapshot, "file"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("check_snapshot", &LogInspector::check_snapshot, nb::call_guard<nb::gil_scoped_release>())
       .def("records", &LogInspector::records, "segment"_a)
       .def_prop_ro("damage_count", &LogInspector::damage_count)
       .def_prop_ro("damage",

@@ -53,6 +53,7 @@ nb::dict stats_of(const Volume& volume) {
   d["clean_read_ios"] = s.clean_read_ios;
   d["clean_read_bytes"] = s.clean_read_bytes;
   d["read_wait_seconds"] = s.read_wait_seconds;
+  d["registered_buffer_bytes"] = s.registered_buffer_bytes;
   return d;
 }
 
@@ -101,6 +102,8 @@ void bind_volumes(nb::module_& m) {
       .value("read_error", Fault::kReadError)
       .value("write_error", Fault::kWriteError)
       .value("no_space", Fault::kNoSpace)
+      .value("open_error", Fault::kOpenError)
+      .value("map_error", Fault::kMapError)
       .value("sync_error", Fault::kSyncError)
       .value("delay", Fault::kDelay);
 
@@ -141,6 +144,7 @@ void bind_volumes(nb::module_& m) {
              return result;
            })
       .def("fallback_reason", &LogVolume::fallback_reason)
+      .def("unregistered_reason", &LogVolume::unregistered_reason)
       .def("direct", &LogVolume::direct)
       .def("wants_checkpoint", &LogVolume::wants_checkpoint);
 

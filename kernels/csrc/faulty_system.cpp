@@ -1,6 +1,7 @@
 #include "faulty_system.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -60,7 +61,7 @@ bool FaultySystem::strikes(Fault fault) {
 
 int FaultySystem::open(const char* path, int flags, mode_t mode) {
   std::lock_guard lock(mutex_);
-  if (dead_) return fail(EIO);
+  if (dead_ || strikes(Fault::kOpenError)) return fail(EIO);
   const bool is_new = (flags & O_CREAT) && ::access(path, F_OK) != 0;
   const int fd = System::open(path, plain(flags), mode);
   if (fd < 0) return fd;
@@ -125,6 +126,15 @@ int FaultySystem::fallocate(int fd, off_t bytes) {
   std::lock_guard lock(mutex_);
   if (dead_) return fail(EIO);
   return strikes(Fault::kNoSpace) ? fail(ENOSPC) : System::fallocate(fd, bytes);
+}
+
+void* FaultySystem::mmap(int fd, size_t bytes, int protection) {
+  std::lock_guard lock(mutex_);
+  if (dead_ || strikes(Fault::kMapError)) {
+    errno = dead_ ? EIO : ENOMEM;
+    return MAP_FAILED;
+  }
+  return System::mmap(fd, bytes, protection);
 }
 
 int FaultySystem::sync(int fd) {

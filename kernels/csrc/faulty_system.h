@@ -8,11 +8,15 @@
 //   kBitFlip          a write stores one bit wrong, and reports success
 //   kReadError        a read fails with EIO          kWriteError  a write fails with EIO
 //   kNoSpace          an allocation or write fails with ENOSPC
+//   kOpenError        a file cannot be opened or created (EIO)
+//   kMapError         a file cannot be mapped (ENOMEM)
 //   kSyncError        an fsync or fdatasync fails with EIO, and what it should have saved is no longer promised
 //   kDelay            a read or write takes 20 ms
 //
 // power_loss() ends the system: every later call fails, and of what was written, created, renamed or removed but not
 // synced, a random part is undone, in sectors of 512 bytes. What was synced stays.
+//
+// What is stored to a mapped file does not pass here: it is neither spoilt nor undone.
 #pragma once
 
 #include <map>
@@ -34,6 +38,8 @@ enum class Fault {
   kReadError,
   kWriteError,
   kNoSpace,
+  kOpenError,
+  kMapError,
   kSyncError,
   kDelay,
 };
@@ -52,6 +58,7 @@ class FaultySystem final : public System {
   ssize_t pread(int fd, void* data, size_t bytes, off_t offset) override;
   ssize_t pwrite(int fd, const void* data, size_t bytes, off_t offset) override;
   int fallocate(int fd, off_t bytes) override;
+  void* mmap(int fd, size_t bytes, int protection) override;
   int fdatasync(int fd) override;
   int fsync(int fd) override;
   int rename(const char* from, const char* to) override;

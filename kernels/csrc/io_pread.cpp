@@ -30,6 +30,7 @@ class PreadEngine final : public IoEngine {
   }
 
   const char* name() const override { return "pread"; }
+  std::string register_buffers(const IoBuffers&) override { return "pread has no registered buffers"; }
 
   void start(const IoCommand& command, uint32_t tag) override {
     {

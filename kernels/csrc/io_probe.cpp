@@ -46,6 +46,7 @@ ProbeResult random_reads(const std::string& file, uint32_t block_bytes, uint32_t
   if (!engine) engine = make_pread_engine(depth, System::real());
   const std::unique_ptr<std::byte, void (*)(void*)> buffers(
       static_cast<std::byte*>(std::aligned_alloc(kPageBytes, uint64_t{depth} * block_bytes)), [](void* p) { std::free(p); });
+  (void)engine->register_buffers({buffers.get(), block_bytes, block_bytes});  // as a queue does: with or without
   std::mt19937_64 random(seed);
   auto start = [&](uint32_t tag) {
     engine->start({false, opened.fd(), block_bytes, random() % blocks * block_bytes, buffers.get() + uint64_t{tag} * block_bytes}, tag);

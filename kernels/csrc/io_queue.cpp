@@ -77,7 +77,10 @@ void IoQueue::run(const std::string& backend) {
     if (backend != "pread") engine_ = make_uring_engine(depth_, &reason_);
     if (!engine_ && backend == "io_uring") failure_ = "backend io_uring was asked for, but " + reason_;
     if (!engine_ && failure_.empty()) engine_ = make_pread_engine(depth_, system_);
-    if (engine_) backend_ = engine_->name();
+    if (engine_) {
+      backend_ = engine_->name();
+      unregistered_ = engine_->register_buffers({buffers_, kMostBytes, kRegisteredBytes});
+    }
     started_ = true;
     wake_.notify_all();
     if (!engine_) return;

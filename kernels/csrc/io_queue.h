@@ -3,6 +3,9 @@
 // Reads land in buffers of the queue (one a command in flight), lent to the handler for the length of its call; writes come
 // from the caller's buffers, which must stay until the handler has been called. The thread sleeps when there is nothing to
 // do; while anything is in flight it waits for completions, and new jobs join then.
+//
+// The beginnings of those buffers are registered with the engine, where it can: a read is the pages of the records asked for in one
+// block, so few are longer. Longer reads, and all of them where registering is refused, go the plain way.
 #pragma once
 
 #include <condition_variable>
@@ -34,6 +37,7 @@ class IoQueue {
   using Handler = std::function<void(const IoJob& job, const std::byte* data, int error)>;
   static constexpr int kShort = -1;
   static constexpr uint32_t kMostBytes = (1u << 20) + (64u << 10);  // of one read
+  static constexpr uint32_t kRegisteredBytes = 16u << 10;           // of one buffer: 2 MiB at depth 128
 
   // backend: "io_uring", "pread", or "" for io_uring where it can be had.
   IoQueue(System& system, const std::string& backend, uint32_t depth, Handler handler);
@@ -41,6 +45,8 @@ class IoQueue {
   void submit(std::vector<IoJob> jobs);
   const char* backend() const { return backend_; }
   const std::string& fallback_reason() const { return reason_; }
+  uint64_t registered_bytes() const { return unregistered_.empty() ? uint64_t{depth_} * kRegisteredBytes : 0; }
+  const std::string& unregistered_reason() const { return unregistered_; }  // empty where buffers are registered
 
  private:
   void run(const std::string& backend);
@@ -60,7 +66,7 @@ class IoQueue {
   std::deque<std::vector<IoJob>> arrived_;
   bool stop_ = false, started_ = false;
   const char* backend_ = "";
-  std::string reason_, failure_;
+  std::string reason_, failure_, unregistered_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::thread thread_;

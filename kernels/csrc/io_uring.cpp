@@ -5,6 +5,8 @@
 
 #include <liburing.h>
 
+#include <sys/uio.h>
+
 #include <cstring>
 #include <vector>
 
@@ -15,7 +17,7 @@ namespace {
 
 class UringEngine final : public IoEngine {
  public:
-  explicit UringEngine(uint32_t depth) : completions_(depth) {}
+  explicit UringEngine(uint32_t depth) : depth_(depth), completions_(depth) {}
   ~UringEngine() override {
     if (open_) io_uring_queue_exit(&ring_);
   }
@@ -37,13 +39,27 @@ class UringEngine final : public IoEngine {
 
   const char* name() const override { return "io_uring"; }
 
+  std::string register_buffers(const IoBuffers& buffers) override {
+    std::vector<iovec> places(depth_);
+    for (uint32_t tag = 0; tag < depth_; ++tag) places[tag] = {buffers.first + tag * buffers.stride, buffers.bytes};
+    const int result = io_uring_register_buffers(&ring_, places.data(), depth_);
+    if (result == 0) {
+      registered_ = buffers;
+      return "";
+    }
+    return "the kernel does not register " + std::to_string(depth_ * buffers.bytes) + " bytes of buffers (" + std::strerror(-result) +
+           (result == -ENOMEM ? "; RLIMIT_MEMLOCK, ulimit -l, bounds them)" : ")");
+  }
+
   void start(const IoCommand& command, uint32_t tag) override {
     io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
     if (!sqe) {
       submit(0);
       sqe = io_uring_get_sqe(&ring_);
     }
-    if (command.write) {
+    if (!command.write && command.bytes <= registered_.bytes && command.buffer == registered_.first + tag * registered_.stride) {
+      io_uring_prep_read_fixed(sqe, command.fd, command.buffer, command.bytes, command.offset, static_cast<int>(tag));
+    } else if (command.write) {
       io_uring_prep_write(sqe, command.fd, command.buffer, command.bytes, command.offset);
     } else {
       io_uring_prep_read(sqe, command.fd, command.buffer, command.bytes, command.offset);
@@ -76,8 +92,10 @@ class UringEngine final : public IoEngine {
     }
   }
 
+  const uint32_t depth_;
   io_uring ring_{};
   bool open_ = false;
+  IoBuffers registered_{};
   std::vector<io_uring_cqe*> completions_;
 };
 

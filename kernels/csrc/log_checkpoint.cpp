@@ -65,6 +65,7 @@ void LogVolume::open_folders() {
                                                 "; the newest is " + std::to_string(epochs.back()));
   }
   load(*chosen);
+  if (!options_.read_only) remove_unnamed();
 }
 
 void LogVolume::load(const Manifest& manifest) {
@@ -85,7 +86,9 @@ void LogVolume::load(const Manifest& manifest) {
         segment->path = s.path_index;
         segment->block_bytes = s.block_bytes;
         segment->file = folders_[s.path_index].open_segment(s.number);
-        if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, !options_.read_only);
+        if (options_.mapped) {
+          segment->mapping = Mapping(segment->file, folders_[s.path_index].segment_file(s.number), segment_bytes_, !options_.read_only);
+        }
         segments_[s.number] = segment;
       }
       if (segment->path != s.path_index || segment->block_bytes != s.block_bytes) {
@@ -95,35 +98,34 @@ void LogVolume::load(const Manifest& manifest) {
       require_bytes(segment->file, block_offset(s.block_bytes, s.blocks), folders_[s.path_index].segment_file(s.number));
     }
   }
-  if (!options_.read_only) {
-    for (const VolumeFolder& folder : folders_) {
-      for (const uint32_t number : folder.segments()) {
-        next_segment_ = std::max(next_segment_, number + 1);
-        if (!segments_.contains(number)) folder.remove_segment(number);
-      }
-    }
-  }
   load_snapshot(manifest);
   std::vector<LazyArray<uint64_t>> sequences;
   for (const Table& t : tables_) sequences.emplace_back(static_cast<size_t>(t.spec.row_count));
   for (const ManifestSegment& s : manifest.segments) {
-    Segment& segment = *segments_.at(s.number);
-    segment.blocks = s.blocks;
-    replay(segment, s.in_snapshot, sequences);
+    replay(*segments_.at(s.number), s, sequences);
   }
   count_live();
   coming_ = 0;
   for (const Kept& k : kept_) keep(k);
 }
 
+void LogVolume::remove_unnamed() {
+  for (const VolumeFolder& folder : folders_) {
+    for (const uint32_t number : folder.segments()) {
+      next_segment_ = std::max(next_segment_, number + 1);
+      if (!segments_.contains(number)) folder.remove_segment(number);
+    }
+  }
+  remove_unnamed_snapshots();
+}
+
 void LogVolume::load_snapshot(const Manifest& manifest) {
   named_.reset();
-  if (!options_.read_only) remove_unnamed_snapshots();
   if (manifest.snapshot == 0) return;
   const std::string file = folders_[0].snapshot_file(manifest.snapshot);
   auto snapshot = std::make_shared<Snapshot>();
   snapshot->epoch = manifest.snapshot;
-  for (const ManifestSegment& s : manifest.segments) snapshot->blocks[s.number] = s.in_snapshot;
+  for (const ManifestSegment& s : manifest.segments) snapshot->covered[s.number] = {s.in_snapshot, s.records_in_snapshot};
   read_index_snapshot(folders_[0].open_snapshot(manifest.snapshot), file, volume_, manifest.snapshot,
                       [&](uint32_t number, uint64_t first_row, std::span<const uint64_t> places) {
                         if (number > tables_.size() || first_row + places.size() > tables_[number - 1].index.size()) {
@@ -144,7 +146,9 @@ void LogVolume::read_blocks(const Segment& segment, uint32_t first, uint32_t cou
   }
 }
 
-void LogVolume::replay(Segment& segment, uint32_t first_block, std::vector<LazyArray<uint64_t>>& sequences) {
+void LogVolume::replay(Segment& segment, const ManifestSegment& named, std::vector<LazyArray<uint64_t>>& sequences) {
+  segment.blocks = named.blocks;
+  segment.records = named.records;
   const std::string file = folders_[segment.path].segment_file(segment.number);
   const AlignedBytes page = aligned_bytes(kPageBytes);
   read_whole(segment.file, page.get(), kPageBytes, 0, file);
@@ -157,17 +161,23 @@ void LogVolume::replay(Segment& segment, uint32_t first_block, std::vector<LazyA
   }
   const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kReplayBytes / segment.block_bytes, 1));
   const AlignedBytes buffer = aligned_bytes(uint64_t{per_read} * segment.block_bytes);
-  for (uint32_t first = first_block; first < segment.blocks; first += per_read) {
+  uint32_t records = named.records_in_snapshot;
+  for (uint32_t first = named.in_snapshot; first < segment.blocks; first += per_read) {
     const uint32_t count = std::min(per_read, segment.blocks - first);
     read_blocks(segment, first, count, buffer.get());
     for (uint32_t b = 0; b < count; ++b) {
-      replay_block(segment, first + b, buffer.get() + uint64_t{b} * segment.block_bytes, sequences);
+      records += replay_block(segment, first + b, buffer.get() + uint64_t{b} * segment.block_bytes, sequences);
     }
+  }
+  if (records != named.records) {
+    throw Error(ErrorKind::kDamagedRecord, "segment " + file + ": its checkpoint counts " + std::to_string(named.records) + " records in its " +
+                                               std::to_string(named.blocks) + " blocks, there are " + std::to_string(records) +
+                                               ": the end of a block was wiped. Restore the volume from a copy");
   }
 }
 
-void LogVolume::replay_block(const Segment& segment, uint32_t block, const std::byte* data,
-                             std::vector<LazyArray<uint64_t>>& sequences) {
+uint32_t LogVolume::replay_block(const Segment& segment, uint32_t block, const std::byte* data,
+                                 std::vector<LazyArray<uint64_t>>& sequences) {
   const TableId number = header_of(data).table;
   auto fail = [&](const std::string& what) {
     throw Error(ErrorKind::kDamagedRecord, "volume " + name() + ": segment " + folders_[segment.path].segment_file(segment.number) +
@@ -176,7 +186,8 @@ void LogVolume::replay_block(const Segment& segment, uint32_t block, const std::
   if (number == 0 || number > tables_.size()) fail("no record of a known table begins it (table " + std::to_string(number) + ")");
   Table& table = tables_[number - 1];
   if (table.shape.block_bytes != segment.block_bytes) fail("table '" + table.spec.name + "' has blocks of another size");
-  for (uint32_t i = 0; i < table.shape.records; ++i) {
+  uint32_t i = 0;
+  for (; i < table.shape.records; ++i) {
     const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
     const RecordHeader h = header_of(record);
     if (h.table == 0) {
@@ -193,6 +204,7 @@ void LogVolume::replay_block(const Segment& segment, uint32_t block, const std::
     newest = h.sequence;
     table.index[static_cast<size_t>(h.row)] = place;
   }
+  return i;
 }
 
 void LogVolume::count_live() {
@@ -220,6 +232,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
     if (!options_.read_only && !kept_.empty()) wait_for_cleaner(waiting_commits_, lock);
   }
   std::lock_guard commit(commit_mutex_);
+  Lock moving(moving_mutex_);
   Lock lock(mutex_);
   require_usable();
   require_writable();
@@ -241,8 +254,8 @@ void LogVolume::checkpoint(uint64_t epoch) {
   std::vector<std::shared_ptr<Segment>> unsynced;
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0) continue;
-    const uint32_t in_snapshot = named_ && named_->blocks.contains(number) ? named_->blocks[number] : 0;
-    manifest.segments.push_back({number, s->path, s->block_bytes, s->blocks, in_snapshot});
+    const auto covered = named_ && named_->covered.contains(number) ? named_->covered[number] : Snapshot::Covered{0, 0};
+    manifest.segments.push_back({number, s->path, s->block_bytes, s->blocks, s->records, covered.blocks, covered.records});
     if (s->unsynced) unsynced.push_back(s);
     s->unsynced = false;
   }
@@ -251,6 +264,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   const bool due = snapshot_is_due(manifest);
   if (due) begin_snapshot(manifest);
   lock.unlock();
+  moving.unlock();
   try {
     for (const auto& s : unsynced) sync_file(s->file, folders_[s->path].segment_file(s->number));
     for (const VolumeFolder& f : folders_) f.sync();
@@ -260,18 +274,20 @@ void LogVolume::checkpoint(uint64_t epoch) {
     kept_.back().bytes = bytes.size();
   } catch (const Error& e) {
     lock.lock();
-    let_go(kept_.back());
+    if (e.kind() == ErrorKind::kVolumeFull) {
+      let_go(kept_.back());
+    } else {  // its manifest may be on disk, so what it names stays
+      sync_error_ = e.what();
+    }
     kept_.pop_back();
     if (due) snapshot_.reset();
-    if (e.kind() != ErrorKind::kVolumeFull) sync_error_ = e.what();
     for (const auto& s : unsynced) s->unsynced = true;
     throw;
   }
   ++stats_.checkpoints;
   replaced_before_ = std::exchange(replaced_bytes_, 0);
-  while (kept_.size() > options_.keep_checkpoints) forget_manifest();
-  folders_[0].sync();
-  reclaim();
+  forget_manifests(lock);
+  reclaim(lock);
   room_made_.notify_all();
   if (due) {
     if (snapshot_writer_.joinable()) snapshot_writer_.join();  // the one before has ended
@@ -279,10 +295,25 @@ void LogVolume::checkpoint(uint64_t epoch) {
   }
 }
 
-void LogVolume::forget_manifest() {
-  folders_[0].remove_manifest(kept_.front().epoch);
-  let_go(kept_.front());
-  kept_.erase(kept_.begin());
+// What they name is given back only when it is certain that they are gone. Others go on meanwhile: commit_mutex_ holds kept_.
+void LogVolume::forget_manifests(Lock& lock) {
+  if (kept_.size() <= options_.keep_checkpoints) return;
+  const auto end = kept_.end() - options_.keep_checkpoints;
+  lock.unlock();
+  std::string error;
+  try {
+    for (auto k = kept_.begin(); k != end; ++k) folders_[0].remove_manifest(k->epoch);
+    folders_[0].sync();
+  } catch (const Error& e) {
+    error = e.what();
+  }
+  lock.lock();
+  if (!error.empty()) {
+    sync_error_ = error;
+    throw Error(ErrorKind::kVolumeIo, error);
+  }
+  for (auto k = kept_.begin(); k != end; ++k) let_go(*k);
+  kept_.erase(kept_.begin(), end);
   remove_unnamed_snapshots();
 }
 
@@ -305,7 +336,7 @@ bool LogVolume::snapshot_is_due(const Manifest& manifest) const {
 void LogVolume::begin_snapshot(const Manifest& manifest) {
   snapshot_ = std::make_shared<Snapshot>();
   snapshot_->epoch = manifest.epoch;
-  for (const ManifestSegment& s : manifest.segments) snapshot_->blocks[s.number] = s.blocks;
+  for (const ManifestSegment& s : manifest.segments) snapshot_->covered[s.number] = {s.blocks, s.records};
   snapshot_->before.resize(tables_.size());
   for (const Table& t : tables_) snapshot_->bytes += t.index.size() * sizeof(uint64_t);
 }
@@ -377,6 +408,7 @@ void LogVolume::withdraw(uint64_t epoch) {
   std::lock_guard commit(commit_mutex_);
   Lock lock(mutex_);
   require_open(closed_, name());
+  if (!restore_error_.empty()) require_loaded();
   require_writable();
   if (kept_.empty() || kept_.back().epoch != epoch) {
     throw Error(ErrorKind::kVolume, "volume " + name() + ": only the newest epoch can be withdrawn, " + std::to_string(epoch) + " is not");
@@ -394,7 +426,7 @@ void LogVolume::await_restore() {
 }
 
 void LogVolume::restore(uint64_t epoch) {
-  std::lock_guard commit(commit_mutex_);
+  std::scoped_lock alone(commit_mutex_, moving_mutex_);
   Lock lock(mutex_);
   require_open(closed_, name());
   require_writable();
@@ -412,11 +444,10 @@ void LogVolume::restore(uint64_t epoch) {
     if (!batches_.empty()) throw Error(ErrorKind::kVolume, "volume " + name() + ": reads are in flight; wait for them before restore");
   }
   const Manifest manifest = Manifest::decode(folders_[0].read_manifest(epoch), folders_[0].manifest_file(epoch));
-  while (kept_.back().epoch != epoch) {
-    folders_[0].remove_manifest(kept_.back().epoch);
-    kept_.pop_back();
-  }
-  folders_[0].sync();
+  std::vector<uint64_t> on_disk = folders_[0].manifests();  // also one whose commit reported a failure
+  restore_error_ = "its restore of epoch " + std::to_string(epoch) + " did not come to its end";
+  std::vector<Kept> later(std::make_move_iterator(at + 1), std::make_move_iterator(kept_.end()));
+  kept_.erase(at + 1, kept_.end());
   for (Table& t : tables_) {
     t.index.clear();
     t.fresh.rows.clear();
@@ -432,8 +463,22 @@ void LogVolume::restore(uint64_t epoch) {
   segments_.clear();
   graves_.clear();
   given_up_bytes_ = 0;
+  try {
+    load(manifest);
+    for (; !on_disk.empty() && on_disk.back() > epoch; on_disk.pop_back()) {
+      folders_[0].remove_manifest(on_disk.back());
+      if (!later.empty() && later.back().epoch == on_disk.back()) later.pop_back();
+    }
+    folders_[0].sync();
+    remove_unnamed();
+  } catch (const std::exception& e) {
+    segments_.clear();  // what is half loaded must not be cleaned away
+    kept_.insert(kept_.end(), std::make_move_iterator(later.begin()), std::make_move_iterator(later.end()));
+    restore_error_ += ": " + std::string(e.what());
+    throw;
+  }
+  restore_error_.clear();
   write_error_.clear();
-  load(manifest);
   awaiting_restore_ = false;
 }
 

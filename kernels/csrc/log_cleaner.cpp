@@ -14,13 +14,13 @@ constexpr uint64_t kCleanBytes = 1u << 20;  // read at a time; puts and gets go 
 }  // namespace
 
 uint64_t LogVolume::manifest_bytes() const {
-  uint64_t bytes = 128 + 16 * (segments_.size() + 1);
+  uint64_t bytes = 128 + kManifestSegmentBytes * (segments_.size() + 1);
   for (const Table& t : tables_) bytes += 64 + t.spec.name.size();
   return bytes;
 }
 
 uint64_t LogVolume::used_bytes() const {
-  uint64_t bytes = segments_.size() * segment_bytes_ + (named_ ? named_->bytes : 0) + (snapshot_ ? snapshot_->bytes : 0);
+  uint64_t bytes = (segments_.size() + removing_) * segment_bytes_ + (named_ ? named_->bytes : 0) + (snapshot_ ? snapshot_->bytes : 0);
   for (const Kept& k : kept_) bytes += k.bytes;
   return bytes;
 }
@@ -59,7 +59,7 @@ std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes
   std::memcpy(page.get(), &header, sizeof header);
   try {
     write_whole(segment->file, page.get(), kPageBytes, 0, file);
-    if (options_.mapped) segment->mapping = Mapping(segment->file.fd(), segment_bytes_, true);
+    if (options_.mapped) segment->mapping = Mapping(segment->file, file, segment_bytes_, true);
   } catch (const Error&) {
     folders_[segment->path].remove_segment(segment->number);
     throw;
@@ -78,15 +78,15 @@ uint64_t LogVolume::room_of(const Stream& stream) {
 uint64_t LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
   Stream& stream = *table.fresh.stream;
   // Blocks that these rows fill, that puts under way on other threads may fill, and one for every block that a flush would seal.
-  const uint64_t filled = (table.fresh.rows.size() + rows) / table.shape.records;
-  while (room_of(stream) < filled + stream.promised_blocks + stream.tables) {
-    if (!fits(comfortable())) reclaim();
+  const auto filled = [&] { return (table.fresh.rows.size() + rows) / table.shape.records; };  // other puts change it during a wait
+  while (room_of(stream) < filled() + stream.promised_blocks + stream.tables) {
+    if (!fits(comfortable())) reclaim(lock);
     wait_for_cleaner(waiting_puts_, lock);
     if (!fits(1 + reserve())) refuse_full();
     stream.ready.push_back(make_segment(stream.block_bytes));
   }
   if (cleaning_is_due()) cleaner_wake_.notify_one();
-  return filled;
+  return filled();
 }
 
 bool LogVolume::will_fit(uint64_t segments) const { return fits(segments > coming_ ? segments - coming_ : 0); }
@@ -138,23 +138,36 @@ std::set<uint32_t> LogVolume::filling() const {
   return numbers;
 }
 
-void LogVolume::reclaim() {
+// A file system may take long to remove files, while it commits its journal above all: others go on meanwhile. Removed segments
+// count until they are gone.
+void LogVolume::reclaim(Lock& lock) {
   const std::set<uint32_t> busy = filling();
-  std::vector<uint32_t> dead;
+  std::vector<std::shared_ptr<Segment>> dead;
   for (const auto& [number, s] : segments_) {
-    if (s->live_bytes == 0 && s->kept == 0 && s->chunks.empty() && !busy.contains(number)) dead.push_back(number);
+    if (s->live_bytes == 0 && s->kept == 0 && s->chunks.empty() && !busy.contains(number)) dead.push_back(s);
   }
-  for (const uint32_t number : dead) remove_segment(number);
-  if (!dead.empty()) room_made_.notify_all();
-}
-
-void LogVolume::remove_segment(uint32_t number) {
-  const auto at = segments_.find(number);
-  folders_[at->second->path].remove_segment(number);
-  std::lock_guard lock(batch_mutex_);
-  std::erase_if(graves_, [&](const Grave& g) { return batches_.empty() || batches_.begin()->first > g.last_batch; });
-  if (!batches_.empty()) graves_.push_back({at->second, last_batch_});
-  segments_.erase(at);
+  if (dead.empty()) return;
+  const size_t count = dead.size();
+  std::vector<Grave> buried;  // what is closed last frees the space
+  for (const auto& s : dead) segments_.erase(s->number);
+  removing_ += count;
+  {
+    std::lock_guard guard(batch_mutex_);
+    const auto over = [&](const Grave& g) { return batches_.empty() || batches_.begin()->first > g.last_batch; };
+    const auto end = std::partition(graves_.begin(), graves_.end(), [&](const Grave& g) { return !over(g); });
+    buried.assign(std::make_move_iterator(end), std::make_move_iterator(graves_.end()));
+    graves_.erase(end, graves_.end());
+    for (const auto& s : dead) {
+      if (!batches_.empty()) graves_.push_back({s, last_batch_});
+    }
+  }
+  lock.unlock();
+  for (const auto& s : dead) folders_[s->path].remove_segment(s->number);
+  dead.clear();
+  buried.clear();
+  lock.lock();
+  removing_ -= count;
+  room_made_.notify_all();
 }
 
 bool LogVolume::cleaning_is_due() const {
@@ -202,7 +215,7 @@ void LogVolume::clean() {
   while (!stop_cleaner_) {
     cleaner_wake_.wait(lock, [&] { return stop_cleaner_ || asked_ || due(); });
     asked_ = false;
-    reclaim();
+    reclaim(lock);
     if (!due()) {
       room_made_.notify_all();
       continue;
@@ -214,7 +227,7 @@ void LogVolume::clean() {
       moved = move_survivors(segment);
       lock.lock();
       stats_.cleaned_segments += moved;
-      reclaim();
+      reclaim(lock);
     }
     if (!moved) ++idle_rounds_;
     room_made_.notify_all();
@@ -227,7 +240,7 @@ bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
   const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kCleanBytes / segment->block_bytes, 1));
   const AlignedBytes buffer = aligned_bytes(uint64_t{per_read} * segment->block_bytes);
   for (uint32_t first = 0; first < segment->blocks; first += per_read) {
-    std::lock_guard commit(commit_mutex_);
+    std::lock_guard moving(moving_mutex_);
     Lock lock(mutex_);
     const auto at = segments_.find(segment->number);
     if (stop_cleaner_ || !write_error_.empty()) return false;

@@ -19,7 +19,7 @@
 
 namespace mtrains {
 
-constexpr uint32_t kFormatVersion = 1;
+constexpr uint32_t kFormatVersion = 2;
 constexpr uint32_t kPageBytes = 4096;  // alignment of every O_DIRECT transfer
 constexpr uint32_t kRecordHeaderBytes = 24;
 constexpr uint64_t kLeastSegmentBytes = 1u << 20, kMostSegmentBytes = 64u << 20;

@@ -1,7 +1,5 @@
 #include "log_volume.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
 #include <chrono>
@@ -12,6 +10,7 @@ namespace mtrains {
 namespace {
 
 constexpr uint64_t kChunkBytes = 256u << 10;  // one write
+constexpr uint32_t kEntriesAhead = 16;        // of the index, prefetched: each row is a miss of the processor's caches
 constexpr size_t kMostChunks = 8;             // of a stream, in memory: full, being written or being filled
 
 bool same(const Initializer& a, const Initializer& b) {
@@ -27,16 +26,6 @@ AlignedBytes aligned_bytes(size_t bytes) {
   void* p = std::aligned_alloc(kPageBytes, (bytes + kPageBytes - 1) / kPageBytes * kPageBytes);
   if (!p) throw std::bad_alloc();
   return AlignedBytes(static_cast<std::byte*>(p));
-}
-
-Mapping::Mapping(int fd, uint64_t bytes, bool writable) : bytes_(bytes) {
-  void* p = mmap(nullptr, bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
-  if (p == MAP_FAILED) throw_io("map", "a segment of " + std::to_string(bytes) + " bytes", errno);
-  data_ = static_cast<std::byte*>(p);
-}
-
-Mapping::~Mapping() {
-  if (data_) munmap(data_, bytes_);
 }
 
 // -- opening
@@ -124,7 +113,7 @@ TableId LogVolume::table(const TableSpec& spec, const Initializer& init) {
 }
 
 void LogVolume::grow(TableId id, int64_t row_count) {
-  std::lock_guard commit(commit_mutex_);  // a checkpoint may be about to start a snapshot of the old size
+  std::scoped_lock alone(commit_mutex_, moving_mutex_);  // a checkpoint may be about to start a snapshot of the old size
   Lock lock(mutex_);
   require_usable();
   require_writable();
@@ -148,14 +137,22 @@ void LogVolume::require_writable() const {
   if (options_.read_only) throw Error(ErrorKind::kVolume, "volume " + name() + " is open for reading; nothing in it can change");
 }
 
-void LogVolume::require_usable() const {
+void LogVolume::require_loaded() const {
   require_open(closed_, name());
+  if (!restore_error_.empty()) {
+    throw Error(ErrorKind::kVolume, "volume " + name() + " holds nothing to serve: " + restore_error_ + ". Restore again, that epoch or "
+                                        "another that it keeps, or close it");
+  }
   if (awaiting_restore_) {
     std::string epochs;
     for (const Kept& k : kept_) epochs += (epochs.empty() ? "" : ", ") + std::to_string(k.epoch);
     throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " holds the checkpoints (" + epochs + ") of an earlier job. "
                                                 "Nothing was changed. Resume from one (load_checkpoint), or name another path");
   }
+}
+
+void LogVolume::require_usable() const {
+  require_loaded();
   if (!write_error_.empty()) {
     throw Error(ErrorKind::kVolumeIo, "volume " + name() + ": " + write_error_ + ". Everything up to the last checkpoint is intact; "
                                           "resume from it once the device works");
@@ -258,6 +255,7 @@ void LogVolume::seal(Table& table, OpenBlock& open, Lock& lock) {
   }
   if (segment.live_bytes == 0 && segment.kept > 0) --coming_;
   const size_t used = open.rows.size() * table.shape.stride_bytes;
+  segment.records += static_cast<uint32_t>(open.rows.size());
   segment.live_bytes += open.rows.size() * uint64_t{table.shape.share_bytes()};
   segment.unsynced = true;
   std::byte* to = chunk ? chunk->buffer.get() + uint64_t{chunk->blocks++} * stream.block_bytes
@@ -376,8 +374,7 @@ const std::byte* LogVolume::in_memory(const Segment& segment, uint32_t block) co
 
 uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
   Lock lock(mutex_);
-  require_open(closed_, name());
-  if (awaiting_restore_) require_usable();
+  require_loaded();
   for (const GetRequest& r : requests) require_rows(tables_.at(r.table).spec, r.rows);
   auto batch = std::make_unique<Batch>();
   batch->requests = std::move(requests);
@@ -389,6 +386,9 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
     batch->tables.push_back(&table);
     stats_.get_rows += request.rows.size();
     for (uint32_t i = 0; i < request.rows.size(); ++i) {
+      if (i + kEntriesAhead < request.rows.size()) {
+        __builtin_prefetch(&table.index[static_cast<size_t>(request.rows[i + kEntriesAhead])]);
+      }
       const uint64_t entry = table.index[static_cast<size_t>(request.rows[i])];
       const std::byte* record = nullptr;
       if (entry == 0) {
@@ -525,6 +525,7 @@ VolumeStats LogVolume::stats() const {
   std::lock_guard guard(batch_mutex_);
   VolumeStats s = stats_;
   s.disk_bytes = used_bytes();
+  if (queue_) s.registered_buffer_bytes = queue_->registered_bytes();
   return s;
 }
 
@@ -595,6 +596,7 @@ void LogVolume::close() {
   stop_snapshot(lock);
   closed_ = true;
   written_.wait(lock, [&] { return writing_ == 0; });
+  room_made_.wait(lock, [&] { return removing_ == 0; });
   {
     Lock guard(batch_mutex_);
     batch_done_.wait(guard, [&] {

@@ -37,6 +37,8 @@
 //   - no manifest is committed while a row is given up: its place in the log would be an older value's;
 //   - a segment that a kept manifest names is neither removed nor rewritten below the blocks that it names;
 //   - after a write has failed its records are still served from memory, and put, flush and checkpoint report it;
+//   - a restore changes nothing on disk before it has loaded the epoch; one that fails leaves nothing in memory, and the volume refuses
+//     all but another restore;
 //   - after an fsync has failed nothing is committed any more: what the kernel dropped cannot be known.
 #pragma once
 
@@ -58,8 +60,8 @@
 #include "lazy_array.h"
 #include "log_format.h"
 #include "manifest.h"
+#include "mapped_file.h"
 #include "volume.h"
-#include "volume_folder.h"
 
 namespace mtrains {
 
@@ -70,24 +72,6 @@ using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;  // on a page
 AlignedBytes aligned_bytes(size_t bytes);
 
 inline uint64_t block_offset(uint32_t block_bytes, uint32_t block) { return kPageBytes + uint64_t{block} * block_bytes; }
-
-class Mapping {  // of a whole file; unmapped at its end
- public:
-  Mapping() = default;
-  Mapping(int fd, uint64_t bytes, bool writable);
-  ~Mapping();
-  Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-  Mapping& operator=(Mapping&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  std::byte* data() const { return data_; }
-
- private:
-  std::byte* data_ = nullptr;
-  uint64_t bytes_ = 0;
-};
 
 struct LogOptions {
   std::vector<std::string> paths;
@@ -134,6 +118,7 @@ class LogVolume final : public Volume {
   VolumeStats stats() const override;
   const char* backend() const override { return queue_ ? queue_->backend() : "mapped"; }
   std::string fallback_reason() const { return queue_ ? queue_->fallback_reason() : ""; }
+  std::string unregistered_reason() const { return queue_ ? queue_->unregistered_reason() : ""; }
   bool direct() const;  // whether the page cache is out of the way
   bool wants_checkpoint() const;  // room is short, and what checkpoints hold would make some
   std::string id() const override;
@@ -155,7 +140,8 @@ class LogVolume final : public Volume {
   };
   struct Segment {
     uint32_t number, path, block_bytes, capacity_blocks;
-    uint32_t blocks = 0;  // sealed
+    uint32_t blocks = 0;   // sealed
+    uint32_t records = 0;  // in them
     uint64_t live_bytes = 0;  // of newest records
     uint32_t kept = 0;        // manifests that name it
     bool unsynced = false;
@@ -220,7 +206,10 @@ class LogVolume final : public Volume {
   };
   struct Snapshot {  // of the index; being written, then named by the manifests that follow
     uint64_t epoch;
-    std::map<uint32_t, uint32_t> blocks;  // by segment: those that it covers
+    struct Covered {
+      uint32_t blocks, records;
+    };
+    std::map<uint32_t, Covered> covered;  // by segment
     size_t table = 0;                     // rows before (table, row) are written
     uint64_t row = 0;
     std::vector<std::map<uint64_t, uint64_t>> before;  // by table: entries of rows not yet written that have changed since
@@ -237,8 +226,9 @@ class LogVolume final : public Volume {
   void open_folders();
   void load(const Manifest& manifest);
   void load_snapshot(const Manifest& manifest);
-  void replay(Segment& segment, uint32_t first_block, std::vector<LazyArray<uint64_t>>& sequences);
-  void replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  void remove_unnamed();  // files that no kept manifest names
+  void replay(Segment& segment, const ManifestSegment& named, std::vector<LazyArray<uint64_t>>& sequences);
+  uint32_t replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
   void count_live();
   void read_blocks(const Segment& segment, uint32_t first, uint32_t count, std::byte* to) const;
   bool snapshot_is_due(const Manifest& manifest) const;
@@ -246,10 +236,11 @@ class LogVolume final : public Volume {
   void write_snapshot(const std::shared_ptr<Snapshot>& snapshot);
   void stop_snapshot(Lock& lock);
   void remove_unnamed_snapshots();
-  void forget_manifest();
+  void forget_manifests(Lock& lock);
   Table& add_table(const TableSpec& spec, const Initializer& init);
   Stream& stream_of(uint32_t block_bytes, bool survivors);
 
+  void require_loaded() const;
   void require_usable() const;
   void require_writable() const;
   static uint64_t room_of(const Stream& stream);  // blocks
@@ -261,8 +252,7 @@ class LogVolume final : public Volume {
   void keep(const Kept& kept);
   void let_go(const Kept& kept);
   std::set<uint32_t> filling() const;
-  void reclaim();
-  void remove_segment(uint32_t number);
+  void reclaim(Lock& lock);
   uint64_t used_bytes() const;
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
@@ -309,6 +299,7 @@ class LogVolume final : public Volume {
   std::deque<Stream> streams_;
   std::map<uint32_t, std::shared_ptr<Segment>> segments_;
   std::vector<Grave> graves_;
+  size_t removing_ = 0;  // segments that are no longer in segments_, and still on disk
   std::vector<Kept> kept_;
   std::shared_ptr<Snapshot> named_, snapshot_;  // the one that manifests name; the one that is being written
   std::thread snapshot_writer_;
@@ -320,13 +311,16 @@ class LogVolume final : public Volume {
   uint64_t given_up_bytes_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
+  std::string restore_error_;  // of a restore that has begun and did not come to its end: what is in memory is half an epoch
   bool stop_cleaner_ = false, asked_ = false;
   size_t waiting_puts_ = 0, waiting_commits_ = 0;  // that have asked the cleaner to do what it can
   uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
   VolumeStats stats_;
   mutable std::mutex mutex_;
   std::condition_variable written_, cleaner_wake_, room_made_;
-  std::mutex commit_mutex_;  // one checkpoint, restore, close or cleaning of a piece at a time; taken before mutex_
+  std::mutex commit_mutex_;  // one checkpoint, restore, withdrawal, growth or close at a time
+  std::mutex moving_mutex_;  // none of these while a piece is cleaned; but a checkpoint that has drained, and syncs, lets cleaning go on
+                             // order: commit_mutex_, moving_mutex_, mutex_
 
   std::map<uint64_t, std::unique_ptr<Batch>> batches_;
   uint64_t last_batch_ = 0;

@@ -25,6 +25,11 @@ class Writer {
   std::vector<std::byte> bytes;
 };
 
+// A block has at least one record, and at most as many as headers fit.
+bool can_hold(uint64_t blocks, uint32_t block_bytes, uint64_t records) {
+  return records >= blocks && records <= blocks * (block_bytes / kRecordHeaderBytes);
+}
+
 class Reader {
  public:
   Reader(const std::vector<std::byte>& bytes, size_t end, const std::string& file) : bytes_(bytes), end_(end), file_(file) {}
@@ -96,7 +101,9 @@ std::vector<std::byte> Manifest::encode() const {
     w.put(s.path_index);
     w.put(s.block_bytes);
     w.put(s.blocks);
+    w.put(s.records);
     w.put(s.in_snapshot);
+    w.put(s.records_in_snapshot);
   }
   w.put(crc32c(0, w.bytes.data(), w.bytes.size()));
   return std::move(w.bytes);
@@ -153,16 +160,20 @@ Manifest Manifest::decode(const std::vector<std::byte>& bytes, const std::string
     }
     block_sizes.insert(BlockShape::of(t.spec.record_bytes).block_bytes);
   }
-  m.segments.resize(r.count(20));
+  m.segments.resize(r.count(kManifestSegmentBytes));
   uint32_t before = 0;  // they ascend
   for (ManifestSegment& s : m.segments) {
     s.number = r.get<uint32_t>();
     s.path_index = r.get<uint32_t>();
     s.block_bytes = r.get<uint32_t>();
     s.blocks = r.get<uint32_t>();
+    s.records = r.get<uint32_t>();
     s.in_snapshot = r.get<uint32_t>();
+    s.records_in_snapshot = r.get<uint32_t>();
     if (s.number <= before || s.number >= kMostSegments || s.path_index >= m.path_count || s.in_snapshot > s.blocks ||
-        !block_sizes.contains(s.block_bytes) ||
+        s.records_in_snapshot > s.records || !block_sizes.contains(s.block_bytes) ||
+        !can_hold(s.in_snapshot, s.block_bytes, s.records_in_snapshot) ||
+        !can_hold(s.blocks - s.in_snapshot, s.block_bytes, s.records - s.records_in_snapshot) ||
         kPageBytes + uint64_t{s.blocks} * s.block_bytes > m.segment_bytes) {
       r.fail("segment " + std::to_string(s.number) + " cannot be");
     }

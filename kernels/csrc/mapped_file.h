@@ -1,6 +1,7 @@
-// MappedFile: bytes of a byte-addressable device (DAX, CXL, tmpfs), mapped from an unnamed file in one of its folders.
+// Files of a byte-addressable device (DAX, CXL, tmpfs), mapped. Opening them, taking their room and mapping them go through System;
+// loads and stores are the processor's own, and no seam sees them.
 //
-// The file has mode 0600 and loses its name as soon as it is open, so that nothing is left of it however the process ends.
+// An unnamed file has mode 0600 and loses its name as soon as it is open, so that nothing is left of it however the process ends.
 // Its space is taken at once: a device that is too small is met here (kVolumeFull), and never as a SIGBUS at a later store.
 #pragma once
 
@@ -9,21 +10,29 @@
 #include <string>
 #include <utility>
 
+#include "volume_folder.h"
+
 namespace mtrains {
 
-class MappedFile {
+class Mapping {  // of the first bytes of a file; it stays when the file is closed, and is unmapped at its own end
  public:
-  MappedFile(const std::string& folder, uint64_t bytes);  // kVolumeIo, kVolumeFull
-  ~MappedFile();
-  MappedFile(MappedFile&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-
-  std::byte* data() { return data_; }
+  Mapping() = default;
+  Mapping(const File& file, const std::string& name, uint64_t bytes, bool writable);  // kVolumeIo
+  ~Mapping();
+  Mapping(Mapping&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  Mapping& operator=(Mapping&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  std::byte* data() const { return data_; }
 
  private:
   std::byte* data_ = nullptr;
-  uint64_t bytes_;
+  uint64_t bytes_ = 0;
 };
+
+// Bytes in an unnamed file in a folder: kVolumeIo, kVolumeFull.
+Mapping map_unnamed_file(System& system, const std::string& folder, uint64_t bytes);
 
 }  // namespace mtrains

@@ -19,9 +19,9 @@ int32_t rows_of(const CacheSpec& spec, const TableSpec& table) {
   return static_cast<int32_t>(std::min<int64_t>({spec.rows, table.row_count, INT32_MAX - 1}));
 }
 
-std::variant<LazyArray<std::byte>, MappedFile> memory_of(const CacheSpec& spec, uint64_t bytes) {
+std::variant<LazyArray<std::byte>, Mapping> memory_of(const CacheSpec& spec, uint64_t bytes) {
   if (spec.folder.empty()) return LazyArray<std::byte>(bytes);
-  return MappedFile(spec.folder, bytes);
+  return map_unnamed_file(spec.system ? *spec.system : System::real(), spec.folder, bytes);
 }
 
 }  // namespace

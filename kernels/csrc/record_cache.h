@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <variant>
@@ -29,6 +30,7 @@ namespace mtrains {
 struct CacheSpec {
   int64_t rows;
   std::string folder;  // of a byte-addressable device; empty: host memory
+  std::shared_ptr<System> system;  // that opens it; null: the real one
 };
 
 struct CacheStats {
@@ -73,7 +75,7 @@ class RecordCache {
 
   const uint32_t record_bytes_, batch_limit_;
   SlotDirectory directory_;
-  std::variant<LazyArray<std::byte>, MappedFile> memory_;
+  std::variant<LazyArray<std::byte>, Mapping> memory_;
   std::byte* const records_;
   uint32_t batch_ = 0;  // of the last insertion; stamps count from base_
   uint64_t base_ = 0;

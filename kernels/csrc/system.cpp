@@ -1,6 +1,7 @@
 #include "system.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -19,8 +20,15 @@ int System::unlink(const char* path) { return ::unlink(path); }
 
 int System::fallocate(int fd, off_t bytes) {
   if (::fallocate(fd, 0, 0, bytes) == 0) return 0;
-  return errno == EOPNOTSUPP ? ::ftruncate(fd, bytes) : -1;  // a file system that cannot: a full disk is then met later
+  if (errno != EOPNOTSUPP) return -1;
+  // A file system that cannot: libc writes to every block instead, which O_DIRECT refuses; a full disk is then met later.
+  const int error = ::posix_fallocate(fd, 0, bytes);
+  if (error == EINVAL) return ::ftruncate(fd, bytes);
+  errno = error;
+  return error == 0 ? 0 : -1;
 }
+
+void* System::mmap(int fd, size_t bytes, int protection) { return ::mmap(nullptr, bytes, protection, MAP_SHARED, fd, 0); }
 
 System& System::real() {
   static System system;

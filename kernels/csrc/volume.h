@@ -66,6 +66,7 @@ struct VolumeStats {
   uint64_t clean_read_ios = 0;
   uint64_t clean_read_bytes = 0;
   double read_wait_seconds = 0;     // callers blocked in wait()
+  uint64_t registered_buffer_bytes = 0;  // of read buffers that the kernel holds mapped; 0 where it refused, or there is none
 };
 
 class Volume {

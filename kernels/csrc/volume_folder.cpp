@@ -194,7 +194,11 @@ void VolumeFolder::commit_manifest(uint64_t epoch, const std::vector<std::byte>&
   if (system_->fsync(made.fd()) != 0) throw_io("sync", aside, errno);
   made.reset();
   if (system_->rename(aside.c_str(), final.c_str()) != 0) throw_io("rename", aside, errno);
-  sync();
+  try {
+    sync();
+  } catch (const Error& e) {
+    throw Error(ErrorKind::kVolumeIo, e.what());  // of whatever kind: whether the manifest has its name is not known
+  }
 }
 
 void VolumeFolder::remove_manifest(uint64_t epoch) const {

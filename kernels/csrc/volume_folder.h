@@ -59,6 +59,7 @@ class VolumeFolder {
   File open_segment(uint32_t number) const;                    // kDamagedRecord when it is missing
   void remove_segment(uint32_t number) const;
   std::vector<std::byte> read_manifest(uint64_t epoch) const;
+  // kVolumeFull: it was not committed. kVolumeIo: it may have been.
   void commit_manifest(uint64_t epoch, const std::vector<std::byte>& bytes) const;
   void remove_manifest(uint64_t epoch) const;
   File create_snapshot(uint64_t epoch) const;

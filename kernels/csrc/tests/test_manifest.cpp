@@ -31,9 +31,12 @@ Manifest some_manifest(Random& random) {
     const BlockShape shape = BlockShape::of(m.tables[below(random, m.tables.size())].spec.record_bytes);
     const auto most = static_cast<uint32_t>((m.segment_bytes - kPageBytes) / shape.block_bytes);
     m.segments.push_back({number++, static_cast<uint32_t>(below(random, m.path_count)), shape.block_bytes,
-                          0, 0});
-    m.segments.back().blocks = static_cast<uint32_t>(below(random, most + 1));
-    m.segments.back().in_snapshot = static_cast<uint32_t>(below(random, m.segments.back().blocks + 1));
+                          0, 0, 0, 0});
+    ManifestSegment& made = m.segments.back();
+    made.blocks = static_cast<uint32_t>(below(random, most + 1));
+    made.in_snapshot = static_cast<uint32_t>(below(random, made.blocks + 1));
+    made.records_in_snapshot = made.in_snapshot * static_cast<uint32_t>(1 + below(random, 2));
+    made.records = made.records_in_snapshot + (made.blocks - made.in_snapshot) * static_cast<uint32_t>(1 + below(random, 3));
   }
   return m;
 }
@@ -63,6 +66,7 @@ TEST("a manifest survives encoding") {
     for (size_t s = 0; s < m.segments.size(); ++s) {
       const ManifestSegment &a = m.segments[s], &b = back.segments[s];
       CHECK(a.number == b.number && a.path_index == b.path_index && a.block_bytes == b.block_bytes && a.blocks == b.blocks && a.in_snapshot == b.in_snapshot);
+      CHECK(a.records == b.records && a.records_in_snapshot == b.records_in_snapshot);
     }
     CHECK(back.encode() == bytes);
   }
@@ -109,7 +113,7 @@ TEST("a manifest whose numbers cannot be is a typed error though its checksum is
   good.tables[0] = {{"a", 10, 64}, {false, 1, 0.0f, 1.0f, 0, {{0, 16}}, WeightType::kFloat32}};
   good.tables[1] = {{"b", 10, 64}, {}};
   const uint32_t block_bytes = BlockShape::of(64).block_bytes;
-  good.segments = {{1, 0, block_bytes, 3, 2}, {2, 0, block_bytes, 0, 0}};
+  good.segments = {{1, 0, block_bytes, 3, 5, 2, 4}, {2, 0, block_bytes, 0, 0, 0, 0}};
   Manifest::decode(good.encode(), "file");
   const auto refused = [&](auto&& spoil) {
     Manifest bad = good;
@@ -130,6 +134,10 @@ TEST("a manifest whose numbers cannot be is a typed error though its checksum is
   refused([](Manifest& m) { m.segments[0].block_bytes = 2 * kMostBlockBytes; });  // of no table
   refused([](Manifest& m) { m.segments[0].blocks = (1 << 20) / kPageBytes; });    // beyond the segment's end
   refused([](Manifest& m) { m.segments[0].in_snapshot = 4; });
+  refused([](Manifest& m) { m.segments[0].records_in_snapshot = 6; });
+  refused([](Manifest& m) { m.segments[0].records_in_snapshot = 1; });  // a block has at least one
+  refused([](Manifest& m) { m.segments[0].records = 4; });
+  refused([](Manifest& m) { m.segments[0].records = 4 + kPageBytes; });
   refused([](Manifest& m) { m.segment_bytes = 0; });
   refused([](Manifest& m) { m.segment_bytes = uint64_t{1} << 63; });
   refused([](Manifest& m) { m.path_count = 0; });
