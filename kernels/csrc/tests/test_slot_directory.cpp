@@ -45,7 +45,7 @@ class History {
   void look_up() {
     const uint32_t batch = ++last_batch_;
     const bool dirty = random_() % 2;
-    const Stamp stamp{batch << 1 | (dirty ? 1u : 0u)};
+    const Stamp stamp = Stamp::of(batch, dirty);
     const uint32_t oldest = outstanding_.empty() ? UINT32_MAX : outstanding_.begin()->first;
     std::vector<int64_t> ids(1 + below(random_, 2 * static_cast<uint64_t>(directory_.pool_rows()))), slots(ids.size());
     const auto rows = static_cast<uint64_t>(directory_.rows());
@@ -54,7 +54,7 @@ class History {
     for (const int64_t row : held_) {
       if (row > 0 && missing.erase(row - 1)) hit.insert(row - 1);
     }
-    const auto first_seen = directory_.lookup(ids.data(), static_cast<int64_t>(ids.size()), stamp, slots.data());
+    const auto first_seen = directory_.lookup(ids.data(), 0, static_cast<int64_t>(ids.size()), stamp, slots.data());
     CHECK_EQ(first_seen, static_cast<int64_t>(hit.size()));
     CHECK(std::set<int64_t>(directory_.missed_rows().begin(), directory_.missed_rows().end()) == missing);
     CHECK_EQ(directory_.missed_rows().size(), missing.size());
@@ -76,7 +76,7 @@ class History {
       CHECK(!pinned[slot]);
       held_[slot] = 0;
     }
-    directory_.commit(stamp);
+    directory_.commit(stamp, slots.data());
     for (size_t i = 0; i < ids.size(); ++i) {
       CHECK_EQ(directory_.row_of_slot(static_cast<int32_t>(slots[i])), ids[i]);
       CHECK(!dirty || directory_.dirty(static_cast<int32_t>(slots[i])));
