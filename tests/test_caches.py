@@ -53,7 +53,7 @@ def read(table: VolumeTable, *rows: int) -> torch.Tensor:
 def submit_take(table: VolumeTable, *rows: int) -> tuple[int, torch.Tensor]:
     """A token to wait for, and where the records will be then."""
     out = torch.empty(len(rows), RECORD_BYTES, dtype=torch.uint8)
-    return table.volume._native.submit_take(table._id, ids(*rows), out), out
+    return table.volume._native.submit_get(table._id, ids(*rows), out, take=True), out
 
 
 def take(table: VolumeTable, *rows: int) -> torch.Tensor:

@@ -59,15 +59,6 @@ void bind_caches(nb::module_& m) {
              self.evict(table, rows, slots, parts, dirty);
            },
            "table"_a, "ids"_a, "records"_a, "dirty"_a)
-      .def("submit_take",
-           [](CachedVolume& self, TableId table, const Ids& ids, const Records& out) {
-             std::vector<GetRequest> requests;
-             requests.push_back({table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out), true});
-             nb::gil_scoped_release unlocked;
-             return self.submit_get(std::move(requests));
-           },
-           "table"_a, "ids"_a, "out"_a)
-      .def("wait", &CachedVolume::wait, "token"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("forget", &CachedVolume::forget, nb::call_guard<nb::gil_scoped_release>())
       .def("cache_stats",
            [](const CachedVolume& self, TableId table) {

@@ -26,12 +26,40 @@ void get_records(Volume& volume, TableId table, const Ids& ids, const Records& o
   volume.wait(volume.submit_get(std::move(requests)));
 }
 
+// `out` and `wanted` are the caller's to keep until wait.
+uint64_t submit_get(Volume& volume, TableId table, const Ids& ids, const Records& out, const RowSet* wanted, bool take) {
+  std::vector<GetRequest> requests;
+  requests.push_back({table, {ids.data(), ids.data() + ids.size()}, counted(ids.size()), as_parts(out), take, wanted});
+  nb::gil_scoped_release unlocked;
+  return volume.submit_get(std::move(requests));
+}
+
+// The neighbours: their rows, and their payloads as bytes.
+nb::tuple wait_for(Volume& volume, uint64_t token) {
+  Neighbours found;
+  {
+    nb::gil_scoped_release unlocked;
+    found = volume.wait(token);
+  }
+  nb::list rows, payloads;
+  for (const Neighbour& n : found.rows) {
+    rows.append(n.row);
+    payloads.append(nb::bytes(found.payloads.data() + n.at, n.bytes));
+  }
+  return nb::make_tuple(rows, payloads);
+}
+
 void put_records(Volume& volume, TableId table, const Ids& ids, const Records& records) {
   const std::vector<int32_t> slots = counted(ids.size());
   const std::vector<Part> parts = as_parts(records);
   const std::span<const int64_t> rows(ids.data(), ids.size());
   nb::gil_scoped_release unlocked;
   volume.put(table, rows, slots, parts);
+}
+
+int64_t in_set(const RowSet& set, int64_t row) {
+  if (row >= 0 && row < set.rows()) return row;
+  throw Error(ErrorKind::kIdOutOfRange, "row " + std::to_string(row) + " is outside [0, " + std::to_string(set.rows()) + "), the rows of this set");
 }
 
 nb::dict stats_of(const Volume& volume) {
@@ -44,6 +72,7 @@ nb::dict stats_of(const Volume& volume) {
   d["put_rows"] = s.put_rows;
   d["read_ios"] = s.read_ios;
   d["read_bytes"] = s.read_bytes;
+  d["neighbour_rows"] = s.neighbour_rows;
   d["write_ios"] = s.write_ios;
   d["write_bytes"] = s.write_bytes;
   d["disk_bytes"] = s.disk_bytes;
@@ -74,6 +103,20 @@ void bind_volumes(nb::module_& m) {
       .def_rw("columns", &Initializer::columns)
       .def_rw("type", &Initializer::type);
 
+  nb::class_<RowSet>(m, "RowSet")
+      .def(nb::init<int64_t>(), "rows"_a)
+      .def("add",
+           [](RowSet& self, const Ids& ids) {
+             for (size_t i = 0; i < ids.size(); ++i) self.add(in_set(self, ids.data()[i]));
+           },
+           "ids"_a)
+      .def("remove",
+           [](RowSet& self, const Ids& ids) {
+             for (size_t i = 0; i < ids.size(); ++i) self.remove(in_set(self, ids.data()[i]));
+           },
+           "ids"_a)
+      .def("__contains__", &RowSet::contains, "row"_a);
+
   nb::class_<Volume>(m, "Volume")
       .def("table",
            [](Volume& self, std::string name, int64_t row_count, uint32_t record_bytes, const Initializer& init) {
@@ -82,6 +125,8 @@ void bind_volumes(nb::module_& m) {
            "name"_a, "row_count"_a, "record_bytes"_a, "init"_a)
       .def("get", &get_records, "table"_a, "ids"_a, "out"_a)
       .def("put", &put_records, "table"_a, "ids"_a, "records"_a)
+      .def("submit_get", &submit_get, "table"_a, "ids"_a, "out"_a, "wanted"_a.none() = nb::none(), "take"_a = false)
+      .def("wait", &wait_for, "token"_a)
       .def("flush", &Volume::flush, nb::call_guard<nb::gil_scoped_release>())
       .def("checkpoint", &Volume::checkpoint, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("restore", &Volume::restore, "epoch"_a, nb::call_guard<nb::gil_scoped_release>())

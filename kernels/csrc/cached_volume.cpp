@@ -36,6 +36,7 @@ CachedVolume::Table& CachedVolume::at(TableId table) {
 void CachedVolume::put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts) {
   std::lock_guard lock(mutex_);
   Table& t = at(table);
+  ++came_down_;
   below_.put(t.below, rows, slots, parts);
   for (RecordCache& cache : t.caches) {
     for (const int64_t row : rows) cache.drop_row(row);
@@ -75,6 +76,7 @@ void CachedVolume::evict(TableId table, std::span<const int64_t> rows, std::span
 void CachedVolume::insert(Table& table, size_t level, std::span<const int64_t> rows, std::span<const int32_t> slots,
                           std::span<const Part> parts, bool dirty) {
   if (level == table.caches.size()) {
+    ++came_down_;
     below_.evict(table.below, rows, slots, parts, dirty);
     return;
   }
@@ -104,18 +106,19 @@ void CachedVolume::read_cached(Table& table, GetRequest& request, std::vector<Ta
 }
 
 uint64_t CachedVolume::submit_get(std::vector<GetRequest> requests) {
-  Pending pending{0, {}};
+  Pending pending{0, {}, {}};
   {
     std::lock_guard lock(mutex_);
     for (const GetRequest& r : requests) require_rows(at(r.table).spec, r.rows);
     for (GetRequest& r : requests) {
       Table& t = at(r.table);
       read_cached(t, r, pending.taken);
+      pending.tables.push_back(r.table);
       r.table = t.below;
     }
   }
-  std::erase_if(requests, [](const GetRequest& r) { return r.rows.empty(); });
-  if (!requests.empty()) pending.below_token = below_.submit_get(std::move(requests));
+  const bool all_here = std::all_of(requests.begin(), requests.end(), [](const GetRequest& r) { return r.rows.empty(); });
+  if (!all_here) pending.below_token = below_.submit_get(std::move(requests));
   std::lock_guard lock(mutex_);
   if (pending.below_token == 0) {
     release(pending.taken);
@@ -125,16 +128,24 @@ uint64_t CachedVolume::submit_get(std::vector<GetRequest> requests) {
   return last_token_;
 }
 
-void CachedVolume::wait(uint64_t token) {
-  if (token == 0) return;
+Neighbours CachedVolume::wait(uint64_t token) {
+  if (token == 0) return {};
   Pending pending;
+  uint64_t came_down;
   {
     std::lock_guard lock(mutex_);
     pending = std::move(pending_.extract(token).mapped());
+    came_down = came_down_;
   }
-  below_.wait(pending.below_token);
+  Neighbours neighbours = below_.wait(pending.below_token);
   std::lock_guard lock(mutex_);
+  std::erase_if(neighbours.rows, [&](const Neighbour& n) {
+    if (closed_ || came_down_ != came_down) return true;
+    const std::vector<RecordCache>& caches = tables_[pending.tables[n.request]].caches;
+    return std::any_of(caches.begin(), caches.end(), [&](const RecordCache& cache) { return cache.slot_of_row(n.row) >= 0; });
+  });
   release(pending.taken);
+  return neighbours;
 }
 
 // What came into a slot since then stays.
@@ -148,6 +159,7 @@ void CachedVolume::release(const std::vector<Taken>& taken) {
 void CachedVolume::flush() {
   std::lock_guard lock(mutex_);
   require_open(closed_, id());
+  ++came_down_;
   for (Table& t : tables_) {
     for (RecordCache& cache : t.caches) {
       cache.flush([&](auto rows, auto slots, auto parts, bool) { below_.put(t.below, rows, slots, parts); });

@@ -11,7 +11,9 @@
 //     is there is not older than what the home has;
 //   - a dirty record leaves a cache only when the next tier has it, or a taker's get has succeeded;
 //   - a put goes to the home, and the row leaves the caches: its caller keeps a copy above them;
-//   - when a read fails, everything taken with it is still in the caches.
+//   - when a read fails, everything taken with it is still in the caches;
+//   - a neighbour that the home gives is handed on unless a cache has the row, or any row came down to the home during the
+//     wait: the home's value may have been an older one.
 #pragma once
 
 #include <deque>
@@ -38,7 +40,7 @@ class CachedVolume final : public Volume {
   void evict(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts,
              bool dirty) override;
   uint64_t submit_get(std::vector<GetRequest> requests) override;
-  void wait(uint64_t token) override;
+  Neighbours wait(uint64_t token) override;
   void flush() override;
   void checkpoint(uint64_t epoch) override;
   std::vector<uint64_t> epochs() const override { return below_.epochs(); }
@@ -66,6 +68,7 @@ class CachedVolume final : public Volume {
   struct Pending {
     uint64_t below_token;
     std::vector<Taken> taken;
+    std::vector<TableId> tables;  // by request
   };
 
   Table& at(TableId table);
@@ -79,6 +82,7 @@ class CachedVolume final : public Volume {
   std::deque<Table> tables_;
   std::map<uint64_t, Pending> pending_;
   uint64_t last_token_ = 0;
+  uint64_t came_down_ = 0;  // times that rows went to the home
   bool closed_ = false;
   mutable std::mutex mutex_;
 };

@@ -201,15 +201,6 @@ void LogVolume::give_up(Table& table, int64_t row, uint64_t place) {
   given_up_bytes_ += table.shape.stride_bytes;
 }
 
-void LogVolume::give_up(const Batch& batch) {
-  Lock lock(mutex_);
-  if (closed_ || !write_error_.empty()) return;
-  for (const Batch::Item& item : batch.items) {
-    const GetRequest& request = batch.requests[item.request];
-    if (request.take) give_up(*batch.tables[item.request], request.rows[item.at], item.place);
-  }
-}
-
 std::byte* LogVolume::append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock) {
   const RecordHeader header{0, table.id, row, sequence};
   for (;;) {  // seal may wait, and other threads put or grow the table meanwhile
@@ -473,11 +464,11 @@ void LogVolume::on_io(const IoJob& job, const std::byte* data, int error) {
     on_written(*static_cast<Chunk*>(job.owner), error);
   } else {
     auto& batch = *static_cast<Batch*>(job.owner);
-    on_read(batch, batch.reads[job.index], data, error);
+    on_read(batch, batch.reads[job.index], data, job.bytes, error);
   }
 }
 
-void LogVolume::on_read(Batch& batch, const Batch::Read& read, const std::byte* data, int error) {
+void LogVolume::on_read(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes, int error) {
   for (uint32_t k = read.first_item; k < read.first_item + read.items; ++k) {
     const Batch::Item& item = batch.items[k];
     const GetRequest& request = batch.requests[item.request];
@@ -495,14 +486,39 @@ void LogVolume::on_read(Batch& batch, const Batch::Read& read, const std::byte* 
     }
     scatter_record(record + kRecordHeaderBytes, request.parts, request.slots[item.at]);
   }
+  if (error == 0) keep_wanted(batch, read, data, bytes);
   if (batch.left.fetch_sub(1) == 1) {
     std::lock_guard lock(batch_mutex_);
     batch_done_.notify_all();
   }
 }
 
-void LogVolume::wait(uint64_t token) {
-  if (token == 0) return;
+void LogVolume::keep_wanted(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes) const {
+  const auto first = batch.items.begin() + read.first_item, last = first + read.items;
+  const auto wants = std::find_if(first, last, [&](const Batch::Item& item) { return batch.requests[item.request].wanted; });
+  if (wants == last) return;
+  const RowSet& wanted = *batch.requests[wants->request].wanted;
+  const Table& table = *batch.tables[wants->request];
+  const BlockShape& shape = table.shape;
+  Place place = Place::unpack(first->place);
+  const uint32_t end = std::min(shape.records, (read.skipped_bytes + bytes) / shape.stride_bytes);
+  auto asked = first;
+  for (place.position = (read.skipped_bytes + shape.stride_bytes - 1) / shape.stride_bytes; place.position < end; ++place.position) {
+    const uint64_t packed = place.pack();
+    while (asked != last && asked->place < packed) ++asked;
+    if (asked != last && asked->place == packed) continue;
+    const std::byte* record = data + uint64_t{place.position} * shape.stride_bytes - read.skipped_bytes;
+    const int64_t row = header_of(record).row;
+    if (!wanted.contains(row) || !sound(table, row, packed, record)) continue;
+    Neighbours& found = batch.neighbours;
+    found.rows.push_back({wants->request, shape.record_bytes, row, found.payloads.size()});
+    found.payloads.insert(found.payloads.end(), record + kRecordHeaderBytes, record + kRecordHeaderBytes + shape.record_bytes);
+    batch.neighbour_places.push_back(packed);
+  }
+}
+
+Neighbours LogVolume::wait(uint64_t token) {
+  if (token == 0) return {};
   std::unique_ptr<Batch> batch;
   {
     Lock lock(batch_mutex_);
@@ -515,7 +531,30 @@ void LogVolume::wait(uint64_t token) {
     stats_.read_wait_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   if (!batch->error.empty()) throw Error(batch->error_kind, batch->error);
-  if (std::any_of(batch->requests.begin(), batch->requests.end(), [](const GetRequest& r) { return r.take; })) give_up(*batch);
+  finish(*batch);
+  return std::move(batch->neighbours);
+}
+
+// Gives up what was taken, and leaves out neighbours that are no longer newest.
+void LogVolume::finish(Batch& batch) {
+  std::vector<Neighbour>& found = batch.neighbours.rows;
+  if (found.empty() && std::none_of(batch.requests.begin(), batch.requests.end(), [](const GetRequest& r) { return r.take; })) return;
+  Lock lock(mutex_);
+  if (closed_ || !write_error_.empty()) {
+    found.clear();
+    return;
+  }
+  for (const Batch::Item& item : batch.items) {
+    const GetRequest& request = batch.requests[item.request];
+    if (request.take) give_up(*batch.tables[item.request], request.rows[item.at], item.place);
+  }
+  size_t kept = 0;
+  for (size_t k = 0; k < found.size(); ++k) {
+    const LazyArray<uint64_t>& index = batch.tables[found[k].request]->index;
+    if (index[static_cast<size_t>(found[k].row)] == batch.neighbour_places[k]) found[kept++] = found[k];
+  }
+  found.resize(kept);
+  stats_.neighbour_rows += kept;
 }
 
 // -- looking in, closing

@@ -17,7 +17,9 @@
 // On a mapped medium a sealed block is stored to its place at once, without chunk or write, and records are loaded from theirs.
 //
 // Reads look at the index when they are submitted. What is in memory is copied at once; what is on disk becomes one read
-// per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used.
+// per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used. Of
+// the other records in those pages, the wanted ones are kept; when the batch is waited for, those that the index still names,
+// and so no newer value exists of, are its neighbours.
 //
 // A checkpoint seals the open blocks, waits for every write, syncs the segments, and commits a manifest (manifest.h) that
 // lists segments and how many of their blocks count. Opening replays the log that the manifest names, from the last index
@@ -105,7 +107,7 @@ class LogVolume final : public Volume {
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
   uint64_t submit_get(std::vector<GetRequest> requests) override;
-  void wait(uint64_t token) override;
+  Neighbours wait(uint64_t token) override;
   void flush() override;
   void checkpoint(uint64_t epoch) override;
   std::vector<uint64_t> epochs() const override;
@@ -189,6 +191,8 @@ class LogVolume final : public Volume {
     std::vector<Table*> tables;        // by request
     std::vector<Item> items;           // by place
     std::vector<Read> reads;
+    Neighbours neighbours;             // that were newest when they were written
+    std::vector<uint64_t> neighbour_places;
     std::atomic<size_t> left{0};
     std::string error;  // the first one
     ErrorKind error_kind{};
@@ -258,7 +262,7 @@ class LogVolume final : public Volume {
   [[noreturn]] void refuse_full() const;
 
   uint64_t& entry_to_change(Table& table, int64_t row);  // a snapshot that is being written gets to know of it
-  void give_up(const Batch& batch);
+  void finish(Batch& batch);
   void give_up(Table& table, int64_t row, uint64_t place);
   std::byte* append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock);  // where the payload goes
   void seal(Table& table, OpenBlock& open, Lock& lock);
@@ -284,7 +288,8 @@ class LogVolume final : public Volume {
   bool sound(const Table& table, int64_t row, uint64_t place, const std::byte* record) const;
   void plan_reads(Batch& batch, std::vector<IoJob>& jobs);
   void on_io(const IoJob& job, const std::byte* data, int error);
-  void on_read(Batch& batch, const Batch::Read& read, const std::byte* data, int error);
+  void on_read(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes, int error);
+  void keep_wanted(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes) const;
   void on_written(Chunk& chunk, int error);
   std::string describe(const Table& table, int64_t row, Place place) const;
   std::string damage(const Table& table, int64_t row, Place place) const;

@@ -19,7 +19,7 @@ class MemoryVolume final : public Volume {
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
   uint64_t submit_get(std::vector<GetRequest> requests) override;
-  void wait(uint64_t) override {}
+  Neighbours wait(uint64_t) override { return {}; }
   void flush() override {}
   void checkpoint(uint64_t epoch) override;
   std::vector<uint64_t> epochs() const override;

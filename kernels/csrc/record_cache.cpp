@@ -44,7 +44,7 @@ Stamp RecordCache::next_stamp(bool dirty) {
     batch_ -= shift;
     base_ += shift;
   }
-  return {(++batch_ << 1) | (dirty ? 1u : 0u)};
+  return Stamp::of(++batch_, dirty);
 }
 
 void RecordCache::insert(std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts, bool dirty,
@@ -59,7 +59,7 @@ void RecordCache::insert_some(std::span<const int64_t> rows, std::span<const int
                               const Below& below) {
   const Stamp stamp = next_stamp(dirty);
   places_.resize(rows.size());
-  directory_.lookup(rows.data(), static_cast<int64_t>(rows.size()), stamp, places_.data());
+  directory_.lookup(rows.data(), 0, static_cast<int64_t>(rows.size()), stamp, places_.data());
   try {
     if (!directory_.reserve(UINT32_MAX, stamp, nullptr)) throw std::logic_error("record cache: no room for fewer rows than it has");
     evict(true, below);
@@ -68,7 +68,7 @@ void RecordCache::insert_some(std::span<const int64_t> rows, std::span<const int
     directory_.rollback();
     throw;
   }
-  directory_.commit(stamp);
+  directory_.commit(stamp, places_.data());
   for (size_t i = 0; i < rows.size(); ++i) gather_record(parts, slots[i], record(static_cast<int32_t>(places_[i])));
   stats_.inserted_rows += static_cast<int64_t>(rows.size());
   stats_.written_bytes += static_cast<int64_t>(rows.size() * record_bytes_);

@@ -59,7 +59,7 @@ class RecordCache {
 
   void count_reads(int64_t hits, int64_t misses);
   void insert(std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts, bool dirty, const Below& below);
-  void keep(int32_t slot) { directory_.touch(slot, {batch_ << 1}); }  // it left the tier above again, unchanged
+  void keep(int32_t slot) { directory_.touch(slot, batch_); }  // it left the tier above again, unchanged
   void drop(int32_t slot) { directory_.drop(slot); }
   void drop_row(int64_t row);
   void flush(const Below& home);  // every record is clean afterwards

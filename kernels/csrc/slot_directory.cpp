@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <string>
+
+#include "errors.h"
 
 namespace mtrains {
 
@@ -16,27 +19,31 @@ constexpr int64_t kStampAhead = 96;
 
 SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
     : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), stamp_(static_cast<size_t>(pool_rows)), free_(pool_rows) {
+  if (rows > INT32_MAX - 1) {
+    throw Error(ErrorKind::kConfiguration, "a slot pool or cache serves tables of at most " + std::to_string(INT32_MAX - 1) +
+                                               " rows, got " + std::to_string(rows) + "; shard the table by rows");
+  }
   for (int32_t s = 0; s < pool_rows; ++s) free_[s] = pool_rows - 1 - s;
 }
 
 template <class Index>
-int64_t SlotDirectory::lookup(const Index* ids, int64_t count, Stamp stamp, int64_t* out) {
+int64_t SlotDirectory::lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, int64_t* slots) {
   int32_t* const map = slot_of_row_.data();
-  uint32_t* const stamps = stamp_.data();
-  const uint32_t mine = stamp.value | 1;
+  uint64_t* const stamps = stamp_.data();
+  const uint32_t batch = stamp.batch();
   int64_t first_seen = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kMapAhead < count) __builtin_prefetch(&map[ids[i + kMapAhead]]);
-    if (i + kStampAhead < count) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kMapAhead < end) __builtin_prefetch(&map[ids[i + kMapAhead]]);
+    if (i + kStampAhead < end) {
       const int32_t ahead = map[ids[i + kStampAhead]];
       __builtin_prefetch(&stamps[ahead > 0 ? ahead - 1 : 0], 1);
     }
     int32_t entry = map[ids[i]];
     if (entry > 0) [[likely]] {
-      const uint32_t old = stamps[entry - 1];
-      stamps[entry - 1] = stamp.value | (old & 1);
-      first_seen += (old | 1) != mine;
-      out[i] = entry - 1;
+      const uint64_t old = stamps[entry - 1];
+      stamps[entry - 1] = stamp.at(i).as_dirty_as(old).value;
+      first_seen += Stamp{old}.batch() != batch;
+      slots[i] = entry - 1;
       continue;
     }
     if (entry == 0) {
@@ -44,39 +51,38 @@ int64_t SlotDirectory::lookup(const Index* ids, int64_t count, Stamp stamp, int6
       entry = -static_cast<int32_t>(missed_rows_.size());
       map[ids[i]] = entry;
     }
-    out[i] = entry;
-    miss_positions_.push_back(out + i);
+    slots[i] = entry;
+    miss_positions_.push_back(i);
   }
   return first_seen;
 }
 
-template int64_t SlotDirectory::lookup<int32_t>(const int32_t*, int64_t, Stamp, int64_t*);
-template int64_t SlotDirectory::lookup<int64_t>(const int64_t*, int64_t, Stamp, int64_t*);
+template int64_t SlotDirectory::lookup<int32_t>(const int32_t*, int64_t, int64_t, Stamp, int64_t*);
+template int64_t SlotDirectory::lookup<int64_t>(const int64_t*, int64_t, int64_t, Stamp, int64_t*);
 
 void SlotDirectory::collect_candidates(uint32_t limit_batch, size_t wanted) {
   candidates_.clear();
   uint32_t oldest = UINT32_MAX;
-  for (size_t s = 0; s < stamp_.size(); ++s) {
-    if (row_of_slot_[s] >= 0) oldest = std::min(oldest, stamp_[s] >> 1);
+  for (int32_t s = 0; s < pool_rows(); ++s) {
+    if (row_of_slot_[s] >= 0) oldest = std::min(oldest, batch_of_slot(s));
   }
   if (oldest >= limit_batch) return;
   constexpr uint32_t kBuckets = 1024;
   const uint32_t width = (limit_batch - oldest) / kBuckets + 1;
   std::array<uint32_t, kBuckets> histogram{};
-  for (size_t s = 0; s < stamp_.size(); ++s) {
-    const uint32_t batch = stamp_[s] >> 1;
+  for (int32_t s = 0; s < pool_rows(); ++s) {
+    const uint32_t batch = batch_of_slot(s);
     if (batch < limit_batch && row_of_slot_[s] >= 0) ++histogram[(batch - oldest) / width];
   }
   uint32_t threshold = 0;
   for (size_t seen = 0; threshold < kBuckets && seen < wanted; ++threshold) seen += histogram[threshold];
-  for (size_t s = 0; s < stamp_.size(); ++s) {
-    const uint32_t batch = stamp_[s] >> 1;
-    if (batch < limit_batch && row_of_slot_[s] >= 0 && (batch - oldest) / width < threshold) {
-      candidates_.push_back({static_cast<int32_t>(s), batch});
-    }
+  for (int32_t s = 0; s < pool_rows(); ++s) {
+    const uint32_t batch = batch_of_slot(s);
+    if (batch < limit_batch && row_of_slot_[s] >= 0 && (batch - oldest) / width < threshold) candidates_.push_back({stamp_[s], s});
   }
-  std::stable_sort(candidates_.begin(), candidates_.end(),
-                   [](const Candidate& a, const Candidate& b) { return a.batch > b.batch; });
+  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
+    return a.stamp != b.stamp ? a.stamp > b.stamp : a.slot > b.slot;
+  });
 }
 
 bool SlotDirectory::reserve(uint32_t oldest_outstanding_batch, Stamp stamp, const std::vector<uint8_t>* pinned) {
@@ -92,7 +98,7 @@ bool SlotDirectory::reserve(uint32_t oldest_outstanding_batch, Stamp stamp, cons
     candidates_.clear();
     return reserved_.size() == needed;
   }
-  const uint32_t limit = std::min(oldest_outstanding_batch, stamp.value >> 1);
+  const uint32_t limit = std::min(oldest_outstanding_batch, stamp.batch());
   bool collected = false;
   while (reserved_.size() < needed) {
     if (candidates_.empty()) {
@@ -103,24 +109,26 @@ bool SlotDirectory::reserve(uint32_t oldest_outstanding_batch, Stamp stamp, cons
     }
     const Candidate c = candidates_.back();
     candidates_.pop_back();
-    if ((stamp_[c.slot] >> 1) != c.batch || c.batch >= limit || row_of_slot_[c.slot] < 0) continue;
-    stamp_[c.slot] = (stamp.value & ~1u) | (stamp_[c.slot] & 1);  // so that it is not collected again
+    if ((stamp_[c.slot] | 1) != (c.stamp | 1) || Stamp{c.stamp}.batch() >= limit || row_of_slot_[c.slot] < 0) continue;
+    touch(c.slot, stamp.batch());  // so that it is not collected again
     reserved_.push_back(c.slot);
   }
   return true;
 }
 
-void SlotDirectory::commit(Stamp stamp) {
+void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
   free_.resize(free_.size() - reserved_free_);
   evictions_ += static_cast<int64_t>(reserved_.size() - reserved_free_);
   for (size_t k = 0; k < missed_rows_.size(); ++k) {
     const int32_t slot = reserved_[k];
     if (row_of_slot_[slot] >= 0) slot_of_row_[row_of_slot_[slot]] = 0;
-    row_of_slot_[slot] = missed_rows_[k];
+    row_of_slot_[slot] = static_cast<int32_t>(missed_rows_[k]);
     slot_of_row_[missed_rows_[k]] = slot + 1;
-    stamp_[slot] = stamp.value;
   }
-  for (int64_t* position : miss_positions_) *position = reserved_[-*position - 1];
+  for (const int64_t i : miss_positions_) {
+    slots[i] = reserved_[-slots[i] - 1];
+    stamp_[slots[i]] = stamp.at(i).value;
+  }
   missed_rows_.clear();
   miss_positions_.clear();
   reserved_.clear();
@@ -144,31 +152,27 @@ void SlotDirectory::drop(int32_t slot) {
 }
 
 void SlotDirectory::age(uint32_t batches) {
-  for (size_t s = 0; s < stamp_.size(); ++s) {
-    uint32_t& stamp = stamp_[s];
-    const uint32_t batch = stamp >> 1;
-    stamp = ((batch > batches ? batch - batches : 0) << 1) | (stamp & 1);
-  }
+  for (int32_t s = 0; s < pool_rows(); ++s) touch(s, batch_of_slot(s) > batches ? batch_of_slot(s) - batches : 0);
   candidates_.clear();
 }
 
 std::vector<int32_t> SlotDirectory::by_age() const {
   constexpr uint64_t kBuckets = 1024;
   uint32_t oldest = UINT32_MAX, newest = 0;
-  for (size_t s = 0; s < stamp_.size(); ++s) {
+  for (int32_t s = 0; s < pool_rows(); ++s) {
     if (row_of_slot_[s] < 0) continue;
-    oldest = std::min(oldest, stamp_[s] >> 1);
-    newest = std::max(newest, stamp_[s] >> 1);
+    oldest = std::min(oldest, batch_of_slot(s));
+    newest = std::max(newest, batch_of_slot(s));
   }
   const uint64_t width = oldest > newest ? 1 : (newest - oldest) / kBuckets + 1;
   std::array<size_t, kBuckets + 1> begin{};
-  for (size_t s = 0; s < stamp_.size(); ++s) {
-    if (row_of_slot_[s] >= 0) ++begin[((stamp_[s] >> 1) - oldest) / width + 1];
+  for (int32_t s = 0; s < pool_rows(); ++s) {
+    if (row_of_slot_[s] >= 0) ++begin[(batch_of_slot(s) - oldest) / width + 1];
   }
   for (size_t b = 1; b < begin.size(); ++b) begin[b] += begin[b - 1];
   std::vector<int32_t> slots(begin.back());
-  for (size_t s = 0; s < stamp_.size(); ++s) {
-    if (row_of_slot_[s] >= 0) slots[begin[((stamp_[s] >> 1) - oldest) / width]++] = static_cast<int32_t>(s);
+  for (int32_t s = 0; s < pool_rows(); ++s) {
+    if (row_of_slot_[s] >= 0) slots[begin[(batch_of_slot(s) - oldest) / width]++] = s;
   }
   return slots;
 }

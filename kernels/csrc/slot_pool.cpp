@@ -103,10 +103,9 @@ uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool hard, bool dir
   std::vector<int64_t> unique(tables_.size(), 0);
   for (size_t f = 0; f < table_of_feature_.size(); ++f) {
     const int32_t t = table_of_feature_[f];
-    const int64_t begin = ticket.bounds[f], count = ticket.bounds[f + 1] - begin;
-    unique[t] += batch.ids_are_int32
-                     ? directories_[t].lookup(static_cast<const int32_t*>(batch.ids) + begin, count, stamp, slots + begin)
-                     : directories_[t].lookup(static_cast<const int64_t*>(batch.ids) + begin, count, stamp, slots + begin);
+    const int64_t begin = ticket.bounds[f], end = ticket.bounds[f + 1];
+    unique[t] += batch.ids_are_int32 ? directories_[t].lookup(static_cast<const int32_t*>(batch.ids), begin, end, stamp, slots)
+                                     : directories_[t].lookup(static_cast<const int64_t*>(batch.ids), begin, end, stamp, slots);
   }
   try {
     if (!reserve_all(ticket, stamp, hard)) {
@@ -125,7 +124,7 @@ uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool hard, bool dir
     stats_[t].misses += static_cast<int64_t>(directories_[t].missed_rows().size());
   }
   tickets_.emplace(seq, std::move(ticket));
-  start_fills(seq, stamp, dirty);
+  start_fills(seq, stamp, slots, dirty);
   return seq;
 }
 
@@ -213,22 +212,22 @@ void SlotPool::evict_victims() {
   }
 }
 
-void SlotPool::start_fills(uint64_t seq, Stamp stamp, bool dirty) {
+void SlotPool::start_fills(uint64_t seq, Stamp stamp, int64_t* slots, bool dirty) {
   std::vector<std::vector<GetRequest>> requests;
   Fill fill{seq, {}};
   for (size_t t = 0; t < tables_.size(); ++t) {
     const auto missed = directories_[t].missed_rows();
     if (missed.empty()) continue;
-    const auto slots = directories_[t].reserved_slots();
+    const auto reserved = directories_[t].reserved_slots();
     size_t v = 0;
     while (v < fill.reads.size() && fill.reads[v].volume != tables_[t].volume) ++v;
     if (v == fill.reads.size()) {
       fill.reads.push_back({tables_[t].volume, 0, {}});
       requests.emplace_back();
     }
-    requests[v].push_back({tables_[t].id, {missed.begin(), missed.end()}, {slots.begin(), slots.end()}, tables_[t].parts, dirty});
-    fill.reads[v].slots.emplace_back(t, std::vector<int32_t>(slots.begin(), slots.end()));
-    directories_[t].commit(stamp);
+    requests[v].push_back({tables_[t].id, {missed.begin(), missed.end()}, {reserved.begin(), reserved.end()}, tables_[t].parts, dirty});
+    fill.reads[v].slots.emplace_back(t, std::vector<int32_t>(reserved.begin(), reserved.end()));
+    directories_[t].commit(stamp, slots);
   }
   if (fill.reads.empty()) return;
   size_t submitted = 0;
@@ -481,10 +480,10 @@ int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
     const auto batch = rows.first(std::min(rows.size(), batch_rows));
     const uint64_t seq = next_seq();
     const Stamp stamp = stamp_of(seq, false);
-    d.lookup(batch.data(), static_cast<int64_t>(batch.size()), stamp, slots.data());
+    d.lookup(batch.data(), 0, static_cast<int64_t>(batch.size()), stamp, slots.data());
     read += static_cast<int64_t>(d.missed_rows().size());
     d.reserve(0, stamp, nullptr);  // free slots alone: there are enough
-    start_fills(seq, stamp, false);
+    start_fills(seq, stamp, slots.data(), false);
     drain(seq);
     rows = rows.subspan(batch.size());
   }

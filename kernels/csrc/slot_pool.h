@@ -110,7 +110,7 @@ class SlotPool {
 
   std::vector<int64_t> bounds_of(const Batch& batch) const;
   void check_ids(const Batch& batch, const std::vector<int64_t>& bounds) const;
-  Stamp stamp_of(uint64_t seq, bool dirty) const { return {static_cast<uint32_t>((seq - base_) << 1) | (dirty ? 1u : 0u)}; }
+  Stamp stamp_of(uint64_t seq, bool dirty) const { return Stamp::of(static_cast<uint32_t>(seq - base_), dirty); }
   uint32_t oldest_outstanding() const;
   uint64_t next_seq();
   bool reserve_all(const Ticket& mine, Stamp stamp, bool hard);
@@ -120,7 +120,7 @@ class SlotPool {
   void mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_t>& flags) const;
   bool revoke_youngest();
   void evict_victims();
-  void start_fills(uint64_t seq, Stamp stamp, bool dirty);
+  void start_fills(uint64_t seq, Stamp stamp, int64_t* slots, bool dirty);
   std::exception_ptr finish(const Fill& fill);  // the first error, if any
   void abandon(const Fill::Read& read);         // its rows leave the pool
   void finish_oldest_fill();

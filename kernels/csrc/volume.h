@@ -9,6 +9,7 @@
 //   - a get sees every put that returned before the get was submitted (a row is never stale), wherever it is buffered;
 //   - a row that was never put reads as its table's initial value;
 //   - parts stay valid and their slots untouched from submit_get until wait() of its token returns;
+//   - a neighbour (below) is what a get during the wait would have read;
 //   - every call may be made from any thread;
 //   - errors are thrown as Error (errors.h) from the call that can still name what failed: a bad argument before anything
 //     changes, a failed read from wait() of its token, a failed write from the next put, flush or checkpoint.
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "initializer.h"
+#include "row_set.h"
 
 namespace mtrains {
 
@@ -41,6 +43,26 @@ struct GetRequest {
   // The caller will put or evict every one of these rows as changed: the tiers below need not keep what they have. A get of one
   // before that may throw, and a checkpoint does.
   bool take = false;
+  // Rows of this table that the caller would like to have too, where they cost no I/O: those that happen to lie in the pages
+  // read for this batch come back as neighbours. Belongs to the caller and must outlive the wait; it may change meanwhile.
+  const RowSet* wanted = nullptr;
+};
+
+// A wanted row that came along with the pages read for others. It is what a get during the wait would have read, so a row that
+// was taken and not put yet is the taker's to leave out. It is never a row that its own batch asks for, but may be one that
+// another get in flight does. It stays in its volume: `take` does not reach it.
+//
+// Which of the wanted rows come along, if any, is the medium's affair: there are none without pages to read (memory, mapped
+// files, write buffers, caches), a damaged one is left out until someone asks for it, and any other may be.
+struct Neighbour {
+  uint32_t request;  // of its batch: one that wanted it
+  uint32_t bytes;    // of its payload
+  int64_t row;
+  uint64_t at;       // where its payload begins in Neighbours::payloads
+};
+struct Neighbours {
+  std::vector<Neighbour> rows;
+  std::vector<std::byte> payloads;
 };
 
 struct TableSpec {
@@ -57,6 +79,7 @@ struct VolumeStats {
   uint64_t put_rows = 0;
   uint64_t read_ios = 0;
   uint64_t read_bytes = 0;
+  uint64_t neighbour_rows = 0;      // wanted rows that came along
   uint64_t write_ios = 0;
   uint64_t write_bytes = 0;
   uint64_t disk_bytes = 0;          // space the volume occupies now
@@ -89,7 +112,7 @@ class Volume {
   // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
   // Every token must be waited for once. wait(0) is a no-op.
   virtual uint64_t submit_get(std::vector<GetRequest> requests) = 0;
-  virtual void wait(uint64_t token) = 0;
+  virtual Neighbours wait(uint64_t token) = 0;
 
   virtual void flush() = 0;                      // everything put so far is handed to the device
   virtual void checkpoint(uint64_t epoch) = 0;   // everything put so far is durable and named by this epoch

@@ -45,7 +45,7 @@ class History {
   void look_up() {
     const uint32_t batch = ++last_batch_;
     const bool dirty = random_() % 2;
-    const Stamp stamp{batch << 1 | (dirty ? 1u : 0u)};
+    const Stamp stamp = Stamp::of(batch, dirty);
     const uint32_t oldest = outstanding_.empty() ? UINT32_MAX : outstanding_.begin()->first;
     std::vector<int64_t> ids(1 + below(random_, 2 * static_cast<uint64_t>(directory_.pool_rows()))), slots(ids.size());
     const auto rows = static_cast<uint64_t>(directory_.rows());
@@ -54,7 +54,7 @@ class History {
     for (const int64_t row : held_) {
       if (row > 0 && missing.erase(row - 1)) hit.insert(row - 1);
     }
-    const auto first_seen = directory_.lookup(ids.data(), static_cast<int64_t>(ids.size()), stamp, slots.data());
+    const auto first_seen = directory_.lookup(ids.data(), 0, static_cast<int64_t>(ids.size()), stamp, slots.data());
     CHECK_EQ(first_seen, static_cast<int64_t>(hit.size()));
     CHECK(std::set<int64_t>(directory_.missed_rows().begin(), directory_.missed_rows().end()) == missing);
     CHECK_EQ(directory_.missed_rows().size(), missing.size());
@@ -76,7 +76,7 @@ class History {
       CHECK(!pinned[slot]);
       held_[slot] = 0;
     }
-    directory_.commit(stamp);
+    directory_.commit(stamp, slots.data());
     for (size_t i = 0; i < ids.size(); ++i) {
       CHECK_EQ(directory_.row_of_slot(static_cast<int32_t>(slots[i])), ids[i]);
       CHECK(!dirty || directory_.dirty(static_cast<int32_t>(slots[i])));
@@ -124,6 +124,40 @@ TEST("a slot directory keeps its invariants and never evicts what an outstanding
     evictions += history.evictions();
   }
   CHECK(refused > 0 && evictions > 0);  // the histories met both
+}
+
+TEST("rows leave in the order in which batches, and ids within them, used them last") {
+  Random random = fresh_random();
+  for (uint32_t i = 0; i < 20 * rounds(); ++i) {
+    const auto pool_rows = static_cast<int32_t>(20 + below(random, 200));
+    SlotDirectory directory(3 * pool_rows, pool_rows);
+    std::map<std::pair<uint32_t, size_t>, int64_t> row_of_use;  // the last use of each resident row
+    std::map<int64_t, std::pair<uint32_t, size_t>> use_of_row;
+    for (uint32_t batch = 1; batch <= 100; ++batch) {
+      std::vector<int64_t> ids(below(random, static_cast<uint64_t>(pool_rows))), slots(ids.size());
+      for (int64_t& id : ids) id = static_cast<int64_t>(below(random, static_cast<uint64_t>(random() % 2 ? 3 * pool_rows : pool_rows / 2)));
+      const Stamp stamp = Stamp::of(batch, random() % 2);
+      const auto middle = static_cast<int64_t>(below(random, ids.size() + 1));  // two features
+      directory.lookup(ids.data(), 0, middle, stamp, slots.data());
+      directory.lookup(ids.data(), middle, static_cast<int64_t>(ids.size()), stamp, slots.data());
+      for (size_t at = 0; at < ids.size(); ++at) {
+        if (const auto before = use_of_row.find(ids[at]); before != use_of_row.end()) row_of_use.erase(before->second);
+        use_of_row[ids[at]] = {batch, at};
+        row_of_use[{batch, at}] = ids[at];
+      }
+      CHECK(directory.reserve(UINT32_MAX, stamp, nullptr));
+      for (const int32_t slot : directory.reserved_slots()) {
+        if (directory.row_of_slot(slot) < 0) continue;
+        const auto oldest = row_of_use.begin();
+        CHECK_EQ(directory.row_of_slot(slot), oldest->second);
+        use_of_row.erase(oldest->second);
+        row_of_use.erase(oldest);
+      }
+      directory.commit(stamp, slots.data());
+      directory.check();
+    }
+    CHECK(directory.evictions() > 0);
+  }
 }
 
 TEST("a slot directory of many rows keeps its invariants too") {
