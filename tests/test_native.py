@@ -55,7 +55,7 @@ PLANTED = {
         "log_volume.cpp",
         "  require_open(closed_, name());\n  if (stream.chunk)",
         "  if (stream.chunk)",
-        "closes under",
+        "waits for buffers",
     ),
     "pinned slots are evicted": (
         "slot_directory.cpp",
