@@ -2,7 +2,7 @@
 
 Half of the kills come at an instant drawn from the whole time of an attempt; half wait for a phase that is short (open,
 checkpoint, index snapshot, push, pull, cleaning) and come at an instant drawn from within it. An index snapshot is written
-in the background of the others: it counts where the kill left the file empty. Of two ranks one or both are killed. Now and then the
+in the background of the others: it counts where the kill left the file short. Of two ranks one or both are killed. Now and then the
 disk is lost: volumes and checkpoints are removed, and the job has to pull what it pushed last.
 
 What must hold, at every kill: each step that was trained has the loss of the undisturbed run, on every rank; no step is
@@ -30,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import soak_job
 import victims
 from victims import Life, Phases
 
@@ -37,16 +38,16 @@ HANG_S = 120  # guess: far above the longest attempt
 LONGEST_DELAY_S = 1.0  # of a kill that waits for no phase: some 20 steps
 SNAPSHOT = "index snapshot"
 # Typical s a phase lasts, measured.
-TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.0005, "push": 0.02, "pull": 0.02, "train, cleaning": 0.005}
+TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.001, "push": 0.02, "pull": 0.02, "train, cleaning": 0.005}
 LOSE_DISK_SHARE = 0.1  # of the attempts
 
 
-def is_empty(file: Path) -> bool:
-    """Also while others create and remove it."""
+def bytes_of(file: Path) -> int | None:
+    """None for a file that has been removed meanwhile."""
     try:
-        return file.stat().st_size == 0
+        return file.stat().st_size
     except FileNotFoundError:
-        return False
+        return None
 
 
 class SoakFailure(Exception):
@@ -117,11 +118,13 @@ class Soak:
         self.save()
 
     def _phase(self, rank: int) -> str:
-        """What a rank is doing. A snapshot's file stays empty until the whole index has been gone through."""
+        """What a rank is doing. An index snapshot is being written while its file is short."""
         phase = self.phases.of(rank)
-        if phase in ("fork", "open", "pull"):  # an empty file is an earlier victim's
+        if phase in ("fork", "open", "pull"):  # a short file is an earlier victim's
             return phase
-        return SNAPSHOT if any(is_empty(f) for f in self.life.snapshots(rank)) else phase
+        whole = soak_job.snapshot_bytes(rank, self.ranks)
+        sizes = [bytes_of(file) for file in self.life.snapshots(rank)]
+        return SNAPSHOT if any(size is not None and size < whole for size in sizes) else phase
 
     def _prepare(self, rng: random.Random) -> None:
         lose = rng.random() < LOSE_DISK_SHARE
