@@ -1,7 +1,7 @@
 """Bugs planted on purpose in a copy of the sources are each caught by the suite.
 
 Each bug is a textual change that must still match, so that this list cannot rot. The copy is built into a folder of its
-own and the suite runs against that folder; the bug counts as caught when a test fails.
+own and a part of the suite runs against that folder; the bug counts as caught when a test fails.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SUITE = ("tests/test_equality_kernel.py", "tests/test_tickets.py")
+STORES = ("tests/test_stores.py",)
 
 # The editable install's import hook would find the true sources first.
 RUN_PYTEST = (
@@ -32,6 +33,7 @@ class Bug:
 
     path: str
     changes: tuple[tuple[str, str], ...]
+    suite: tuple[str, ...] = SUITE
 
 
 BUGS = {
@@ -68,6 +70,17 @@ BUGS = {
         "kernels/tiered_tbe.py",
         (("        if output.grad_fn is None:\n            self._pool.release", "        if True:\n            self._pool.release"),),
     ),
+    "a put leaves older copies in the caches": Bug(
+        "kernels/csrc/cached_volume.cpp",
+        (("    for (const int64_t row : rows) cache.drop_row(row);\n  }\n}", "  }\n}"),),
+        STORES,
+    ),
+    "caches outlive going back": Bug(
+        "kernels/csrc/cached_volume.cpp", (("  below_.restore(epoch);\n  forget();", "  below_.restore(epoch);"),), STORES
+    ),
+    "replay believes the last record it meets": Bug(
+        "kernels/csrc/log_checkpoint.cpp", (("    if (h.sequence < newest) continue;\n", ""),), STORES
+    ),
 }
 
 
@@ -100,7 +113,7 @@ def test_a_planted_bug_still_has_its_place_in_the_sources(name: str) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught_by_the_suite(name: str, tmp_path: Path) -> None:
     build(BUGS[name], tmp_path)
-    command = [sys.executable, "-c", RUN_PYTEST, str(tmp_path / "installed"), *SUITE]
+    command = [sys.executable, "-c", RUN_PYTEST, str(tmp_path / "installed"), *BUGS[name].suite]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     print(run.stdout[-3000:], run.stderr[-3000:])
     assert run.returncode == (0 if name == "none" else 1)

@@ -1,7 +1,8 @@
 """The soak: a job is killed at random instants until it has been killed often enough, and must end with the bits of one that was not.
 
 Half of the kills come at an instant drawn from the whole time of an attempt; half wait for a phase that is short (open,
-checkpoint, push, pull, cleaning) and come at an instant drawn from within it. Of two ranks one or both are killed. Now and then the
+checkpoint, index snapshot, push, pull, cleaning) and come at an instant drawn from within it. An index snapshot is written
+in the background of the others: it counts where the kill left the file short. Of two ranks one or both are killed. Now and then the
 disk is lost: volumes and checkpoints are removed, and the job has to pull what it pushed last.
 
 What must hold, at every kill: each step that was trained has the loss of the undisturbed run, on every rank; no step is
@@ -29,13 +30,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import soak_job
 import victims
 from victims import Life, Phases
 
 HANG_S = 120  # guess: far above the longest attempt
 LONGEST_DELAY_S = 1.0  # of a kill that waits for no phase: some 20 steps
-TARGETS = {"open": 0.02, "checkpoint": 0.05, "push": 0.02, "pull": 0.02, "train, cleaning": 0.005}  # typical s a phase lasts, measured
+SNAPSHOT = "index snapshot"
+# Typical s a phase lasts, measured.
+TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.001, "push": 0.02, "pull": 0.02, "train, cleaning": 0.005}
 LOSE_DISK_SHARE = 0.1  # of the attempts
+
+
+def bytes_of(file: Path) -> int | None:
+    """None for a file that has been removed meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 class SoakFailure(Exception):
@@ -87,7 +99,7 @@ class Soak:
         status = dict.fromkeys(range(self.ranks))
         watched = rng.randrange(self.ranks)
         self._wait_for_the_instant(rng, pids, status, watched)
-        phase = self.phases.of(watched)
+        phase = self._phase(watched)
         both, gap_s = rng.random() < 0.5, rng.random() * 0.05
         done = all(s is not None for s in status.values())
         if not done:
@@ -104,6 +116,15 @@ class Soak:
             self.state["lives"] += 1
             self.life = victims.new_life(self.life.root)
         self.save()
+
+    def _phase(self, rank: int) -> str:
+        """What a rank is doing. An index snapshot is being written while its file is short."""
+        phase = self.phases.of(rank)
+        if phase in ("fork", "open", "pull"):  # a short file is an earlier victim's
+            return phase
+        whole = soak_job.snapshot_bytes(rank, self.ranks)
+        sizes = [bytes_of(file) for file in self.life.snapshots(rank)]
+        return SNAPSHOT if any(size is not None and size < whole for size in sizes) else phase
 
     def _prepare(self, rng: random.Random) -> None:
         lose = rng.random() < LOSE_DISK_SHARE
@@ -136,7 +157,7 @@ class Soak:
             if None not in status.values():
                 return
             if target is not None and not armed:
-                phase = self.phases.of(watched)
+                phase = self._phase(watched)
                 if phase == target != before:
                     armed, count = count == 0, count - 1
                 before = phase

@@ -9,12 +9,13 @@ from torchrec_mtrains.job_model import ModelOptions
 from torchrec_mtrains.placement import PlacementOptions
 from torchrec_mtrains.train import TrainOptions
 
-SIZES = SyntheticConfig(table_count=3, rows=2000, pooling=4, dense_dim=4)
+# 1,600 rows of a table are in use, spread over many: an index that takes a while to be written.
+SIZES = SyntheticConfig(table_count=3, rows=100_000, pooling=4, dense_dim=4, active_share=0.016)
 BATCH_SIZE = 64
 POOL_ROWS = 300  # a batch touches at most 256 rows of a table
 STEPS = 200
 CHECKPOINT_EVERY = 7
-CAPACITY_BYTES = 14 << 20  # 1.7 MiB of records are live; 200 steps write about 15 MiB
+CAPACITY_BYTES = 16 << 20  # 1.7 MiB of records are live, index snapshots take 5 to 8; 200 steps write about 15 MiB
 
 
 def options(ssd: Path | None, **job: object) -> TrainOptions:
@@ -24,6 +25,11 @@ def options(ssd: Path | None, **job: object) -> TrainOptions:
     )  # fmt: skip
     model = ModelOptions(embedding_dim=32, dense_layers=(8,), over_layers=(8,), optimizer="adagrad")
     return TrainOptions(model=model, placement=tiers, **{"steps": STEPS, **job})  # type: ignore[arg-type]
+
+
+def snapshot_bytes(rank: int, world_size: int) -> int:
+    """What a rank's index snapshot has at least when it is whole: 8 bytes for every row of the tables that the plan gives the rank."""
+    return 8 * SIZES.rows * len(range(rank, SIZES.table_count, world_size))
 
 
 def source(rank: int, world_size: int) -> SyntheticSource:

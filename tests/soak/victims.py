@@ -12,17 +12,22 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import soak_job
 import torch
 import torch.distributed as dist
+from torchrec_mtrains.kernels import SsdVolume
 
 from torchrec_mtrains import counters, show
 from torchrec_mtrains.checkpoint_folder import LATEST
 from torchrec_mtrains.checkpoint_transfer import pull, push
 from torchrec_mtrains.train import Job, StepRecord
+
+# After every checkpoint, if there is room: by default one would come with the first gigabytes of log.
+SsdVolume.__init__.__kwdefaults__["snapshot_after_bytes"] = 0
 
 PHASES = ("fork", "open", "train", "train, cleaning", "checkpoint", "push", "pull", "end")
 PUSH_EVERY = 3  # checkpoints
@@ -55,6 +60,9 @@ class Life:
 
     def losses(self, rank: int) -> Path:
         return self.root / f"losses_{rank}"
+
+    def snapshots(self, rank: int) -> Iterator[Path]:
+        return (self.ssd / f"rank_{rank}").glob("index_*.bin")
 
 
 class _Job(Job):

@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "check.h"
+#include "faulty_system.h"
 #include "media.h"
 
 namespace mtrains::test {
@@ -136,6 +137,33 @@ TEST_ON_EACH_MEDIUM("a checkpoint taken while others put opens again, with every
   }
 }
 
+// What the checkpoint waits for takes 20 ms; the put in that time fills blocks, and too few of them for a write.
+TEST("a checkpoint names no block of a put that came while it waited for its writes") {
+  const std::vector<int64_t> rows = rows_up_to(40);
+  const std::vector<uint64_t> first(rows.size(), 1), second(rows.size(), 2);
+  for (int i = 0; i < 20; ++i) {
+    const Folder folder;
+    LogOptions options = options_for("pread", {folder.path()}, 64u << 20);
+    const auto system = std::make_shared<FaultySystem>(1);
+    options.system = system;
+    {
+      const auto volume = open_volume(options);
+      const TableId table = volume->table({"t", kRows, kBytes}, {});
+      put_versions(*volume, table, kBytes, rows, first);
+      system->arm(Fault::kDelay, 0);
+      Threads committer;
+      committer.start([&] { volume->checkpoint(1); });
+      while (system->struck() == 0 && !committer.failed()) std::this_thread::yield();
+      put_versions(*volume, table, kBytes, rows, second);
+      committer.join();
+      CHECK(get_versions(*volume, table, kBytes, rows) == second);
+      volume->close();
+    }
+    const auto again = open_volume(options);
+    CHECK(get_versions(*again, again->table({"t", kRows, kBytes}, {}), kBytes, rows) == first);
+  }
+}
+
 TEST_ON_EACH_MEDIUM("closing a volume waits for reads in flight, which can be waited for afterwards") {
   const Folder folder;
   const LogOptions options = options_for(medium, {folder.path()}, 64u << 20);
@@ -156,6 +184,46 @@ TEST_ON_EACH_MEDIUM("closing a volume waits for reads in flight, which can be wa
   }
   volume->wait(token);
   if (token != 0) check_error(ErrorKind::kVolume, [&] { volume->wait(token); });
+}
+
+// Writes of chunks wait for the gate: a put fills every buffer there is, and waits for one.
+class Gate final : public System {
+ public:
+  ssize_t pwrite(int fd, const void* data, size_t bytes, off_t offset) override {
+    if (bytes > kPageBytes) open.wait(false);
+    return System::pwrite(fd, data, bytes, offset);
+  }
+  std::atomic<bool> open{false};
+};
+
+TEST("a put that waits for buffers when the volume closes gives the typed error, and writes no more") {
+  const Folder folder;
+  LogOptions options = options_for("pread", {folder.path()}, 64u << 20);
+  const auto gate = std::make_shared<Gate>();
+  options.system = gate;
+  const auto volume = open_volume(options);
+  const TableId table = volume->table({"t", 3 * kRows, kBytes}, {});
+  Threads threads;
+  threads.start([&] {
+    const std::vector<int64_t> rows = rows_up_to(3 * kRows - 1);  // 24 MB, in one put: the first time that others see a write, it waits
+    check_error(ErrorKind::kVolume, [&] { put_versions(*volume, table, kBytes, rows, std::vector<uint64_t>(rows.size(), 1)); });
+  });
+  uint64_t writes = 0;
+  while ((writes = volume->stats().write_ios) == 0 && !threads.failed()) std::this_thread::yield();
+  threads.start([&] { volume->close(); });
+  const auto is_closed = [&] {
+    try {
+      get_versions(*volume, table, kBytes, {3 * kRows - 1});
+      return false;
+    } catch (const Error& e) {
+      return e.kind() == ErrorKind::kVolume;
+    }
+  };
+  while (!is_closed()) std::this_thread::yield();
+  gate->open = true;
+  gate->open.notify_all();
+  threads.join();
+  CHECK_EQ(volume->stats().write_ios, writes);
 }
 
 TEST_ON_EACH_MEDIUM("a volume that closes under readers and writers gives each its values or the typed error") {
