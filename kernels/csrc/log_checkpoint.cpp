@@ -336,7 +336,8 @@ bool LogVolume::snapshot_is_due(const Manifest& manifest) const {
 void LogVolume::begin_snapshot(const Manifest& manifest) {
   snapshot_ = std::make_shared<Snapshot>();
   snapshot_->epoch = manifest.epoch;
-  for (const ManifestSegment& s : manifest.segments) snapshot_->covered[s.number] = {s.blocks, s.records};
+  // Those without a newest record too: puts may go on in them, and their old blocks must not be replayed over the snapshot.
+  for (const auto& [number, segment] : segments_) snapshot_->covered[number] = {segment->blocks, segment->records};
   snapshot_->before.resize(tables_.size());
   for (const Table& t : tables_) snapshot_->bytes += t.index.size() * sizeof(uint64_t);
 }

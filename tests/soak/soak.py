@@ -224,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     start, last = time.monotonic(), 0.0
     try:
-        soak = Soak(args.folder / f"ranks_{args.ranks}", args.ranks, args.seed)
+        soak = Soak(args.folder.resolve() / f"ranks_{args.ranks}", args.ranks, args.seed)
         before = soak.state["kills"]
         print(f"seed {soak.state['seed']}, {before} kills so far, state in {soak.root}", flush=True)
         while soak.state["kills"] < args.kills:

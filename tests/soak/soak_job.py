@@ -10,12 +10,12 @@ from torchrec_mtrains.placement import PlacementOptions
 from torchrec_mtrains.train import TrainOptions
 
 # 1,600 rows of a table are in use, spread over many: an index that takes a while to be written.
-SIZES = SyntheticConfig(table_count=3, rows=100_000, pooling=4, dense_dim=4, active_share=0.016)
+SIZES = SyntheticConfig(table_count=3, rows=50_000, pooling=4, dense_dim=4, active_share=0.032)
 BATCH_SIZE = 64
 POOL_ROWS = 300  # a batch touches at most 256 rows of a table
 STEPS = 200
 CHECKPOINT_EVERY = 7
-CAPACITY_BYTES = 16 << 20  # 1.7 MiB of records are live, index snapshots take 5 to 8; 200 steps write about 15 MiB
+CAPACITY_BYTES = 18 << 20  # 1.7 MiB of records are live, index snapshots take 2 to 4; 200 steps write about 15 MiB
 
 
 def options(ssd: Path | None, **job: object) -> TrainOptions:
