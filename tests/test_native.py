@@ -33,6 +33,12 @@ PLANTED = {
         "  drain(lock);",
         "while it waited for its writes",
     ),
+    "an index snapshot passes over segments without a newest record": (
+        "log_checkpoint.cpp",
+        "  for (const auto& [number, s] : segments_) snapshot_->blocks[number] = s->blocks;",
+        "  for (const ManifestSegment& s : manifest.segments) snapshot_->blocks[s.number] = s.blocks;",
+        "cleans while index snapshots",
+    ),
     "records are served unverified": (
         "log_volume.cpp",
         "  return h.table == table.id && h.row == row &&",

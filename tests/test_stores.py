@@ -56,6 +56,11 @@ def initial(t: int, row: int) -> torch.Tensor:
     return torch.zeros(RECORD_BYTES[t], dtype=torch.uint8) if init is None else init.materialize(row, 1).view(torch.uint8).reshape(-1)
 
 
+def wanted(t: int, rows: list[int], model: Rows) -> torch.Tensor:
+    found = [model[row] if row in model else initial(t, row) for row in rows]
+    return torch.stack(found) if rows else torch.empty(0, RECORD_BYTES[t], dtype=torch.uint8)
+
+
 def read(table: VolumeTable, rows: list[int]) -> torch.Tensor:
     out = torch.empty(len(rows), table.record_bytes, dtype=torch.uint8)
     table.get(ids(rows), out)
@@ -76,9 +81,14 @@ class Store:
     """One kind of volume behind a chain of caches, perhaps none. ``take`` and ``evict`` are a slot pool's."""
 
     def __init__(
-        self, name: str, kind: type[MemoryVolume | PmemVolume | SsdVolume], caches: tuple[Cache, ...] = (), stripes: int = 1
+        self,
+        name: str,
+        kind: type[MemoryVolume | PmemVolume | SsdVolume],
+        caches: tuple[Cache, ...] = (),
+        stripes: int = 1,
+        backend: str | None = None,
     ) -> None:
-        self.name, self.kind, self.caches, self.stripes = name, kind, caches, stripes
+        self.name, self.kind, self.caches, self.stripes, self.backend = name, kind, caches, stripes, backend
         self.is_log = kind is not MemoryVolume
         self.tally: Counter[str] = Counter()
         self._stack = contextlib.ExitStack()
@@ -91,7 +101,8 @@ class Store:
     def open(self, row_counts: list[int]) -> None:
         if self.is_log:
             self.folders = self.folders or self._new_folders()
-            self.home = self.kind(self.folders, CAPACITY_BYTES, keep_checkpoints=KEEP_CHECKPOINTS, depth=4, snapshot_after_bytes=1 << 20)
+            options = {"keep_checkpoints": KEEP_CHECKPOINTS, "backend": self.backend, "depth": 4, "snapshot_after_bytes": 1 << 20}
+            self.home = self.kind(self.folders, CAPACITY_BYTES, **options)
         else:
             self.home = self.kind()
         self._open_tables(row_counts)
@@ -187,7 +198,7 @@ def all_stores() -> list[Store]:
         Store("memory", MemoryVolume),
         Store("pmem", PmemVolume, stripes=2),
         Store("ssd", SsdVolume, stripes=2),
-        Store("ddr, ssd", SsdVolume, (DdrCache(5),)),
+        Store("ddr, ssd", SsdVolume, (DdrCache(5),), backend="pread"),
         Store("ddr, pmem, pmem", PmemVolume, (DdrCache(3), PmemCache(PMEM, 4))),
     ]
 
@@ -241,8 +252,7 @@ class StoresAgree(RuleBasedStateMachine):
         return rows if above else [row for row in dict.fromkeys(rows) if row not in self.above[t]]
 
     def _want(self, t: int, rows: list[int]) -> torch.Tensor:
-        found = [self.model[t][row] if row in self.model[t] else initial(t, row) for row in rows]
-        return torch.stack(found) if rows else torch.empty(0, RECORD_BYTES[t], dtype=torch.uint8)
+        return wanted(t, rows, self.model[t])
 
     def _put(self, t: int, rows: list[int], seed: int) -> None:
         values = records(seed, len(rows), t)
@@ -380,6 +390,22 @@ class StoresAgree(RuleBasedStateMachine):
         for store in self.stores:
             store.restore(epoch, self.row_counts, self.committed[epoch][1])
         self._go_back(epoch)
+
+    @rule(oldest=st.booleans())
+    def read_beside_the_writers(self, oldest: bool) -> None:
+        kept = sorted(e for e in self.committed if e > 0)
+        if not kept:
+            return
+        epoch = kept[0 if oldest else -1]
+        row_counts, tables = self.committed[epoch]
+        for store in self.stores:
+            if store.is_log:
+                reader = store.kind.open_read_only(store.folders, epoch=epoch, backend=store.backend, depth=4)
+                for t in range(FILLER):
+                    table = reader.table(f"t{t}", row_count=row_counts[t], record_bytes=RECORD_BYTES[t], init=INITS[t])
+                    rows = list(range(row_counts[t]))
+                    assert torch.equal(read(table, rows), wanted(t, rows, tables[t])), store.name
+                reader.close()
 
     @rule(t=tables, seed=seeds, rounds=st.integers(1, 16))
     @resumes_when_full

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torchrec_mtrains.kernels import MemoryVolume, PmemVolume, SsdVolume, VolumeTable
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 
@@ -33,8 +30,6 @@ from torchrec_mtrains.errors import (
 )
 
 CAPACITY = 64 << 20
-# Record sizes: many in a block, few in a block with waste, larger than the largest common block.
-RECORD_BYTES = (8, 68, 260, 1500, 5000, 70_000)
 ROWS = 50
 
 
@@ -67,133 +62,6 @@ def read(table: VolumeTable, *rows: int) -> torch.Tensor:
 
 def small_table(volume: SsdVolume | MemoryVolume, init: UniformInit | None = None) -> VolumeTable:
     return volume.table("t", row_count=ROWS, record_bytes=68, init=init)
-
-
-class VolumesAgree(RuleBasedStateMachine):
-    """A volume behaves like the reference, through flushes, checkpoints, crashes and returns to older epochs."""
-
-    kind: type[SsdVolume] | type[PmemVolume] = SsdVolume
-    backend = "io_uring"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory(dir=Path.cwd())
-        self.paths: tuple[str, ...] = ()
-        self.init = UniformInit(7, -1, 1, columns=2)
-
-    @initialize(stripes=st.integers(1, 2), sizes=st.lists(st.sampled_from(RECORD_BYTES), min_size=1, max_size=3))
-    def create(self, stripes: int, sizes: list[int]) -> None:
-        self.paths = tuple(f"{self.folder.name}/{i}" for i in range(stripes))
-        for p in self.paths:
-            Path(p).mkdir()
-        self.sizes = sizes
-        self.model = self._open_tables(MemoryVolume())
-        self.epoch = 0
-        self.committed: dict[int, list[torch.Tensor]] = {}
-        self._open()
-
-    def _open(self) -> None:
-        # Index snapshots from the first checkpoint on.
-        self.volume = self.kind(self.paths, CAPACITY, backend=self.backend, depth=4, snapshot_after_bytes=0)
-        self.tables = self._open_tables(self.volume)
-
-    def _open_tables(self, volume: SsdVolume | MemoryVolume) -> list[VolumeTable]:
-        return [volume.table(f"t{i}", row_count=ROWS, record_bytes=b, init=self.init) for i, b in enumerate(self.sizes)]
-
-    def _everything(self, tables: list[VolumeTable]) -> list[torch.Tensor]:
-        return [read(t, *range(ROWS)) for t in tables]
-
-    def _go_back(self, epoch: int) -> None:
-        self.model = self._open_tables(MemoryVolume())
-        for table, values in zip(self.model, self.committed[epoch], strict=True):
-            table.put(torch.arange(ROWS), values)
-        self.committed = {e: v for e, v in self.committed.items() if e <= epoch}
-
-    @rule(data=st.data(), rows=st.lists(st.integers(0, ROWS - 1), max_size=30), seed=st.integers(0, 255))
-    def put(self, data: st.DataObject, rows: list[int], seed: int) -> None:
-        t = data.draw(st.integers(0, len(self.sizes) - 1))
-        values = records(*[seed + i for i in range(len(rows))], record_bytes=self.sizes[t]).reshape(len(rows), self.sizes[t])
-        for tables in (self.tables, self.model):
-            tables[t].put(ids(*rows), values)
-
-    @rule(data=st.data(), rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=30))
-    def get(self, data: st.DataObject, rows: list[int]) -> None:
-        t = data.draw(st.integers(0, len(self.sizes) - 1))
-        assert torch.equal(read(self.tables[t], *rows), read(self.model[t], *rows))
-
-    @rule()
-    def flush(self) -> None:
-        self.volume.flush()
-
-    @rule()
-    def checkpoint(self) -> None:
-        self.epoch += 1
-        self.volume.checkpoint(self.epoch)
-        self.committed[self.epoch] = self._everything(self.model)
-        assert self.volume.epochs == sorted(self.committed)[-2:]
-
-    @precondition(lambda self: self.committed)
-    @rule()
-    def crash_and_reopen(self) -> None:
-        self.volume._native.close()
-        self._open()
-        assert self.volume.epoch == max(self.committed)
-        self._go_back(self.volume.epoch)
-
-    @precondition(lambda self: self.committed)
-    @rule(data=st.data())
-    def read_beside_the_writer(self, data: st.DataObject) -> None:
-        epoch = data.draw(st.sampled_from(self.volume.epochs))
-        reader = self.kind.open_read_only(self.paths, epoch=epoch, backend=self.backend, depth=4)
-        for mine, theirs in zip(self._everything(self._open_tables(reader)), self.committed[epoch], strict=True):
-            assert torch.equal(mine, theirs)
-        reader.close()
-
-    @precondition(lambda self: len(self.committed) > 1)
-    @rule()
-    def go_back_to_the_checkpoint_before(self) -> None:
-        before = self.volume.epochs[0]
-        self.volume.restore(before)
-        self._go_back(before)
-        self.epoch = max(self.epoch, before)
-
-    @invariant()
-    def disk_stays_below_the_cap(self) -> None:
-        if self.paths:
-            used = sum(f.stat().st_blocks * 512 for p in self.paths for f in Path(p).iterdir())
-            assert used <= CAPACITY + 16 * 4096
-
-    def teardown(self) -> None:
-        if self.paths:
-            for mine, theirs in zip(self._everything(self.tables), self._everything(self.model), strict=True):
-                assert torch.equal(mine, theirs)
-            self.volume.close()
-        self.folder.cleanup()
-
-
-class VolumesAgreeThroughPread(VolumesAgree):
-    backend = "pread"
-
-
-class VolumesAgreeOnPmem(VolumesAgree):
-    kind = PmemVolume
-
-
-def _io_uring_works() -> bool:
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        volume = SsdVolume((folder,), CAPACITY)
-        try:
-            return volume.backend == "io_uring"
-        finally:
-            volume.close()
-
-
-TestVolumesAgree = VolumesAgree.TestCase if _io_uring_works() else None
-TestVolumesAgreeThroughPread = VolumesAgreeThroughPread.TestCase
-TestVolumesAgreeOnPmem = VolumesAgreeOnPmem.TestCase
-for case in (TestVolumesAgree, TestVolumesAgreeThroughPread, TestVolumesAgreeOnPmem):
-    if case is not None:
-        case.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("init", [None, UniformInit(3, -1, 1, columns=17)])

@@ -6,10 +6,12 @@ it is killed or done. Rank 0 pushes every third checkpoint; a job whose disk is 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from torchrec_mtrains.train import Job, StepRecord
 SsdVolume.__init__.__kwdefaults__["snapshot_after_bytes"] = 0
 
 PHASES = ("fork", "open", "train", "train, cleaning", "checkpoint", "push", "pull", "end")
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PUSH_EVERY = 3  # checkpoints
 PEER_TIMEOUT_S = 60  # guess: far above the longest wait for another rank
 
@@ -77,7 +80,8 @@ class _Job(Job):
     def save(self, wanted: bool = False) -> None:
         self._phases.mark(self._rank, "checkpoint")
         super().save(wanted)
-        if self._rank == 0 and len(self.checkpoints) % PUSH_EVERY == 1:
+        if self._rank == 0 and len(self.checkpoints) % PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PUSH_EVERY == 1:
             self._phases.mark(0, "push")
             push(self._life.checkpoint, [str(self._life.ssd)], self._life.dest)
         self._phases.mark(self._rank, "train")
@@ -140,6 +144,7 @@ def _fork(errors: Path, body: object, *arguments: object) -> int:
     pid = os.fork()
     if pid:
         return pid
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a soak that is stopped leaves no victim behind
     try:
         handle = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)

@@ -165,6 +165,40 @@ TEST_ON_EACH_MEDIUM("a volume that is written over many times stays within its c
   CHECK(get_versions(*again, again->table({"t", kCount, kBytes}, {}), kBytes, rows_up_to(kCount)) == newest);
 }
 
+TEST_ON_EACH_MEDIUM("a volume that cleans while index snapshots are written goes back to what its checkpoint held") {
+  Random random = fresh_random();
+  const Folder folder;
+  LogOptions options = options_for(medium, {folder.path()}, 12u << 20);
+  options.snapshot_after_bytes = 1u << 20;
+  const auto volume = open_volume(options);
+  constexpr uint32_t kBytes = 60'000;
+  constexpr int64_t kCount = 24;  // 1.4 MB of records
+  const TableId table = volume->table({"t", kCount, kBytes}, {});
+  std::vector<uint64_t> newest(kCount, 0), committed;
+  uint64_t epoch = 0;
+  for (uint64_t version = 1; version <= 600 * rounds(); ++version) {
+    if (version % 10 == 1 || volume->wants_checkpoint()) {
+      volume->checkpoint(++epoch);
+      committed = newest;
+    }
+    bool go_back = version % 40 == 0;
+    std::vector<int64_t> rows(6);
+    for (int64_t& r : rows) r = static_cast<int64_t>(below(random, kCount));
+    try {
+      put_versions(*volume, table, kBytes, rows, std::vector<uint64_t>(rows.size(), version));
+      for (const int64_t r : rows) newest[r] = version;
+    } catch (const Error& e) {
+      if (e.kind() != ErrorKind::kVolumeFull) throw;
+      go_back = true;
+    }
+    if (!go_back) continue;
+    volume->restore(epoch);
+    newest = committed;
+    CHECK(get_versions(*volume, table, kBytes, rows_up_to(kCount)) == newest);
+  }
+  CHECK(volume->stats().moved_rows > 0);
+}
+
 TEST("a volume that is full says so, and serves what it took") {
   const Folder folder;
   LogOptions options = options_for("pread", {folder.path()}, 4u << 20);
