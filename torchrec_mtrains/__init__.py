@@ -8,6 +8,7 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+    from .fail_together import fail_together
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
@@ -27,6 +28,7 @@ __all__ = [
     "TieredEmbeddingCollectionSharder",
     "TieredParameterSharding",
     "__version__",
+    "fail_together",
     "kernels",
     "load_checkpoint",
     "planner",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredEmbeddingCollectionSharder": ".sharder",
     "TieredParameterSharding": ".parameter_sharding",
+    "fail_together": ".fail_together",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
     "save_checkpoint": ".checkpoint",
