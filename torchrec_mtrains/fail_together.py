@@ -108,7 +108,7 @@ class _Ranks:
     def leave(self) -> None:
         """The thread ends."""
         self.left.set()
-        self.thread.join()
+        self.thread.join(ANSWER_SECONDS)
 
     def told_to_stop(self) -> None:
         """The handler of SIGTERM: raises, unless this rank is on its way out already."""
@@ -117,12 +117,14 @@ class _Ranks:
             raise _ToldToStopError
 
     def _watch(self) -> None:
-        answered, stuck_at = False, float("inf")
+        seen = answered = False
+        stuck_at = float("inf")
         try:
             while not self.left.wait(POLL_SECONDS):
-                if self.failure is None and self.store.check(["failure"]):
+                if not seen and self.store.check(["failure"]):
                     self.failure = self.store.get("failure").decode()
                     self.store.set(f"seen/{self.rank}", "")
+                    seen = True
                 if not answered and self.store.check(["roll_call"]):
                     self.store.set(f"here/{self.rank}", "")
                     answered = True
@@ -137,7 +139,7 @@ class _Ranks:
 
     def _end_stuck(self) -> None:
         why = RankFailedError(_because(self.failure)) if self.failure is not None else _ToldToStopError()
-        print(f"{self.name} is stuck and ends: {why}", file=sys.stderr, flush=True)
+        print(f"{self.name} does not end by itself and is ended: {why}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def end_with(self, error: BaseException) -> NoReturn:
