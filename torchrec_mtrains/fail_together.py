@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from .errors import ConfigurationError, RankFailedError
 
 POLL_SECONDS = 0.25
-ANSWER_SECONDS = 3.0  # guess: a rank that is alive answers within a poll or two
+ANSWER_SECONDS = 5.0  # guess: a rank that is alive answers within a poll or two
 STUCK_SECONDS = 20.0  # below the 30 seconds after which torchrun kills
 
 _entered = 0  # how often on this rank: each use has keys of its own
