@@ -35,7 +35,7 @@ def last_words(job: Ended) -> dict[int, str]:
     return {rank: next((line for line in reversed(lines) if "ed: " in line or "Error: " in line), "") for rank, lines in said.items()}
 
 
-@pytest.mark.parametrize("failure", REASONS)
+@pytest.mark.parametrize("failure", ["id", *(pytest.param(f, marks=pytest.mark.slow) for f in ("input", "full"))])
 def test_an_error_on_one_rank_ends_the_others_with_its_reason(tmp_path, ssd, failure):
     job = run(local_nodes(tmp_path, 2), 2, PROGRAM, failure, FAILING, ssd)
     said = last_words(job)
@@ -53,6 +53,7 @@ def test_a_rank_that_is_killed_ends_the_others_which_name_it(tmp_path, ssd):
         assert f"RankFailedError: rank {FAILING} did not answer" in words, job
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stuck_when_another_fails_is_ended_and_says_why(tmp_path, ssd):
     job = run(local_nodes(tmp_path, 2), 2, PROGRAM, "stuck", FAILING, ssd)
     said = last_words(job)
