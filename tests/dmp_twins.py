@@ -331,29 +331,34 @@ def in_order(output: KeyedTensor | dict[str, JaggedTensor]) -> torch.Tensor:
 def train_and_compare(job: Job) -> None:
     """Trains both sides on the same batches; outputs are equal at every step, state at the end. Runs on every rank."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, one_folder(folder) as path:
-        home = SsdHome(paths=(path,), capacity_bytes=64 << 20) if job.on_ssd else DdrHome()
-        ours, theirs = sharded(job, True, home), sharded(job, False)
-        values = initial_values(job)
-        theirs.load_state_dict(values)
-        in_memory = {f"{job.module}.t{i}.weight" for i, t in enumerate(job.tables) if not t.tiered}
-        ours.load_state_dict({k: v for k, v in values.items() if k in in_memory}, strict=False)
-        assert_same_state(ours, theirs)
-        generator = torch.Generator().manual_seed(job.seed + dist.get_rank())
-        batches = [batch(job, generator) for _ in range(job.steps)]
-        feed = Prefetching(ours, batches)
-        for step in range(job.steps):
-            for ahead in range(step, min(job.steps, step + job.prefetch_depths[step])):
-                feed.prefetch(ahead)
-            a, b = feed.forward(step), in_order(theirs(batches[step]))
-            assert torch.equal(a, b)
-            gradient = torch.randn(a.shape, generator=generator)
-            a.backward(gradient)
-            b.backward(gradient)
-            for group in mtrains.tiered_groups(ours):
-                group._pool.check()
-        del a, b
-        assert not any(group._pool.outstanding for group in mtrains.tiered_groups(ours))
-        assert_same_state(ours, theirs)
+        compare_on(job, SsdHome(paths=(path,), capacity_bytes=64 << 20) if job.on_ssd else DdrHome())
+
+
+def compare_on(job: Job, home: SsdHome | DdrHome) -> DistributedModelParallel:
+    """``train_and_compare`` with tables in a home of the caller's; the trained model."""
+    ours, theirs = sharded(job, True, home), sharded(job, False)
+    values = initial_values(job)
+    theirs.load_state_dict(values)
+    in_memory = {f"{job.module}.t{i}.weight" for i, t in enumerate(job.tables) if not t.tiered}
+    ours.load_state_dict({k: v for k, v in values.items() if k in in_memory}, strict=False)
+    assert_same_state(ours, theirs)
+    generator = torch.Generator().manual_seed(job.seed + dist.get_rank())
+    batches = [batch(job, generator) for _ in range(job.steps)]
+    feed = Prefetching(ours, batches)
+    for step in range(job.steps):
+        for ahead in range(step, min(job.steps, step + job.prefetch_depths[step])):
+            feed.prefetch(ahead)
+        a, b = feed.forward(step), in_order(theirs(batches[step]))
+        assert torch.equal(a, b)
+        gradient = torch.randn(a.shape, generator=generator)
+        a.backward(gradient)
+        b.backward(gradient)
+        for group in mtrains.tiered_groups(ours):
+            group._pool.check()
+    del a, b
+    assert not any(group._pool.outstanding for group in mtrains.tiered_groups(ours))
+    assert_same_state(ours, theirs)
+    return ours
 
 
 @contextmanager

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
     from .explain import explain
+    from .fail_together import fail_together
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
@@ -32,6 +33,7 @@ __all__ = [
     "TieredStager",
     "__version__",
     "explain",
+    "fail_together",
     "kernels",
     "load_checkpoint",
     "planner",
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
     "explain": ".explain",
+    "fail_together": ".fail_together",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
     "resize": ".resize",

@@ -31,6 +31,10 @@ class TicketError(MTrainsError, RuntimeError):
     """A backward ran after its rows had been released (``retain_graph`` used twice, for example)."""
 
 
+class RankFailedError(MTrainsError, RuntimeError):
+    """Another rank failed, and this one cannot go on without it. The message names that rank and its error."""
+
+
 class DataError(MTrainsError, ValueError):
     """Training data is missing or malformed; the message names the file, the line, the rule and what was found."""
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from .fail_together import fail_together
+
 
 @contextmanager
 def process_group() -> Iterator[dist.ProcessGroup]:
-    """A gloo group for the length of a job. One that is already there is used, and left."""
+    """A gloo group for the length of a job, whose ranks fail together. One that is already there is used, and left."""
     if dist.is_initialized():
         assert dist.group.WORLD is not None
         yield dist.group.WORLD
@@ -22,6 +24,7 @@ def process_group() -> Iterator[dist.ProcessGroup]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert dist.group.WORLD is not None
-        yield dist.group.WORLD
+        with fail_together():
+            yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
