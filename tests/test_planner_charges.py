@@ -11,7 +11,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mtrains.kernels import SsdVolume
 from torchrec_mtrains.planner import TieredShardingPlanner, TieredTopology
-from torchrec_mtrains.planner.charges import VOLUME_FILL, tiered_ssd_bytes
+from torchrec_mtrains.planner.charges import live_bytes
 
 import torchrec_mtrains as mtrains
 from planner_cases import PLENTY, Case, TableCase, tiered_tables
@@ -24,7 +24,7 @@ def test_ssd_bytes_are_those_that_the_volume_writes(rows: int, record_bytes: int
     table = volume.table("t0", row_count=rows, record_bytes=record_bytes)
     table.put(torch.arange(rows), torch.ones(rows, record_bytes, dtype=torch.uint8))
     volume.flush()
-    assert volume.stats()["write_bytes"] == int(tiered_ssd_bytes(rows, record_bytes) * VOLUME_FILL)
+    assert volume.stats()["write_bytes"] == live_bytes(rows, record_bytes)
     volume.close()
 
 
