@@ -5,13 +5,16 @@ others. A cache is exclusive, so pool and cache together hold that many more row
 
 A cache's index costs DDR, 4 bytes for every row of the table and 17 for every row of the cache, and takes it from the pools. So
 a cache must hold more rows than its index would hold as slots of the pool; one that does not (a small device below a long table)
-is left out, and its share goes to the others.
+is left out, and its share goes to the others. Where all indexes together exceed the DDR that the smallest pools leave, all
+caches shrink by one factor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from . import charges
 
@@ -38,15 +41,15 @@ def share(room: int, weights: Sequence[float], most: Sequence[int]) -> list[int]
     """
     parts = [0] * len(most)
     wanting = sorted((i for i in range(len(most)) if weights[i] > 0), key=lambda i: most[i] / weights[i])
-    total = sum(weights[i] for i in wanting)
+    left = list(accumulate(weights[i] for i in reversed(wanting)))  # the weight of everyone from here on, last first
     for i in wanting:
-        parts[i] = min(most[i], room, int(room * (weights[i] / total)))
-        room, total = room - parts[i], total - weights[i]
+        parts[i] = min(most[i], room, int(room * (weights[i] / left.pop())))
+        room -= parts[i]
     return parts
 
 
-def cache_rows(shards: Sequence[Uncached], pmem_bytes: int) -> list[int]:
-    """Rows of each shard's cache, 0 for none. Shapes: shards (n,) → (n,)."""
+def cache_rows(shards: Sequence[Uncached], pmem_bytes: int, ddr_bytes: float = math.inf) -> list[int]:
+    """Rows of each shard's cache, 0 for none, in so much PMem and with indexes of so much DDR. Shapes: shards (n,) → (n,)."""
     rows = [0] * len(shards)
     cached = [i for i, shard in enumerate(shards) if shard.rows_below_pool]
     while cached:
@@ -54,6 +57,12 @@ def cache_rows(shards: Sequence[Uncached], pmem_bytes: int) -> list[int]:
         most = [shards[i].rows_below_pool * shards[i].record_bytes for i in cached]
         parts = share(max(0, room), [shards[i].lookups for i in cached], most)
         got = {i: part // shards[i].record_bytes for i, part in zip(cached, parts, strict=True)}
+        fixed = sum(charges.cache_index_bytes(shards[i].rows, 0) for i in cached)
+        index = sum(charges.cache_index_bytes(shards[i].rows, got[i]) for i in cached)
+        if index > ddr_bytes:
+            got = {
+                i: int(rows_of_i * max(0.0, ddr_bytes - fixed) / (index - fixed)) if index > fixed else 0 for i, rows_of_i in got.items()
+            }
         worst = min(cached, key=lambda i: shards[i].gain(got[i]))
         if shards[worst].gain(got[worst]) > 1:
             for i in cached:

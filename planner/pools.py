@@ -1,7 +1,7 @@
 """After the placement: every rank pours what is left of its DDR into the pools of its tables, at a level of its own.
 
-With PMem, in three rounds: pools as if there were no caches; caches for what those pools leave out; and pools again, in the DDR
-that the caches' indexes leave.
+With PMem, in rounds: pools as if there were no caches; caches for what those pools leave out; pools again, in the DDR that the
+caches' indexes leave; caches again, for what the smaller pools leave out; and so on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from .enumerators import FUSED, TABLE_WISE
 from .levels import Table, full_pool_level, highest, pool_rows
 from .pmem_caches import Uncached, cache_rows
 from .sharding_options import TieredShardingOption
+
+CACHE_ROUNDS = 3  # a row that leaves a pool costs its cache an index entry of 17 bytes, so that each round is off by an eighth of the last
 
 
 @dataclass
@@ -48,12 +50,12 @@ class _Resident:
 
 
 class _Ranks:
-    """The tiered tables of a plan, by rank, and the level of each rank: the highest that fits, None where none does."""
+    """The tiered tables of a plan, by rank, and the level of each rank: the highest that fits."""
 
     def __init__(
         self, tables: Sequence[TieredShardingOption], in_memory: Mapping[str, ShardingOption], free_ddr_bytes: Sequence[int]
     ) -> None:
-        self.tables, self._in_memory, self._free = tables, in_memory, free_ddr_bytes
+        self._tables, self._in_memory, self._free = tables, in_memory, free_ddr_bytes
         self.residents: dict[int, list[_Resident]] = defaultdict(list)
         for table in tables:
             for i, shard in enumerate(table.shards):
@@ -66,26 +68,22 @@ class _Ranks:
         whole = option is not None and (option.sharding_type, option.compute_kernel) == (TABLE_WISE, FUSED)
         return option if whole and table.sharding_type == TABLE_WISE else None
 
-    def with_caches(self, pmem_bytes: int) -> _Ranks:
-        """The same with caches for what the pools leave out; a rank whose DDR has no room for their indexes gives them up."""
+    def with_caches(self, pools: _Ranks, pmem_bytes: int) -> _Ranks:
+        """The same with caches for what ``pools`` leave out."""
         least: dict[str, int] = {}
-        for rank, residents in self.residents.items():
-            level = self.levels[rank]
-            assert level is not None
-            for resident, rows in zip(residents, cache_rows([r.uncached(level) for r in residents], pmem_bytes), strict=True):
-                least[resident.option.fqn] = min(rows, least.get(resident.option.fqn, rows))
-        ranks = _Ranks([t.cached(least[t.fqn]) for t in self.tables], self._in_memory, self._free)
-        while short := {rank for rank, level in ranks.levels.items() if level is None}:
-            tables = [t.cached(0) if short & {shard.rank for shard in t.shards} else t for t in ranks.tables]
-            ranks = _Ranks(tables, self._in_memory, self._free)
-        return ranks
+        for rank, residents in pools.residents.items():
+            ddr_bytes = self._free[rank] - sum(resident.ddr_bytes(0.0) for resident in self.residents[rank])
+            rows = cache_rows([resident.uncached(pools.levels[rank]) for resident in residents], pmem_bytes, ddr_bytes)
+            for resident, of_rank in zip(residents, rows, strict=True):
+                least[resident.option.fqn] = min(of_rank, least.get(resident.option.fqn, of_rank))
+        return _Ranks([table.cached(least[table.fqn]) for table in self._tables], self._in_memory, self._free)
 
     def filled(self) -> dict[str, tuple[ShardingOption, float]]:
         """By table: its option at the lowest level of its ranks, and that level."""
         result = {}
         for residents in self.residents.values():
             for resident in residents:
-                level = min(self.levels[shard.rank] or 0.0 for shard in resident.option.shards)
+                level = min(self.levels[shard.rank] for shard in resident.option.shards)
                 result[resident.option.fqn] = (_at(resident, level), level)
         return result
 
@@ -106,17 +104,18 @@ def fill_pools(
             continue
         for shard in option.shards:
             free[shard.rank] -= shard.storage.ddr
-    ranks = _Ranks(tables, in_memory, free)
-    assert None not in ranks.levels.values(), "the plan was placed with smaller pools"
-    if pmem_bytes:
-        ranks = ranks.with_caches(pmem_bytes)
+    ranks = bare = _Ranks(tables, in_memory, free)
+    for _ in range(CACHE_ROUNDS if pmem_bytes else 0):
+        ranks = bare.with_caches(ranks, pmem_bytes)
     filled = ranks.filled()
     return [filled[o.fqn][0] if o.fqn in filled else o for o in plan], {name: level for name, (_, level) in filled.items()}
 
 
-def _level(residents: Sequence[_Resident], free_ddr_bytes: int) -> float | None:
+def _level(residents: Sequence[_Resident], free_ddr_bytes: int) -> float:
     top = max((full for r in residents if (full := full_pool_level(r.option)) < math.inf), default=0.0)
-    return highest([r.full_level for r in residents], top, lambda at: sum(r.ddr_bytes(at) for r in residents) <= free_ddr_bytes)
+    level = highest([r.full_level for r in residents], top, lambda at: sum(r.ddr_bytes(at) for r in residents) <= free_ddr_bytes)
+    assert level is not None, "the plan was placed with smaller pools, and caches take what those leave"
+    return level
 
 
 def _at(resident: _Resident, level: float) -> ShardingOption:

@@ -68,8 +68,8 @@ class Case:
         topology = TieredTopology(self.world_size, ddr_budget_bytes=ddr, ssd=home, pmem=device)
         return TieredShardingPlanner(topology, batch_size=self.batch_size, constraints=self.constraints(), **kwargs)
 
-    def plan(self, ddr: int, ssd: int | None, **kwargs: Any) -> ShardingPlan:
-        return self.planner(ddr, ssd, **kwargs).plan(self.model(), self.sharders())
+    def plan(self, ddr: int, ssd: int | None, pmem: int | None = None, **kwargs: Any) -> ShardingPlan:
+        return self.planner(ddr, ssd, pmem, **kwargs).plan(self.model(), self.sharders())
 
     def record_bytes(self, table: str) -> int:
         dim = self.tables[int(table[1:])].dim
