@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torchrec_mtrains.kernels import SsdVolume, _core
 from torchrec_mtrains.kernels.tiered_tbe import BATCH_LIMIT
-from torchrec_mtrains.planner.charges import VOLUME_FILL, tiered_ssd_bytes
+from torchrec_mtrains.planner.charges import live_bytes
 
 from _common import Figure, ZipfIds, own_io_bytes
 from _subjects import records, shuffled
@@ -44,11 +44,6 @@ POOL_SHARE = 0.1
 ZIPF_EXPONENT = 1.05
 LOOKUPS_PER_ROW = 1 / 488
 """Ids of a batch ÷ rows of the table: a batch of 1,024 × 4 ids on a table of 2M rows."""
-
-
-def live_bytes(rows: int, record_bytes: int) -> int:
-    """What the blocks of these rows take on disk."""
-    return int(tiered_ssd_bytes(rows, record_bytes) * VOLUME_FILL)
 
 
 def capacity_for(rows: int, record_bytes: int, fill: float) -> int:

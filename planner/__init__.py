@@ -1,18 +1,25 @@
 """TorchRec planner components that know the tiers below memory. They plan without the native core."""
 
 from .. import errors as _errors  # noqa: F401  (relative: a top-level `import planner` fails at once)
+from .charges import TierBytes, chain_bytes
+from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
 from .errors import InsufficientStorageError
 from .planners import TieredShardingPlanner
-from .stats import render_plan
+from .stats import plan_cells, render_plan
 from .storage_reservations import DdrStorageReservation
-from .topology import TieredTopology
+from .topology import PmemDevice, TieredTopology
 
 __all__ = [
+    "CheckpointSchedule",
     "DdrStorageReservation",
     "InsufficientStorageError",
+    "PmemDevice",
+    "TierBytes",
     "TieredParameterConstraints",
     "TieredShardingPlanner",
     "TieredTopology",
+    "chain_bytes",
+    "plan_cells",
     "render_plan",
 ]

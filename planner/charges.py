@@ -1,93 +1,124 @@
-"""What one shard of a tiered table costs in each tier, in bytes.
+"""What the tiers of one table shard cost, in bytes. A record is a row's weights and its optimizer state.
 
 ::
 
-    ddr = rows × (index + directory) + pool_rows × (record + slot bookkeeping) + ids and outputs of a batch
-    ssd = blocks of records with their headers ÷ 85%
+    slot pool    ddr   4 × rows + pool_rows × (record + 18)
+    DdrCache     ddr   4 × rows + cache_rows × (record + 17)
+    PmemCache    ddr   4 × rows + cache_rows × 17            pmem   cache_rows × record, whole pages
+    SsdHome      ddr   8 × rows                              ssd    blocks of records × (1 ÷ fill + what checkpoints hold)
+    PmemHome     ddr   8 × rows                              pmem   the same
+    DdrHome      ddr   rows × (record + 1)
 
-A record is a row's weights and its optimizer state.
+A pool or cache has no more rows than its shard. tests/test_planner_charges.py holds every line against what was allocated.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from torch import Tensor
+from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
+from .checkpoint_schedule import CheckpointSchedule
 
 INDEX_BYTES_PER_ROW = 8
-"""The home's map from a row to its place on disk: one 64-bit word a row."""
+"""A log's map from a row to its place: one 64-bit word a row (kernels/csrc/log_volume.h)."""
 
 DIRECTORY_BYTES_PER_ROW = 4
-"""The slot directory's map from a row to its slot: one int32 a row (kernels/csrc/slot_directory.h)."""
+"""The map from a row to its slot, of a pool and of each cache: one int32 a row (kernels/csrc/slot_directory.h)."""
 
-BOOKKEEPING_BYTES_PER_SLOT = 18
+DIRECTORY_BYTES_PER_SLOT = 17
 """The row in a slot (8), its stamp (4), its place in the free list (4), an eviction candidate of 8 bytes for an eighth of the
-slots (1), a pin flag (1): kernels/csrc/slot_directory.h."""
+slots (1): kernels/csrc/slot_directory.h."""
+
+PIN_BYTES_PER_SLOT = 1
+"""A pool's flag of slots that pending backwards hold (kernels/csrc/slot_pool.h)."""
+
+PRESENT_BYTES_PER_ROW = 1
+"""Whether a row of host memory was ever put (kernels/csrc/memory_volume.h)."""
 
 SLOT_NUMBER_BYTES = 8
 """A batch's ids are turned into slot numbers of int64 (kernels/tiered_tbe.py)."""
 
 RECORD_HEADER_BYTES = 24
-"""Checksum, table, row and sequence number of a record on disk."""
-
 RECORD_ALIGNMENT_BYTES = 8
 PAGE_BYTES = 4096
 MOST_BLOCK_BYTES = 64 << 10
-"""How records lie in blocks, as the rest: kernels/csrc/log_format.h."""
-
-VOLUME_FILL = 0.85
-"""Live records may fill this share of the capacity. Cleaning the log costs 3.4 writes a write there and grows steeply beyond."""
-
-_FP32_BYTES = 4
-
-ROWWISE, ELEMENTWISE = "rowwise", "elementwise"
-
-# The per-row states of the optimizers that tiered tables train with, by FBGEMM's and by PyTorch's or TorchRec's names.
-_STATES: dict[str, tuple[str, ...]] = {
-    "EXACT_SGD": (),
-    "EXACT_ADAGRAD": (ELEMENTWISE,),
-    "EXACT_ROWWISE_ADAGRAD": (ROWWISE,),
-    "SGD": (),
-    "Adagrad": (ELEMENTWISE,),
-    "RowWiseAdagrad": (ROWWISE,),
-}
+"""How records lie in blocks: kernels/csrc/log_format.h."""
 
 
-def optimizer_name(tensor: Tensor, fused_params: dict[str, object]) -> str:
-    """The table's optimizer: of ``apply_optimizer_in_backward`` first, else of the sharder's fused params, else FBGEMM's default."""
-    classes = getattr(tensor, "_optimizer_classes", None)
-    if classes:
-        return classes[0].__name__
-    optimizer = fused_params.get("optimizer")
-    return "EXACT_SGD" if optimizer is None else str(getattr(optimizer, "name", optimizer))
+@dataclass(frozen=True)
+class TierBytes:
+    """Bytes in every kind of tier."""
 
+    ddr: int = 0
+    pmem: int = 0
+    ssd: int = 0
 
-def state_bytes_per_row(optimizer: str, columns: int) -> int | None:
-    """Optimizer state of one row of ``columns`` values; None for an optimizer that tiered tables do not train with."""
-    states = _STATES.get(optimizer)
-    if states is None:
-        return None
-    return sum(_FP32_BYTES * (1 if state is ROWWISE else columns) for state in states)
+    def __add__(self, other: TierBytes) -> TierBytes:
+        return TierBytes(self.ddr + other.ddr, self.pmem + other.pmem, self.ssd + other.ssd)
 
 
 def slot_bytes(record_bytes: int) -> int:
     """DDR of one slot of a pool."""
-    return record_bytes + BOOKKEEPING_BYTES_PER_SLOT
+    return record_bytes + DIRECTORY_BYTES_PER_SLOT + PIN_BYTES_PER_SLOT
 
 
-def tiered_ddr_bytes(rows: int, pool_rows: int, record_bytes: int) -> int:
-    """DDR of a tiered shard, without what a batch brings along."""
-    return rows * (INDEX_BYTES_PER_ROW + DIRECTORY_BYTES_PER_ROW) + pool_rows * slot_bytes(record_bytes)
+def pool_bytes(rows: int, record_bytes: int, pool_rows: int) -> int:
+    """DDR of a slot pool and its directory."""
+    return rows * DIRECTORY_BYTES_PER_ROW + min(pool_rows, rows) * slot_bytes(record_bytes)
 
 
-def tiered_ssd_bytes(rows: int, record_bytes: int) -> int:
-    """SSD of a tiered shard."""
+def cache_index_bytes(rows: int, cache_rows: int) -> int:
+    """DDR that a cache takes beside its records, wherever they are."""
+    return rows * DIRECTORY_BYTES_PER_ROW + min(cache_rows, rows) * DIRECTORY_BYTES_PER_SLOT
+
+
+def cache_record_bytes(rows: int, record_bytes: int, cache_rows: int) -> int:
+    """What the records of a cache take of its device."""
+    return _up(min(cache_rows, rows) * record_bytes, PAGE_BYTES)
+
+
+def live_bytes(rows: int, record_bytes: int) -> int:
+    """The blocks that one copy of every row takes in a log."""
     stride = _up(record_bytes + RECORD_HEADER_BYTES, RECORD_ALIGNMENT_BYTES)
     block = _up(stride, PAGE_BYTES)
     while block % stride > block // 8 and block + PAGE_BYTES <= MOST_BLOCK_BYTES:
         block += PAGE_BYTES
-    blocks = -(-rows // (block // stride))
-    return math.ceil(blocks * block / VOLUME_FILL)
+    return -(-rows // (block // stride)) * block
+
+
+def log_bytes(rows: int, record_bytes: int, lookups: float, checkpoints: CheckpointSchedule) -> int:
+    """What a log takes of its device, with room for cleaning and for what checkpoints hold."""
+    return math.ceil(live_bytes(rows, record_bytes) * checkpoints.disk_over_live(rows, lookups))
+
+
+def chain_bytes(
+    chain: TierChain, *, rows: int, record_bytes: int, lookups: float = math.inf, checkpoints: CheckpointSchedule | None = None
+) -> TierBytes:
+    """What any chain costs on a rank that has ``rows`` rows of its table, without what a batch brings along.
+
+    ``lookups`` a step and ``checkpoints`` say what checkpoints hold back. Left out: all rows are replaced between two of them.
+    """
+    costs = TierBytes(ddr=pool_bytes(rows, record_bytes, chain.pool_rows))
+    for cache in chain.caches:
+        costs += _cache(cache, rows, record_bytes)
+    return costs + _home(chain.home, rows, record_bytes, lookups, checkpoints or CheckpointSchedule())
+
+
+def _cache(cache: Cache, rows: int, record_bytes: int) -> TierBytes:
+    index, records = cache_index_bytes(rows, cache.rows), cache_record_bytes(rows, record_bytes, cache.rows)
+    if isinstance(cache, DdrCache):
+        return TierBytes(ddr=index + records)
+    assert isinstance(cache, PmemCache)
+    return TierBytes(ddr=index, pmem=records)
+
+
+def _home(home: Home, rows: int, record_bytes: int, lookups: float, checkpoints: CheckpointSchedule) -> TierBytes:
+    if isinstance(home, DdrHome):
+        return TierBytes(ddr=rows * (record_bytes + PRESENT_BYTES_PER_ROW))
+    log = log_bytes(rows, record_bytes, lookups, checkpoints)
+    index = rows * INDEX_BYTES_PER_ROW
+    return TierBytes(ddr=index, pmem=log) if isinstance(home, PmemHome) else TierBytes(ddr=index, ssd=log)
 
 
 def _up(value: int, multiple: int) -> int:

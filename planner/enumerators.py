@@ -20,8 +20,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
-from . import charges
+from .checkpoint_schedule import CheckpointSchedule
 from .estimators import TieredStorageEstimator
+from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
 
@@ -37,14 +38,19 @@ class TieredEnumerator(EmbeddingEnumerator):
     """
 
     def __init__(
-        self, topology: TieredTopology, batch_size: int, constraints: dict[str, ParameterConstraints] | None = None, **kwargs: object
+        self,
+        topology: TieredTopology,
+        batch_size: int,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        checkpoints: CheckpointSchedule | None = None,
+        **kwargs: object,
     ) -> None:
         estimators = [
             EmbeddingPerfEstimatorFactory.create(DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=constraints),
             TieredStorageEstimator(topology=topology, constraints=constraints),
         ]
         super().__init__(topology, batch_size, constraints=constraints, estimator=estimators, **kwargs)
-        self._topology = topology
+        self._topology, self._checkpoints = topology, checkpoints or CheckpointSchedule()
         self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
         self._row_wise_by_us: set[str] = set()
 
@@ -99,7 +105,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         return [self._above_ssd(option, templates[option.fqn]) for option in fused]
 
     def _optimizer(self, option: ShardingOption) -> str:
-        return charges.optimizer_name(option.tensor, self._sharder_data_map[option.module_type_key].fused_params)
+        return optimizer_name(option.tensor, self._sharder_data_map[option.module_type_key].fused_params)
 
     def _may_be_tiered(self, option: ShardingOption) -> bool:
         columns = option.tensor.shape[1]
@@ -109,7 +115,7 @@ class TieredEnumerator(EmbeddingEnumerator):
             and type(option.module[1]) is EmbeddingBagCollection
             and option.tensor.dtype in (torch.float32, torch.float16)
             and columns % 4 == 0
-            and charges.state_bytes_per_row(self._optimizer(option), columns) is not None
+            and state_bytes_per_row(self._optimizer(option), columns) is not None
         )
 
     def _fused(self, template: ShardingOption) -> list[ShardingOption]:
@@ -135,7 +141,7 @@ class TieredEnumerator(EmbeddingEnumerator):
 
     def _above_ssd(self, fused: ShardingOption, template: ShardingOption) -> TieredShardingOption:
         fused._tensor = template.tensor
-        state = charges.state_bytes_per_row(self._optimizer(template), template.tensor.shape[1])
+        state = state_bytes_per_row(self._optimizer(template), template.tensor.shape[1])
         assert state is not None
         lookups = self._lookups(template)
         asked = getattr(self._asked(template.name), "min_pool_rows", None)
@@ -145,6 +151,7 @@ class TieredEnumerator(EmbeddingEnumerator):
             lookups=lookups / len(fused.shards),
             min_pool_rows=math.ceil(lookups) if asked is None else asked,  # one shard may get a whole batch
             ssd_bytes_per_ms=self._topology.ssd_mem_bw,
+            checkpoints=self._checkpoints,
         )
 
     def _lookups(self, option: ShardingOption) -> float:

@@ -8,7 +8,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import SharderDataMap, ShardingOption
 
-from . import charges
+from .records import optimizer_name, state_bytes_per_row
 
 _KERNELS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
 
@@ -29,8 +29,8 @@ class TieredStorageEstimator(EmbeddingStorageEstimator):
             option.uncharged_bytes = [0] * option.num_shards
             if option.compute_kernel not in _KERNELS or hasattr(option.tensor, "_optimizer_classes"):
                 continue
-            optimizer = charges.optimizer_name(option.tensor, sharder_data_map[option.module_type_key].fused_params)
-            option.uncharged_bytes = [rows * (charges.state_bytes_per_row(optimizer, columns) or 0) for rows, columns in sizes(option)]
+            optimizer = optimizer_name(option.tensor, sharder_data_map[option.module_type_key].fused_params)
+            option.uncharged_bytes = [rows * (state_bytes_per_row(optimizer, columns) or 0) for rows, columns in sizes(option)]
 
 
 def sizes(option: ShardingOption) -> list[list[int]]:

@@ -22,7 +22,8 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from ..errors import ConfigurationError
 from ..parameter_sharding import TieredParameterSharding
-from ..tiers import TierChain
+from ..tiers import PmemCache, TierChain
+from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
 from .partitioners import TieredPartitioner
 from .pools import fill_pools
@@ -39,7 +40,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
     in memory and gives the others slot pools above the SSD (``levels.py`` has the rule).
 
     Arguments are ``EmbeddingShardingPlanner``'s. Defaults of our own: ``storage_reservation`` keeps nothing from the tables
-    (``DdrStorageReservation(ddr_bytes)`` keeps some for the dense model); ``proposer`` is the list of TorchRec proposers to ask
+    (``DdrStorageReservation(ddr_bytes)`` keeps some for the dense model); ``checkpoints`` is how often training commits one, as far
+    as room on the SSD goes; ``proposer`` is the list of TorchRec proposers to ask
     for a plan without tiers; ``stats`` logs the plan as ``describe`` renders it. ``batch_size`` is per rank.
 
     Raises, from ``plan``: InsufficientStorageError, naming the tier that is short and by how many bytes; ConfigurationError for
@@ -51,6 +53,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         topology: TieredTopology,
         batch_size: int | None = None,
         constraints: dict[str, ParameterConstraints] | None = None,
+        checkpoints: CheckpointSchedule | None = None,
         storage_reservation: StorageReservation | None = None,
         proposer: Proposer | list[Proposer] | None = None,
         partitioner: Partitioner | None = None,
@@ -68,10 +71,11 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             proposer=self._tiered_proposer,
             callbacks=callbacks,
             partitioner=TieredPartitioner(partitioner),
-            enumerator=planner_kwargs.pop("enumerator", None) or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints),
+            enumerator=planner_kwargs.pop("enumerator", None)
+            or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, checkpoints),
             **planner_kwargs,
         )
-        self._ssd = topology.ssd
+        self._ssd, self._pmem = topology.ssd, topology.pmem
         self._levels: dict[str, float] = {}
         self._planned: tuple[ShardingPlan | None, list[dict[str, Any]]] = (None, [])
 
@@ -86,11 +90,16 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         for option in best_plan:
             if isinstance(option, TieredShardingOption):
                 stock = plan.plan[option.path][option.name]
-                assert self._ssd is not None
-                chain = TierChain(pool_rows=option.pool_rows, tiers=(self._ssd,))
-                plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=chain)
+                plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=self._chain(option))
         self._planned = (plan, self.described(best_plan))
         return plan
+
+    def _chain(self, option: TieredShardingOption) -> TierChain:
+        assert self._ssd is not None
+        if not option.cache_rows:
+            return TierChain(option.pool_rows, (self._ssd,))
+        assert self._pmem is not None
+        return TierChain(option.pool_rows, (PmemCache(self._pmem.path, option.cache_rows), self._ssd))
 
     def collective_plan(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None = None, pg: dist.ProcessGroup | None = None
@@ -117,8 +126,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         return self._planned[0]
 
     def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
-        """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows (a shard; None in memory), ddr_bytes and
-        ssd_bytes (of all shards), bytes_per_lookup (what the rule gave a tiered table), why.
+        """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows and cache_rows (a shard; None where there is
+        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), bytes_per_lookup (what the rule gave a tiered table), why.
 
         Raises: ConfigurationError for a plan that is not the last one this planner made.
         """
@@ -132,11 +141,13 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
         """Rows as ``plan_rows`` returns them, of placed options."""
-        return plan_rows(options, self._levels)
+        return plan_rows(options, self._levels, pmem=self._pmem is not None)
 
     def _fill_pools(self, best_plan: list[ShardingOption]) -> list[ShardingOption]:
         in_memory = {t.in_memory.fqn: t.in_memory for t in self._tiered_proposer.tables if t.in_memory is not None}
-        filled, self._levels = fill_pools(best_plan, self._tiered_proposer.capacity, in_memory)
+        filled, self._levels = fill_pools(
+            best_plan, self._tiered_proposer.capacity, in_memory, self._pmem.capacity_bytes if self._pmem else 0
+        )
         return filled
 
     def _reason(self, error: PlannerError) -> PlannerError:

@@ -15,7 +15,8 @@ from .proposers import total_at
 _ADVICE = {
     "ddr": "Raise ddr_budget_bytes, add ranks, shrink the batch (pools hold the rows of a batch at least; see min_pool_rows) or the "
     "tables, or give TieredTopology an ssd if it has none",
-    "ssd": "Raise the ssd's capacity_bytes, add ranks, raise ddr_budget_bytes so that fewer tables need the SSD, or shrink the tables",
+    "ssd": "Raise the ssd's capacity_bytes, commit a checkpoint more often or keep fewer of them (CheckpointSchedule: what they hold is "
+    "charged), add ranks, raise ddr_budget_bytes so that fewer tables need the SSD, or shrink the tables",
 }
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from torchrec.distributed.planner.types import ShardingOption, Stats, Topology
 
 from ..parameter_sharding import TIERED_KERNEL
+from ..sizes import show_bytes
 from .estimators import uncharged_bytes
 from .sharding_options import TieredShardingOption
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from .planners import TieredShardingPlanner
 
 logger = logging.getLogger(__name__)
-_MIB = 1 << 20
+_TEXTS = ("table", "sharding", "kernel", "ranks", "why")
 
 
-def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One dict a table, in the plan's order. ``levels``: bytes per lookup of a step that each tiered table got, by its fqn."""
+def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float], pmem: bool) -> list[dict[str, Any]]:
+    """One dict a table, in the plan's order. ``levels``: bytes per lookup of a step that each tiered table got, by its fqn;
+    ``pmem``: whether there is some for caches."""
     any_tiered = bool(levels)
     rows = []
     for option in options:
@@ -37,45 +39,66 @@ def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float]) ->
                 "ranks": [shard.rank for shard in option.shards],
                 "rows": option.tensor.shape[0],
                 "pool_rows": tiered.pool_rows if tiered else None,
+                "cache_rows": tiered.cache_rows or None if tiered else None,
                 "ddr_bytes": option.total_storage.ddr + sum(uncharged_bytes(option)),
+                "pmem_bytes": tiered.pmem_bytes if tiered else 0,
                 "ssd_bytes": option.total_storage.ssd,
                 "bytes_per_lookup": levels.get(option.fqn),
-                "why": _why(option, any_tiered),
+                "why": _why(option, any_tiered, pmem),
             }
         )
     return rows
 
 
-def _why(option: ShardingOption, any_tiered: bool) -> str:
+def _why(option: ShardingOption, any_tiered: bool, pmem: bool) -> str:
     if not isinstance(option, TieredShardingOption):
         return "most lookups a byte" if any_tiered else "everything fits"
-    return "smallest pool" if option.pool_rows == option.min_pool_rows else "lookups' share"
+    why = "smallest pool" if option.pool_rows == option.min_pool_rows else "lookups' share"
+    return f"{why}; a cache's index costs more than it holds" if pmem and not option.cache_rows else why
 
 
-def render_plan(rows: Sequence[Mapping[str, Any]], topology: Topology) -> Table:
-    """The rows of ``plan_rows`` as a rich table, with totals; budgets are those of all ranks."""
-    ddr, ssd = (sum(getattr(device.storage, tier) for device in topology.devices) for tier in ("ddr", "ssd"))
-    table = Table(title="Sharding plan", show_footer=True, box=box.SIMPLE, pad_edge=False)
-    table.add_column("table", "total", overflow="fold")
-    table.add_column("sharding", no_wrap=True)
-    table.add_column("kernel", no_wrap=True)
-    table.add_column("ranks")
-    table.add_column("rows", f"{sum(r['rows'] for r in rows):,}", justify="right", no_wrap=True)
-    table.add_column("pool rows", justify="right", no_wrap=True)
-    table.add_column("DDR MiB", _of(sum(r["ddr_bytes"] for r in rows), ddr), justify="right", no_wrap=True)
-    table.add_column("SSD MiB", _of(sum(r["ssd_bytes"] for r in rows), ssd), justify="right", no_wrap=True)
-    table.add_column("why")
+def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of a table of the rows of ``plan_rows``. Caches have columns where there are some.
+
+    Shapes: (columns,), (tables, columns).
+    """
+    cached = any(r["cache_rows"] for r in rows)
+    heads = ["table", "sharding", "kernel", "ranks", "rows", "pool rows", *(["cache rows"] if cached else [])]
+    heads += ["ddr", *(["pmem"] if cached else []), "ssd", "why"]
+    lines = []
     for r in rows:
-        pool = "all" if r["pool_rows"] is None else f"{r['pool_rows']:,}"
-        ranks = ", ".join(str(rank) for rank in r["ranks"])
-        sizes = [f"{r[name] / _MIB:,.1f}" for name in ("ddr_bytes", "ssd_bytes")]
-        kernel = "tiered" if r["kernel"] == TIERED_KERNEL else r["kernel"]
-        table.add_row(r["table"], r["sharding"], kernel, ranks, f"{r['rows']:,}", pool, *sizes, r["why"])
+        cells = {
+            "table": r["table"],
+            "sharding": r["sharding"],
+            "kernel": "tiered" if r["kernel"] == TIERED_KERNEL else r["kernel"],
+            "ranks": ", ".join(map(str, r["ranks"])),
+            "rows": f"{r['rows']:,}",
+            "pool rows": "all" if r["pool_rows"] is None else f"{r['pool_rows']:,}",
+            "cache rows": f"{r['cache_rows']:,}" if r["cache_rows"] else "",
+            **{tier: show_bytes(r[f"{tier}_bytes"]) if r[f"{tier}_bytes"] else "" for tier in ("ddr", "pmem", "ssd")},
+            "why": r["why"],
+        }
+        lines.append([cells[head] for head in heads])
+    return heads, lines
+
+
+def render_plan(rows: Sequence[Mapping[str, Any]], topology: Topology | None = None) -> Table:
+    """The rows of ``plan_rows`` as a rich table, with totals, and with the budgets of all ranks where there is a topology."""
+    heads, lines = plan_cells(rows)
+    totals = {tier: show_bytes(sum(r[f"{tier}_bytes"] for r in rows)) for tier in ("ddr", "pmem", "ssd")}
+    if topology is not None:
+        for tier in ("ddr", "ssd"):
+            totals[tier] += f"\nof {show_bytes(sum(getattr(device.storage, tier) for device in topology.devices))}"
+        pmem = getattr(topology, "pmem", None)
+        totals["pmem"] += f"\nof {show_bytes(pmem.capacity_bytes * len(topology.devices))}" if pmem else ""
+    totals |= {"table": "total", "rows": f"{sum(r['rows'] for r in rows):,}"}
+    table = Table(title="plan", title_justify="left", show_footer=True, box=box.SIMPLE, pad_edge=False)
+    for head in heads:
+        justify: Any = "left" if head in _TEXTS else "right"
+        table.add_column(head, totals.get(head, ""), justify=justify, no_wrap=head not in ("table", "ranks", "why"), overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     return table
-
-
-def _of(used_bytes: int, have_bytes: int) -> str:
-    return f"{used_bytes / _MIB:,.1f}\nof {have_bytes / _MIB:,.1f}"
 
 
 class TieredStats(Stats):

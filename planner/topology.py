@@ -1,8 +1,9 @@
-"""What the machine has, as the planner sees it: TorchRec's ``Topology`` with a DDR budget and an SSD for each rank."""
+"""What the machine has, as the planner sees it: TorchRec's ``Topology`` with a DDR budget, an SSD and PMem for each rank."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from torchrec.distributed.planner.types import Topology
@@ -11,13 +12,27 @@ from ..errors import ConfigurationError, UnsupportedError
 from ..tiers import SsdHome
 
 
-class TieredTopology(Topology):
-    """``world_size`` ranks, each with ``ddr_budget_bytes`` of memory for its embedding tables and an ``ssd`` for what exceeds it.
+@dataclass(frozen=True)
+class PmemDevice:
+    """A byte-addressable device (PMem, CXL, tmpfs): a folder on it, and the bytes that the caches of a rank may take there."""
 
-    ``ssd.capacity_bytes`` is per rank, as everywhere. Without ``ssd`` no table is tiered. ``topology_kwargs`` are TorchRec's
+    path: str
+    capacity_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.path or self.capacity_bytes <= 0:
+            raise ConfigurationError(f"PmemDevice: path must name a folder and capacity_bytes be positive, got {self}")
+
+
+class TieredTopology(Topology):
+    """``world_size`` ranks, each with ``ddr_budget_bytes`` of memory for its embedding tables and an ``ssd`` for what exceeds it;
+    ``pmem`` is for caches in front of the SSD.
+
+    ``capacity_bytes`` are per rank, as everywhere. Without ``ssd`` no table is tiered. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
 
-    Raises: UnsupportedError for a compute device other than the CPU; ConfigurationError for a budget that is not positive.
+    Raises: UnsupportedError for a compute device other than the CPU; ConfigurationError for a budget that is not positive, or
+    PMem without an SSD.
     """
 
     def __init__(
@@ -27,6 +42,7 @@ class TieredTopology(Topology):
         *,
         ddr_budget_bytes: int,
         ssd: SsdHome | None = None,
+        pmem: PmemDevice | None = None,
         local_world_size: int | None = None,
         **topology_kwargs: Any,
     ) -> None:
@@ -34,6 +50,8 @@ class TieredTopology(Topology):
             raise UnsupportedError(f"TieredTopology plans for compute_device 'cpu' only, got {compute_device!r}")
         if ddr_budget_bytes <= 0:
             raise ConfigurationError(f"TieredTopology: ddr_budget_bytes must be positive, got {ddr_budget_bytes}")
+        if pmem is not None and ssd is None:
+            raise ConfigurationError("TieredTopology: pmem holds caches in front of an SSD, and there is no ssd; give one too")
         if "created_by_factory" in inspect.signature(Topology.__init__).parameters:
             topology_kwargs.setdefault("created_by_factory", True)  # TorchRec warns about every topology made by hand
         super().__init__(
@@ -44,4 +62,4 @@ class TieredTopology(Topology):
             local_world_size=local_world_size,
             **topology_kwargs,
         )
-        self.ssd = ssd
+        self.ssd, self.pmem = ssd, pmem

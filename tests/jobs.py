@@ -17,12 +17,14 @@ BATCH_SIZE = 16
 POOL_ROWS = 40  # a batch touches at most 32 rows of a table
 STEPS = 40
 CAPACITY_BYTES = 256 << 20
+PMEM_BYTES = 24 << 10  # of three tables' 75 KiB
 
 
-def options(ssd: Path | None, **job: object) -> TrainOptions:
-    """The job on an SSD folder, or whole in memory."""
+def options(ssd: Path | None, pmem: Path | None = None, **job: object) -> TrainOptions:
+    """The job on an SSD folder, with caches in a PMem folder if there is one, or whole in memory."""
     tiers = PlacementOptions(in_memory=True) if ssd is None else PlacementOptions(
-        ssd=(str(ssd),), ssd_capacity_bytes=CAPACITY_BYTES, pool_rows=POOL_ROWS
+        ssd=(str(ssd),), ssd_capacity_bytes=CAPACITY_BYTES, pool_rows=POOL_ROWS,
+        pmem=None if pmem is None else str(pmem), pmem_capacity_bytes=None if pmem is None else PMEM_BYTES,
     )  # fmt: skip
     model = ModelOptions(embedding_dim=8, dense_layers=(8,), over_layers=(8,), optimizer="adagrad")
     return TrainOptions(model=model, placement=tiers, **{"steps": STEPS, **job})  # type: ignore[arg-type]

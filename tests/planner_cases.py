@@ -16,7 +16,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec_mtrains.planner import TieredParameterConstraints, TieredShardingPlanner, TieredTopology
+from torchrec_mtrains.planner import PmemDevice, TieredParameterConstraints, TieredShardingPlanner, TieredTopology
 
 from torchrec_mtrains import SsdHome, TieredParameterSharding
 
@@ -62,13 +62,14 @@ class Case:
             f"t{i}": TieredParameterConstraints(pooling_factors=t.pooling, **self.extra.get(f"t{i}", {})) for i, t in enumerate(self.tables)
         }
 
-    def planner(self, ddr: int, ssd: int | None, **kwargs: Any) -> TieredShardingPlanner:
+    def planner(self, ddr: int, ssd: int | None, pmem: int | None = None, **kwargs: Any) -> TieredShardingPlanner:
         home = None if ssd is None else SsdHome(("/nowhere",), ssd)
-        topology = TieredTopology(self.world_size, ddr_budget_bytes=ddr, ssd=home)
+        device = None if pmem is None else PmemDevice("/pmem", pmem)
+        topology = TieredTopology(self.world_size, ddr_budget_bytes=ddr, ssd=home, pmem=device)
         return TieredShardingPlanner(topology, batch_size=self.batch_size, constraints=self.constraints(), **kwargs)
 
-    def plan(self, ddr: int, ssd: int | None, **kwargs: Any) -> ShardingPlan:
-        return self.planner(ddr, ssd, **kwargs).plan(self.model(), self.sharders())
+    def plan(self, ddr: int, ssd: int | None, pmem: int | None = None, **kwargs: Any) -> ShardingPlan:
+        return self.planner(ddr, ssd, pmem, **kwargs).plan(self.model(), self.sharders())
 
     def record_bytes(self, table: str) -> int:
         dim = self.tables[int(table[1:])].dim
@@ -81,7 +82,13 @@ class Case:
 
     def needs(self, plan: ShardingPlan) -> tuple[dict[int, int], dict[int, int]]:
         """Bytes that the tables take on every rank: in DDR (no batches) and on the SSD (no block or log overhead)."""
+        ddr, _, ssd = self.needs_of_tiers(plan)
+        return ddr, ssd
+
+    def needs_of_tiers(self, plan: ShardingPlan) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+        """The same in DDR, in PMem (the records of caches) and on the SSD."""
         ddr: dict[int, int] = defaultdict(int)
+        pmem: dict[int, int] = defaultdict(int)
         ssd: dict[int, int] = defaultdict(int)
         for name, sharding in plan.plan["ebc"].items():
             record = self.record_bytes(name)
@@ -89,9 +96,12 @@ class Case:
                 if isinstance(sharding, TieredParameterSharding):
                     ddr[rank] += rows * (8 + 4) + min(rows, sharding.tiers.pool_rows) * (record + 8)
                     ssd[rank] += rows * record
+                    for cache in sharding.tiers.caches:
+                        ddr[rank] += rows * 4 + min(rows, cache.rows) * 16
+                        pmem[rank] += min(rows, cache.rows) * record
                 else:
                     ddr[rank] += rows * record
-        return ddr, ssd
+        return ddr, pmem, ssd
 
 
 def shards(case: Case, name: str, sharding: Any) -> list[tuple[int, int]]:

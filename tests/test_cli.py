@@ -54,7 +54,7 @@ def test_train_prints_plan_tiers_and_result_and_writes_the_report(ssd, tmp_path)
     assert result.exit_code == 0, result.output
     for part in (
         "plan",
-        "customized_kernel",
+        "tiered",
         "tiers (this rank)",
         "ddr (slot pools)",
         "ssd (",

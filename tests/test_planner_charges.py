@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,23 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mtrains.kernels import SsdVolume
-from torchrec_mtrains.planner import TieredShardingPlanner, TieredTopology
-from torchrec_mtrains.planner.charges import VOLUME_FILL, tiered_ssd_bytes
+from torchrec_mtrains.planner import CheckpointSchedule, InsufficientStorageError, TieredShardingPlanner, TieredTopology, chain_bytes
+from torchrec_mtrains.planner.charges import live_bytes, log_bytes
 
 import torchrec_mtrains as mtrains
+from chain_memory import RECORD_BYTES, grown_bytes
 from planner_cases import PLENTY, Case, TableCase, tiered_tables
 from ranks import Ranks
+from strategies import PMEM
+from torchrec_mtrains import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
+from torchrec_mtrains.errors import ConfigurationError
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """On the disk of the checkout: /tmp may be in memory."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        yield Path(name)
 
 
 @pytest.mark.parametrize(("rows", "record_bytes"), [(1, 20), (20_000, 260), (20_000, 36), (3_000, 2_052), (50_000, 68)])
@@ -24,8 +38,117 @@ def test_ssd_bytes_are_those_that_the_volume_writes(rows: int, record_bytes: int
     table = volume.table("t0", row_count=rows, record_bytes=record_bytes)
     table.put(torch.arange(rows), torch.ones(rows, record_bytes, dtype=torch.uint8))
     volume.flush()
-    assert volume.stats()["write_bytes"] == int(tiered_ssd_bytes(rows, record_bytes) * VOLUME_FILL)
+    assert volume.stats()["write_bytes"] == live_bytes(rows, record_bytes)
     volume.close()
+
+
+def _volume(folder: Path, rows: int, lookups: float, checkpoints: CheckpointSchedule, record_bytes: int = 260) -> tuple[SsdVolume, Any]:
+    """A volume of exactly the capacity that is charged, every row put once."""
+    capacity = log_bytes(rows, record_bytes, lookups, checkpoints)
+    volume = SsdVolume(paths=(str(folder),), capacity_bytes=capacity, keep_checkpoints=max(1, checkpoints.keep))
+    table = volume.table("t0", row_count=rows, record_bytes=record_bytes)
+    table.put(torch.arange(rows), torch.ones(rows, record_bytes, dtype=torch.uint8))
+    return volume, table
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_a_volume_of_the_charged_size_holds_what_checkpoints_retain(keep: int, share: float, disk: Path) -> None:
+    """Rows are replaced in turn, so that segments empty by themselves and only retention fills the disk."""
+    rows, parts = 60_000, 20
+    volume, table = _volume(disk, rows, lookups=share * rows / 100, checkpoints=CheckpointSchedule(every_steps=100, keep=keep))
+    volume.checkpoint(1)
+    order = torch.arange(rows).repeat(10)
+    replaced = int(share * rows)
+    peak = 0
+    for interval in range(keep + 4):
+        for ids in order[interval * replaced :][:replaced].split(replaced // parts):
+            table.put(ids, torch.ones(len(ids), 260, dtype=torch.uint8))
+        peak = max(peak, volume.stats()["disk_bytes"])
+        volume.checkpoint(2 + interval)
+    live = live_bytes(rows, 260)
+    assert volume.stats()["disk_bytes"] <= peak <= volume.capacity_bytes
+    assert peak >= live * (1 + keep * share)
+    volume.close()
+
+
+def test_a_volume_that_commits_no_checkpoint_lives_in_the_charged_size(disk: Path) -> None:
+    rows = 200_000
+    volume, table = _volume(disk, rows, lookups=math.inf, checkpoints=CheckpointSchedule(keep=0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        table.put(torch.randperm(rows, generator=generator)[:5000], torch.ones(5000, 260, dtype=torch.uint8))
+    assert 0.8 < live_bytes(rows, 260) / volume.capacity_bytes < 0.9
+    volume.close()
+
+
+def test_retention_is_charged_by_the_rows_that_the_steps_between_two_checkpoints_look_up() -> None:
+    often, seldom, unknown, none = (
+        CheckpointSchedule(every_steps=10), CheckpointSchedule(every_steps=1000), CheckpointSchedule(), CheckpointSchedule(keep=0)
+    )  # fmt: skip
+    assert often.replaced_rows(10_000, lookups=50) == 500
+    assert seldom.replaced_rows(10_000, lookups=50) == unknown.replaced_rows(10_000, lookups=50) == 10_000
+    assert unknown.disk_over_live(10_000, 50) == 1 / unknown.fill + 3
+    assert none.disk_over_live(10_000, 50) == 1 / 0.85
+    with pytest.raises(ConfigurationError, match="every_steps at least 1"):
+        CheckpointSchedule(every_steps=0)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_at_the_planned_fill_what_is_emptied_and_held_stays_below_what_is_foreseen(keep: int) -> None:
+    """Writes a put of greedy cleaning, 1 ÷ (1 - s) where fill = (s - 1) ÷ ln s, by bisection."""
+    low, high = 1e-9, 1 - 1e-9
+    for _ in range(60):
+        s = (low + high) / 2
+        low, high = (s, high) if (s - 1) / math.log(s) < CheckpointSchedule(keep=keep).fill else (low, s)
+    assert 0.75 * (keep + 1) / keep < 1 / (1 - s) < (keep + 1) / keep
+
+
+def test_plans_charge_the_ssd_by_their_schedule() -> None:
+    case = Case([TableCase(50_000, 32)])
+    live = live_bytes(50_000, 132)
+
+    def charged(checkpoints: CheckpointSchedule | None) -> int:
+        planner = case.planner(2 << 20, PLENTY, checkpoints=checkpoints)
+        (row,) = planner.plan_rows(planner.plan(case.model(), case.sharders()))
+        return int(row["ssd_bytes"])
+
+    every_100 = CheckpointSchedule(every_steps=100)
+    assert charged(every_100) == math.ceil(live * (1 / every_100.fill + 3 * 8 * 100 / 50_000))
+    assert charged(CheckpointSchedule(keep=0)) == math.ceil(live / 0.85)
+    assert charged(None) == math.ceil(live * (1 / CheckpointSchedule().fill + 3))
+
+
+def test_a_schedule_that_the_ssd_has_no_room_for_is_refused_with_the_shortage() -> None:
+    case = Case([TableCase(50_000, 32)])
+    case.plan(2 << 20, 20 << 20, checkpoints=CheckpointSchedule(every_steps=10))
+    with pytest.raises(InsufficientStorageError, match="commit a checkpoint more often or keep fewer") as caught:
+        case.plan(2 << 20, 20 << 20, checkpoints=CheckpointSchedule(every_steps=10_000))
+    assert caught.value.tier == "ssd"
+    case.plan(2 << 20, (20 << 20) + caught.value.short_bytes, checkpoints=CheckpointSchedule(every_steps=10_000))
+
+
+def test_every_tier_takes_the_memory_that_it_is_charged(disk: Path) -> None:
+    """Resident memory of a process per chain; what each chain adds to the one without caches shows its tier alone."""
+    rows, pool, cached = 600_000, 60_000, 240_000
+    ssd = SsdHome((str(disk),), 1 << 30)
+    with tempfile.TemporaryDirectory(dir=PMEM) as pmem:
+        log_on_pmem = PmemHome((pmem,), 512 << 20)
+        chains = [
+            TierChain(pool, tiers)
+            for tiers in ((ssd,), (DdrCache(cached), ssd), (PmemCache(pmem, cached), ssd), (DdrHome(),), (log_on_pmem,))
+        ]
+        measured = grown_bytes(rows, TierChain(2000, (ssd,)), chains)
+    charged = [chain_bytes(c, rows=rows, record_bytes=RECORD_BYTES, checkpoints=CheckpointSchedule(keep=0)) for c in chains]
+    slack = 4 << 20  # of the allocator, and of a log's buffers
+    print(measured, charged)
+    for (ddr, pmem_bytes), cost in zip(measured, charged, strict=True):
+        assert 0.97 * cost.ddr < ddr < 1.03 * cost.ddr + slack
+        least = live_bytes(rows, RECORD_BYTES) if cost is charged[-1] else cost.pmem  # of a log: more comes and goes
+        assert 0.97 * least <= pmem_bytes <= 1.03 * cost.pmem
+    plain, ddr_cache, pmem_cache = (ddr for ddr, _ in measured[:3])
+    assert ddr_cache - plain == pytest.approx(charged[1].ddr - charged[0].ddr, rel=0.1)
+    assert pmem_cache - plain == pytest.approx(charged[2].ddr - charged[0].ddr, rel=0.25)
 
 
 def _train(case: Case, ssd: str) -> tuple[Any, list[tuple[str, int, int]]]:

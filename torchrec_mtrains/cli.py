@@ -75,15 +75,19 @@ _MODEL = (
 _PLACEMENT = (
     click.option("--ssd", multiple=True, metavar="PATH", help="Folder on an SSD for the tables that do not fit; repeat to stripe."),
     click.option("--ddr-budget", type=_Bytes(), default=None, help="Memory for tables, pools and indexes, a rank: 64MiB."),
-    click.option("--ssd-capacity", type=_Bytes(), default=None, help="Cap of what a rank keeps on the SSD; twice its tables if left out."),
+    click.option("--ssd-capacity", type=_Bytes(), default=None, help="Cap of what a rank keeps on the SSD."),
+    click.option("--pmem", default=None, metavar="PATH", help="Folder on PMem, CXL memory or tmpfs for caches in front of the SSD."),
+    click.option("--pmem-capacity", type=_Bytes(), default=None, help="What a rank's caches take of --pmem: 16GiB."),
     click.option("--pool-rows", type=click.IntRange(1), default=None, help="Every table in tiers, with a slot pool of so many rows."),
     click.option("--in-memory", is_flag=True, help="Every table whole in memory: TorchRec's own plan."),
     click.option("--threads", type=click.IntRange(1), default=None, help="Of torch; its own choice if left out."),
 )
-_JOB = (
+_SCHEDULE = (
     click.option("--steps", type=click.IntRange(1), default=None, help="Batches to train, counted from the data's beginning."),
     click.option("--checkpoint", type=click.Path(file_okay=False), default=None, help="Folder for checkpoints; one is made at the end."),
     click.option("--checkpoint-every", type=click.IntRange(1), default=None, metavar="STEPS", help="And one every so many steps."),
+)
+_JOB = (
     click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --checkpoint."),
     click.option("--cold-restart", is_flag=True, help="With --resume: begin with empty slot pools."),
     click.option("--report", type=click.Path(dir_okay=False), default=None, help="Write the report to this HTML file."),
@@ -133,10 +137,12 @@ def _train_options(o: dict[str, Any]) -> Any:
             ssd_capacity_bytes=o["ssd_capacity"],
             ddr_budget_bytes=o["ddr_budget"],
             pool_rows=o["pool_rows"],
+            pmem=o["pmem"],
+            pmem_capacity_bytes=o["pmem_capacity"],
         ),
-        steps=o.get("steps"),
-        checkpoint=o.get("checkpoint"),
-        checkpoint_every=o.get("checkpoint_every"),
+        steps=o["steps"],
+        checkpoint=o["checkpoint"],
+        checkpoint_every=o["checkpoint_every"],
         resume=o.get("resume", False),
         warm_restart=not o.get("cold_restart", False),
     )
@@ -171,7 +177,7 @@ main.add_command(inspect)
 
 
 @main.command()
-@_options(*_DATA, *_MODEL, *_PLACEMENT)
+@_options(*_DATA, *_MODEL, *_PLACEMENT, *_SCHEDULE)
 @typed_errors
 def plan(**o: Any) -> None:
     """Print where every table would live."""
@@ -179,7 +185,7 @@ def plan(**o: Any) -> None:
 
 
 @main.command()
-@_options(*_DATA, *_MODEL, *_PLACEMENT, *_JOB)
+@_options(*_DATA, *_MODEL, *_PLACEMENT, *_SCHEDULE, *_JOB)
 @typed_errors
 def train(**o: Any) -> None:
     """Train TorchRec's DLRM; under torchrun, on several ranks."""

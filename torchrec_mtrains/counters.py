@@ -18,6 +18,16 @@ def tables(module: nn.Module) -> list[dict[str, Any]]:
     return [stats for group in tiered_groups(module) for stats in group.stats()]
 
 
+def caches(module: nn.Module) -> list[dict[str, Any]]:
+    """One dict a cache of a tiered table shard: its table, its depth below the pool (1 is the first), sizes and counters."""
+    result = []
+    for group in tiered_groups(module):
+        for table, tiers in zip(group.stats(), group.tier_stats(), strict=True):
+            for depth, cache in enumerate(tiers[1:-1], start=1):
+                result.append({"table": table["table"], "depth": depth, "record_bytes": table["record_bytes"], **cache})
+    return result
+
+
 def volumes(module: nn.Module) -> list[dict[str, Any]]:
     """One dict a volume: its back end and counters since it was opened."""
     return [{"backend": volume.backend, **volume.stats()} for volume in durability.volumes(tiered_groups(module))]

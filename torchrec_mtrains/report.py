@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from .errors import ConfigurationError
 from .meters import PHASES
+from .planner import plan_cells
 from .show import summary
 from .sizes import show_bytes
 from .tier_table import tier_rows
@@ -111,8 +113,8 @@ def time_picture(steps: Sequence[StepRecord]) -> str:
 
 
 def _cell(value: Any) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    text = f"{value:,}" if isinstance(value, int) and number else "" if value is None else str(value)
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    number = re.fullmatch(r"[\d,.]+( [KMGT]?i?B)?", text)
     return f'<td class="n">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
 
 
@@ -157,18 +159,7 @@ def page(result: TrainResult) -> str:
             parts.append(_picture("I/O per step", io_picture(steps)))
         parts.append(_picture("Where a step's time went", time_picture(steps)))
     parts.append("<h2>Plan</h2>")
-    parts.append(
-        _table(
-            ("table", "rows", "sharding", "ranks", "kernel", "pool rows", "ddr", "ssd", "why"),
-            [
-                (
-                    r["table"], r["rows"], r["sharding"], ",".join(map(str, r["ranks"])), r["kernel"], r["pool_rows"],
-                    show_bytes(r["ddr_bytes"]), show_bytes(r["ssd_bytes"]), r["why"],
-                )
-                for r in result.plan
-            ],
-        )
-    )  # fmt: skip
+    parts.append(_table(*plan_cells(result.plan)))
     head = f'<meta charset="utf-8"><title>{html.escape(result.data)}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .data import BatchSource
+from .planner import render_plan
 from .sizes import show_bytes
 from .tier_table import TierRow, tier_rows
 from .train import StepRecord, TrainOptions, TrainResult, hit_ratio, steps_of
@@ -35,22 +36,7 @@ def _console() -> Console:
 
 def plan(rows: list[dict[str, Any]]) -> None:
     """One line a table of the model."""
-    table = Table(title="plan", title_justify="left")
-    for name in ("table", "rows", "sharding", "ranks", "kernel", "pool rows", "ddr", "ssd", "why"):
-        table.add_column(name, justify="right" if name in ("rows", "pool rows", "ddr", "ssd") else "left")
-    for row in rows:
-        table.add_row(
-            row["table"],
-            f"{row['rows']:,}",
-            row["sharding"],
-            ",".join(map(str, row["ranks"])),
-            row["kernel"],
-            "" if row["pool_rows"] is None else f"{row['pool_rows']:,}",
-            show_bytes(row["ddr_bytes"]),
-            show_bytes(row["ssd_bytes"]) if row["ssd_bytes"] else "",
-            row["why"],
-        )
-    _console().print(table)
+    _console().print(render_plan(rows))
 
 
 class Progress:

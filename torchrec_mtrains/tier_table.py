@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .train import TrainResult
 
@@ -27,7 +28,7 @@ class TierRow:
 
 
 def tier_rows(result: TrainResult) -> list[TierRow]:
-    """Pools, first-touch generator and volumes; and the tables that are whole in memory."""
+    """Pools, caches, first-touch generator and volumes; and the tables that are whole in memory."""
     rows = []
     whole = [r for r in result.plan if r["pool_rows"] is None]
     if whole:
@@ -50,6 +51,7 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
                 round(total["misses"] * record),
             )
         )
+    rows += _caches(result)
     for volume in result.volumes:
         never = volume["get_rows_initial"]
         read = volume["get_rows"] - never
@@ -57,7 +59,7 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
         rows.append(
             TierRow(
                 f"ssd ({volume['backend']})",
-                max(0, never - sum(t["resident_rows"] for t in result.tables)),
+                max(0, never - _rows_above(result)),
                 volume["disk_bytes"],
                 read,
                 read,
@@ -70,13 +72,43 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
     return rows
 
 
+def _caches(result: TrainResult) -> list[TierRow]:
+    """One line a kind of cache and depth, over all tables that have it there."""
+    kinds: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for cache in result.caches:
+        kinds.setdefault((cache["depth"], cache["tier"]), []).append(cache)
+    rows = []
+    for (_, tier), caches in sorted(kinds.items()):
+        sums = {k: sum(c[k] for c in caches) for k in ("rows", "hits", "misses", "read_bytes", "inserted_rows", "written_bytes")}
+        room = sum(c["rows"] * c["record_bytes"] for c in caches)
+        hits = sums["hits"]
+        rows.append(
+            TierRow(
+                f"{tier.removesuffix('Cache').lower()} (caches)",
+                sums["rows"],
+                room,
+                hits + sums["misses"],
+                hits,
+                hits,
+                sums["read_bytes"],
+                sums["inserted_rows"],
+                sums["written_bytes"],
+            )
+        )
+    return rows
+
+
+def _rows_above(result: TrainResult) -> int:
+    """Rows that are in a pool or a cache, and so maybe not in the volume."""
+    return sum(one["resident_rows"] for one in (*result.tables, *result.caches))
+
+
 def written_row_bytes(result: TrainResult) -> int:
     """Bytes of the distinct rows that this rank gave to its SSD, each row counted once and without its header.
 
-    A row is generated when it is first touched and trained at once, so one that was ever touched and is in no pool any more
+    A row is generated when it is first touched and trained at once, so one that was ever touched and is in no pool or cache any more
     has been given away. The last few MiB may still be in the volume's write buffer.
     """
     touched = sum(volume["get_rows_initial"] for volume in result.volumes)
-    resident = sum(table["resident_rows"] for table in result.tables)
-    given = max(0, touched - resident) * min((table["record_bytes"] for table in result.tables), default=0)
+    given = max(0, touched - _rows_above(result)) * min((table["record_bytes"] for table in result.tables), default=0)
     return min(given, sum(volume["write_bytes"] for volume in result.volumes))

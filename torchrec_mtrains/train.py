@@ -32,6 +32,7 @@ from .job_model import MarkedOptimizer, ModelOptions, build_model, dense_optimiz
 from .kernels import durability
 from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
+from .planner import CheckpointSchedule
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class TrainResult:
     held_out_loss: float | None = None
     held_out_samples: int = 0
     tables: list[dict[str, Any]] = field(default_factory=list)
+    caches: list[dict[str, Any]] = field(default_factory=list)
     volumes: list[dict[str, Any]] = field(default_factory=list)
     disk: DiskCounters | None = None
     peak_rss_bytes: int = 0
@@ -258,7 +260,15 @@ def _check_checkpoint(options: TrainOptions) -> None:
 def placed_model(source: BatchSource, options: TrainOptions, pg: Any) -> tuple[DLRMTrain, placement.Placement]:
     """The model, its sharders and its plan: all that ``mtrains plan`` needs."""
     model = build_model(source.tables, source.dense_dim, options.model)
-    return model, placement.place(model, source, options.model, options.placement, pg)
+    return model, placement.place(model, source, options.model, options.placement, checkpoint_schedule(source, options), pg)
+
+
+def checkpoint_schedule(source: BatchSource, options: TrainOptions) -> CheckpointSchedule:
+    """How often the job commits a checkpoint: one comes at its end in any case."""
+    if options.checkpoint is None:
+        return CheckpointSchedule(keep=0)
+    known = [steps for steps in (options.checkpoint_every, options.steps, source.train_steps) if steps is not None]
+    return CheckpointSchedule(every_steps=min(known, default=None))
 
 
 def steps_of(source: BatchSource, options: TrainOptions) -> int | None:
@@ -345,5 +355,5 @@ def _train(job: Job, steps: int | None, on_step: Callable[[StepRecord], None] | 
         job.save()
     result.checkpoints = job.checkpoints
     result.peak_rss_bytes = peak_rss_bytes()
-    result.tables, result.volumes = counters.tables(job.dmp), counters.volumes(job.dmp)
+    result.tables, result.caches, result.volumes = counters.tables(job.dmp), counters.caches(job.dmp), counters.volumes(job.dmp)
     return result
