@@ -52,7 +52,8 @@ def fail_together() -> Iterator[None]:
     global _entered
     _entered += 1
     # A client of its own: the thread must not wait for a request of the collectives.
-    store = dist.PrefixStore(f"mtrains/fail_together/{_entered}", dist.distributed_c10d._get_default_store().clone())
+    client = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"mtrains/fail_together/{_entered}", client)
     ranks = _Ranks(store, dist.get_rank(), dist.get_world_size())
     with _sigterm_raises(ranks):
         try:
@@ -112,8 +113,9 @@ class _Ranks:
 
     def told_to_stop(self) -> None:
         """The handler of SIGTERM: raises, unless this rank is on its way out already."""
-        again, _ = self.told.is_set(), self.told.set()
-        if not again and not self.leaving.is_set():
+        first = not self.told.is_set()
+        self.told.set()
+        if first and not self.leaving.is_set():
             raise _ToldToStopError
 
     def _watch(self) -> None:
