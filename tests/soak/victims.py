@@ -80,8 +80,7 @@ class _Job(Job):
     def save(self, wanted: bool = False) -> None:
         self._phases.mark(self._rank, "checkpoint")
         super().save(wanted)
-        if self._rank == 0 and len(self.checkpoints) % PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-PUSH_EVERY == 1:
+        if self._rank == 0 and len(self.checkpoints) % PUSH_EVERY == 1:
             self._phases.mark(0, "push")
             push(self._life.checkpoint, [str(self._life.ssd)], self._life.dest)
         self._phases.mark(self._rank, "train")
