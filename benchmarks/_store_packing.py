@@ -7,8 +7,8 @@ Batches are trained through a slot pool of a tenth of the rows over an SSD volum
     co-accessed   groups of ``GROUP`` rows, scattered over the table and always used together, in any order: Zipf over groups
 
 Rows of a block are no neighbours at first, and batches of any rows leave the pool's slots in no order. Then every row is used
-once, group by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they are no I/O. *At most* is rows missed ÷ groups missed, as if
-every group lay in one block.
+once, group by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they
+are no I/O. *At most* is rows missed ÷ groups missed, as if every group lay in one block.
 
 *possible* is what admission of neighbours could do: block neighbours of missed rows that one of the next ``WINDOW`` batches wants
 come into the pool with the read. The volume is the same one; the pool is a model of ours, in numpy, that admits them.
@@ -30,6 +30,7 @@ from _store_writes import LOOKUPS_PER_ROW, POOL_SHARE, ZIPF_EXPONENT, PooledTabl
 DRIFT = 0.001
 GROUP = range(2, 15)  # equally likely sizes; of one size, a group would take the very slots of another
 WINDOW = 32
+
 
 class Trace:
     """Batches of one kind. ``group[row]`` is alike for rows that are always used together."""
@@ -176,10 +177,11 @@ def measure(root: Path, *, rows: int, record_bytes: int, steps: int) -> dict[str
 
 def show(f: dict[str, Any]) -> None:
     print(f"{f['rows']:,} rows of {f['record_bytes']} bytes, pool of {POOL_SHARE:.0%}, batches of {f['batch']:,} ids, Zipf {ZIPF_EXPONENT}")
-    print(f"{'':<14}{'misses a lookup':>17}{'at most':>9}{'rows an I/O':>13}{'I/Os a batch':>14}   {'neighbours admitted: rows an I/O':>34}{'I/Os a batch':>14}")
+    print(f"{'':<14}{'':>17}{'':>9}{'':>13}{'':>14}{'with neighbours admitted':>28}")
+    print(f"{'':<14}{'misses a lookup':>17}{'at most':>9}" + f"{'rows an I/O':>13}{'I/Os a batch':>14}" * 2)
     for kind, t in f["traces"].items():
-        now, possible = f"{t['rows_per_io']:>13.2f}{t['ios_per_batch']:>14,.0f}", t["possible"]
-        print(f"{kind:<14}{t['miss_ratio']:>17.3f}{t['at_most']:>9.2f}{now}   {possible['rows_per_io']:>34.2f}{possible['ios_per_batch']:>14,.0f}")
+        columns = "".join(f"{x['rows_per_io']:>13.2f}{x['ios_per_batch']:>14,.0f}" for x in (t, t["possible"]))
+        print(f"{kind:<14}{t['miss_ratio']:>17.3f}{t['at_most']:>9.2f}{columns}")
 
 
 def figures(f: dict[str, Any]) -> list[Figure]:

@@ -20,9 +20,9 @@ INDEX_BYTES_PER_ROW = 8
 DIRECTORY_BYTES_PER_ROW = 4
 """The slot directory's map from a row to its slot: one int32 a row (kernels/csrc/slot_directory.h)."""
 
-BOOKKEEPING_BYTES_PER_SLOT = 18
-"""The row in a slot (8), its stamp (4), its place in the free list (4), an eviction candidate of 8 bytes for an eighth of the
-slots (1), a pin flag (1): kernels/csrc/slot_directory.h."""
+BOOKKEEPING_BYTES_PER_SLOT = 19
+"""The row in a slot (4), its stamp (8), its place in the free list (4), an eviction candidate of 16 bytes for an eighth of the
+slots (2), a pin flag (1): kernels/csrc/slot_directory.h."""
 
 SLOT_NUMBER_BYTES = 8
 """A batch's ids are turned into slot numbers of int64 (kernels/tiered_tbe.py)."""

@@ -226,7 +226,8 @@ class NeighboursAreNewest(RuleBasedStateMachine):
     def wait(self) -> None:
         get, also = self.gets.pop(0)
         for row, payload in get.wait().items():
-            assert row in also and row not in get.rows
+            assert row in also
+            assert row not in get.rows
             if row in self.above:
                 continue  # its taker knows
             assert torch.equal(payload, values(ids(row), self.newest[row])[0])
@@ -288,7 +289,8 @@ def test_neighbours_are_never_older_than_what_was_put_before_the_wait(folder: st
             least = finished.clone()
             for row, payload in get.wait().items():
                 got_row, version = payload[:16].view(torch.int64).tolist()
-                assert got_row == row and version >= least[row]
+                assert got_row == row
+                assert version >= least[row]
                 seen += 1
         writer.result()
     assert seen > 1000
