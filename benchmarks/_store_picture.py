@@ -32,6 +32,10 @@ def draw(file: Path, sections: dict[str, Any], machine: dict[str, Any]) -> None:
     panels: list[tuple[str, str, dict[str, float], dict[str, float]]] = []
     if reads := sections.get("reads"):
         panels.append(("Cold random reads", "rows/s", {n: s["rows_per_s"] for n, s in reads["subjects"].items()}, {}))
+    if packing := sections.get("packing"):
+        traces = packing["traces"]
+        most = {n: t["at_most"] for n, t in traces.items()}
+        panels.append(("Rows an I/O (red: at most)", "rows", {n: t["rows_per_io"] for n, t in traces.items()}, most))
     if mixed := sections.get("mixed"):
         panels.append(("Mixed load, 1 read : 1 write-back", "rows read/s", mixed["rows_per_s"], {}))
     if writes := sections.get("writes"):

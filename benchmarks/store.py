@@ -1,8 +1,8 @@
 """Every figure of the storage engine in one run: a table, JSON and a picture.
 
-Sections: reads (cold random reads against the device and other stores), mixed (reads with write-backs and cleaning), writes
-(write amplification), checkpoints (what an epoch writes, stalls), open, memory (native bytes a row). Each says in its module,
-``benchmarks/_store_<section>.py``, how it measures; docs/benchmarks.md says what the figures mean.
+Sections: reads (cold random reads against the device and other stores), packing (rows per I/O), mixed (reads with write-backs
+and cleaning), writes (write amplification), checkpoints (what an epoch writes, stalls), open, memory (native bytes a row). Each
+says in its module, ``benchmarks/_store_<section>.py``, how it measures; docs/benchmarks.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import _store_checkpoints
 import _store_memory
 import _store_mixed
 import _store_open
+import _store_packing
 import _store_picture
 import _store_reads
 import _store_writes
@@ -24,6 +25,7 @@ from _common import Figure, finish, options, print_figures, print_machine
 
 MODULES: dict[str, Any] = {
     "reads": _store_reads,
+    "packing": _store_packing,
     "mixed": _store_mixed,
     "writes": _store_writes,
     "checkpoints": _store_checkpoints,
@@ -38,6 +40,7 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
     if args.quick:
         return {
             "reads": dict(rows=20_000, record_bytes=260, batch=1_000, depth=32, seconds=0.02, rounds=1, peers=tuple(_store_reads.PEERS)),
+            "packing": dict(rows=20_000, record_bytes=260, steps=20),
             "mixed": dict(rows=60_000, record_bytes=1000, batch=500, seconds=0.02, rounds=1, churn=0.5, fills=(0.7, 0.85)),
             "writes": dict(rows=60_000, record_bytes=1000, churn=0.3, measured=0.2, checkpoints=4, steps_between=20),
             "checkpoints": dict(
@@ -57,6 +60,7 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
             rounds=args.rounds,
             peers=tuple(_store_reads.PEERS),
         ),
+        "packing": dict(rows=int(200_000 * scale), record_bytes=260, steps=300),
         "mixed": dict(
             rows=int(1_000_000 * scale),
             record_bytes=260,

@@ -26,9 +26,9 @@ INDEX_BYTES_PER_ROW = 8
 DIRECTORY_BYTES_PER_ROW = 4
 """The map from a row to its slot, of a pool and of each cache: one int32 a row (kernels/csrc/slot_directory.h)."""
 
-DIRECTORY_BYTES_PER_SLOT = 17
-"""The row in a slot (8), its stamp (4), its place in the free list (4), an eviction candidate of 8 bytes for an eighth of the
-slots (1): kernels/csrc/slot_directory.h."""
+DIRECTORY_BYTES_PER_SLOT = 18
+"""The row in a slot (4), its stamp (8), its place in the free list (4), an eviction candidate of 16 bytes for an eighth of the
+slots (2): kernels/csrc/slot_directory.h."""
 
 PIN_BYTES_PER_SLOT = 1
 """A pool's flag of slots that pending backwards hold (kernels/csrc/slot_pool.h)."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import _store_packing  # noqa: E402
 import _store_writes  # noqa: E402
 import _subjects  # noqa: E402
 from _common import Figure, ZipfIds  # noqa: E402
@@ -44,11 +45,15 @@ def test_a_benchmark_runs_small_and_writes_its_figures(script: str, tmp_path: Pa
 def test_the_store_benchmark_reports_every_section_and_draws_it(tmp_path: Path) -> None:
     report = run("store.py", tmp_path, "--picture", str(tmp_path / "store.png"))
     sections = report["figures"]["sections"]
-    assert set(sections) == {"reads", "mixed", "writes", "checkpoints", "open", "memory"}
+    assert set(sections) == {"reads", "packing", "mixed", "writes", "checkpoints", "open", "memory"}
     assert (tmp_path / "store.png").read_bytes().startswith(b"\x89PNG")
     assert all(math.isfinite(f["value"]) for f in report["figures"]["figures"].values())
 
     assert 1 <= sections["reads"]["rows_per_io"] < 3
+    for kind, packing in sections["packing"]["traces"].items():
+        assert packing["possible"]["rows_per_io"] >= 1
+        if kind == "co-accessed":  # a group that begins anywhere in a block of 14 lies in 1.5 of them
+            assert packing["at_most"] / 1.8 < packing["rows_per_io"] < packing["at_most"]
     assert sections["reads"]["subjects"]["ceiling"]["device_bytes_per_row"] == 4096
     assert all(count > 0 for count in sections["mixed"]["cleaned_segments"].values())
     for state in sections["writes"]["steady_state"]:
@@ -73,6 +78,29 @@ def test_capacity_is_rows_over_fill() -> None:
     blocks = 140_000 / records_per_block
     assert stride * records_per_block <= 4096
     assert _store_writes.capacity_for(140_000, 260, 0.7) == pytest.approx(blocks * 4096 / 0.7, rel=1e-6)
+
+
+def test_the_modelled_pool_misses_and_reads_what_a_slot_pool_does(tmp_path: Path) -> None:
+    rows, batch = 4000, 200
+    reads, misses = [], []
+    for modelled in (False, True):
+        volume = _store_writes.filled(tmp_path / str(modelled), rows, 260, 64 << 20)
+        trace = _store_packing.Trace("co-accessed", rows, batch)
+        if modelled:
+            model = _store_packing.AdmittingPool(volume.table("t", row_count=rows, record_bytes=260), rows // 10, window=0)
+            for _ in range(60):
+                model.train(trace.draw())
+            misses.append(model.misses)
+        else:
+            pooled = _store_writes.PooledTable(volume, rows, 260, rows // 10)
+            for _ in range(60):
+                pooled.train(torch.from_numpy(trace.draw()))
+            misses.append(pooled.misses)
+            pooled.pool.flush()
+        reads.append(volume.stats()["read_ios"])
+        volume.close()
+    assert misses[0] == misses[1]
+    assert reads[0] == pytest.approx(reads[1], rel=0.1)  # a block that is being written is served from memory
 
 
 def test_zipf_ids_are_drawn_by_rank() -> None:

@@ -92,23 +92,20 @@ void RecordCache::drop_row(int64_t row) {
 }
 
 void RecordCache::flush(const Below& home) {
-  auto put = [&] {
-    if (leaving_rows_.empty()) return;
+  std::vector<int32_t> dirty;
+  for (int32_t slot = 0; slot < directory_.pool_rows(); ++slot) {
+    if (directory_.dirty(slot)) dirty.push_back(slot);
+  }
+  directory_.sort_by_use(dirty);
+  for (size_t first = 0; first < dirty.size(); first += kFlushRows) {
+    leaving_slots_.assign(dirty.begin() + static_cast<std::ptrdiff_t>(first),
+                          dirty.begin() + static_cast<std::ptrdiff_t>(std::min(first + kFlushRows, dirty.size())));
+    leaving_rows_.clear();
+    for (const int32_t slot : leaving_slots_) leaving_rows_.push_back(directory_.row_of_slot(slot));
     home(leaving_rows_, leaving_slots_, parts(), true);
     for (const int32_t slot : leaving_slots_) directory_.mark_clean(slot);
     stats_.flushed_rows += static_cast<int64_t>(leaving_rows_.size());
-    leaving_rows_.clear();
-    leaving_slots_.clear();
-  };
-  leaving_rows_.clear();
-  leaving_slots_.clear();
-  for (int32_t slot = 0; slot < directory_.pool_rows(); ++slot) {
-    if (!directory_.dirty(slot)) continue;
-    leaving_rows_.push_back(directory_.row_of_slot(slot));
-    leaving_slots_.push_back(slot);
-    if (leaving_rows_.size() == kFlushRows) put();
   }
-  put();
 }
 
 void RecordCache::forget() {

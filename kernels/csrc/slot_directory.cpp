@@ -81,7 +81,7 @@ void SlotDirectory::collect_candidates(uint32_t limit_batch, size_t wanted) {
     if (batch < limit_batch && row_of_slot_[s] >= 0 && (batch - oldest) / width < threshold) candidates_.push_back({stamp_[s], s});
   }
   std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
-    return a.stamp != b.stamp ? a.stamp > b.stamp : a.slot > b.slot;
+    return (a.stamp | 1) != (b.stamp | 1) ? a.stamp > b.stamp : a.slot > b.slot;
   });
 }
 
@@ -154,6 +154,13 @@ void SlotDirectory::drop(int32_t slot) {
 void SlotDirectory::age(uint32_t batches) {
   for (int32_t s = 0; s < pool_rows(); ++s) touch(s, batch_of_slot(s) > batches ? batch_of_slot(s) - batches : 0);
   candidates_.clear();
+}
+
+void SlotDirectory::sort_by_use(std::vector<int32_t>& slots) const {
+  std::sort(slots.begin(), slots.end(), [this](int32_t a, int32_t b) {
+    const uint64_t of_a = stamp_[a] | 1, of_b = stamp_[b] | 1;
+    return of_a != of_b ? of_a < of_b : a < b;
+  });
 }
 
 std::vector<int32_t> SlotDirectory::by_age() const {

@@ -75,6 +75,7 @@ class SlotDirectory {
   uint32_t batch_of_slot(int32_t slot) const { return Stamp{stamp_[slot]}.batch(); }
   void drop(int32_t slot);  // the row leaves without being written: its fill failed
   void age(uint32_t batches);  // subtract from every stamp, so that batch numbers never run out
+  void sort_by_use(std::vector<int32_t>& slots) const;  // into the order in which they would be evicted
   std::vector<int32_t> by_age() const;  // occupied slots, oldest first, at the grain of 1/1024 of the ages there are
   int32_t resident() const { return pool_rows() - static_cast<int32_t>(free_.size()); }
   int64_t evictions() const { return evictions_; }

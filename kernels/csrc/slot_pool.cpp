@@ -332,11 +332,11 @@ void SlotPool::flush() {
     slots.clear();
     SlotDirectory& d = directories_[t];
     for (int32_t s = 0; s < d.pool_rows(); ++s) {
-      if (!d.dirty(s)) continue;
-      rows.push_back(d.row_of_slot(s));
-      slots.push_back(s);
+      if (d.dirty(s)) slots.push_back(s);
     }
-    if (rows.empty()) continue;
+    if (slots.empty()) continue;
+    d.sort_by_use(slots);
+    for (const int32_t s : slots) rows.push_back(d.row_of_slot(s));
     tables_[t].volume->put(tables_[t].id, rows, slots, tables_[t].parts);
     stats_[t].flushed_rows += static_cast<int64_t>(rows.size());
     for (const int32_t s : slots) {
@@ -356,12 +356,11 @@ int64_t SlotPool::trickle(size_t table, uint32_t min_age, uint32_t looks) {
   std::vector<int32_t> slots;
   int32_t hand = hands_[table];
   for (uint32_t i = 0; i < looks; ++i) {
-    if (d.dirty(hand) && d.batch_of_slot(hand) <= youngest) {
-      rows.push_back(d.row_of_slot(hand));
-      slots.push_back(hand);
-    }
+    if (d.dirty(hand) && d.batch_of_slot(hand) <= youngest) slots.push_back(hand);
     hand = hand + 1 == d.pool_rows() ? 0 : hand + 1;
   }
+  d.sort_by_use(slots);
+  for (const int32_t s : slots) rows.push_back(d.row_of_slot(s));
   if (!rows.empty()) tables_[table].volume->put(tables_[table].id, rows, slots, tables_[table].parts);
   for (const int32_t s : slots) d.mark_clean(s);
   hands_[table] = hand;
