@@ -387,6 +387,37 @@ class TieredTBE(nn.Module):
             addresses.append(_core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes))
         self._pool.write(table, first_row, count, addresses)
 
+    def read_some_rows(self, shard: int, rows: Tensor) -> list[Tensor]:
+        """As ``read_rows``, of any rows. Shapes: rows (n,) int64."""
+        if not rows.numel():
+            return self.read_rows(shard, 0, 0)
+        order, runs = _runs(rows)
+        parts = zip(*(self.read_rows(shard, first, count) for first, count in runs), strict=True)
+        return [torch.empty_like(whole := torch.cat(part)).index_copy_(0, order, whole) for part in parts]
+
+    def write_some_rows(self, shard: int, rows: Tensor, parts: Sequence[Tensor | None]) -> None:
+        """As ``write_rows``, of any rows, each once. Shapes: rows (n,) int64."""
+        order, runs = _runs(rows)
+        start = 0
+        for first, count in runs:
+            mine = order[start : start + count]
+            self.write_rows(shard, first, [None if part is None else part[mine] for part in parts])
+            start += count
+
+    def reset_embedding_weight_momentum(
+        self, pruned_indices: Tensor, pruned_indices_offsets: Tensor, logical_table_ids: Tensor, buffer_ids: Tensor
+    ) -> None:
+        """Zeros in rows that a managed-collision collection evicts, and in their optimizer states.
+
+        ``logical_table_ids`` are shards, as those collections give them. As in the stock TBE, EXACT_ROWWISE_ADAGRAD alone is reset.
+        Shapes: rows ``pruned_indices[pruned_indices_offsets[b]:pruned_indices_offsets[b + 1]]`` for each b of ``buffer_ids``.
+        """
+        if self._optimizer is not EmbOptimType.EXACT_ROWWISE_ADAGRAD:
+            return
+        for shard, buffer in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
+            rows = pruned_indices[pruned_indices_offsets[buffer] : pruned_indices_offsets[buffer + 1]]
+            self.write_some_rows(shard, rows, [torch.zeros((rows.numel(), *p.shape[1:]), dtype=p.dtype) for p in self._parts[shard]])
+
     def flush(self) -> None:
         """Hands every changed row to its home."""
         self._pool.flush()
@@ -483,6 +514,14 @@ class TieredTBE(nn.Module):
         """Gives back the memory of the caches. The tables above them can do nothing any more."""
         for cached in self._cached.values():
             cached.close()
+
+
+def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The order that sorts rows, and the runs of consecutive ones as (first row, count)."""
+    in_order, order = rows.sort()
+    breaks = (in_order.diff() != 1).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist(), rows.numel()] if rows.numel() else [0]
+    return order, [(int(in_order[a]), b - a) for a, b in itertools.pairwise(starts)]
 
 
 def _release_and_forget(pool: Any, seq: int, slots: Tensor) -> None:

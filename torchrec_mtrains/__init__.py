@@ -8,11 +8,17 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+    from .default_sharders import sharders
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
-    from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder, sharders
+    from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder
+    from .wrapping_sharders import (
+        TieredFeatureProcessedEmbeddingBagCollectionSharder,
+        TieredManagedCollisionEmbeddingBagCollectionSharder,
+        TieredManagedCollisionEmbeddingCollectionSharder,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,6 +31,9 @@ __all__ = [
     "TierChain",
     "TieredEmbeddingBagCollectionSharder",
     "TieredEmbeddingCollectionSharder",
+    "TieredFeatureProcessedEmbeddingBagCollectionSharder",
+    "TieredManagedCollisionEmbeddingBagCollectionSharder",
+    "TieredManagedCollisionEmbeddingCollectionSharder",
     "TieredParameterSharding",
     "__version__",
     "kernels",
@@ -44,11 +53,14 @@ __all__ = [
 _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredEmbeddingCollectionSharder": ".sharder",
+    "TieredFeatureProcessedEmbeddingBagCollectionSharder": ".wrapping_sharders",
+    "TieredManagedCollisionEmbeddingBagCollectionSharder": ".wrapping_sharders",
+    "TieredManagedCollisionEmbeddingCollectionSharder": ".wrapping_sharders",
     "TieredParameterSharding": ".parameter_sharding",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
     "save_checkpoint": ".checkpoint",
-    "sharders": ".sharder",
+    "sharders": ".default_sharders",
     "tiered_groups": ".groups",
     "trickle": ".checkpoint",
     "uniform_init_fn": ".kernels.initial_values",
