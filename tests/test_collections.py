@@ -180,3 +180,57 @@ def test_feature_processed_collections_train_like_fused(one_rank: None, sharding
 @pytest.mark.parametrize("sequence", [False, True])
 def test_managed_collision_collections_that_evict_train_like_fused(one_rank: None, sequence: bool) -> None:
     managed_collisions(sequence)
+
+
+def test_feature_processed_collections_train_like_fused_on_two_ranks(two_ranks: Ranks) -> None:
+    for sharding in ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"):
+        two_ranks.run(feature_processed, sharding)
+
+
+def test_managed_collision_collections_that_evict_train_like_fused_on_two_ranks(two_ranks: Ranks) -> None:
+    for sequence in (False, True):
+        two_ranks.run(managed_collisions, sequence)
+
+
+def test_evicted_rows_get_their_initial_value_and_no_momentum(one_rank: None) -> None:
+    """With row-wise Adagrad, which stock FUSED cannot reset on a CPU."""
+    job = Job([Table(60, 8, ["a"], 12, sharding="row_wise"), Table(20, 8, ["b", "c"], 24, sharding="row_wise")], max_length=6)
+    tables = EmbeddingBagCollection(tables=job.configs(), device=torch.device("meta"))
+    for config in tables.embedding_bag_configs():
+        config.init_fn = lambda rows: rows.fill_(0.25)
+    managed = ManagedCollisionCollection(
+        {
+            f"t{i}": MCHManagedCollisionModule(t.rows, torch.device("cpu"), DistanceLFU_EvictionPolicy(), 1, input_hash_size=RAW_IDS)
+            for i, t in enumerate(job.tables)
+        },
+        tables.embedding_bag_configs(),
+    )
+    dmp = DistributedModelParallel(
+        ManagedCollisionEmbeddingBagCollection(tables, managed),
+        device=torch.device("cpu"),
+        plan=plan(job, True),
+        sharders=mtrains.sharders(job.fused_params()),
+    )
+    generator, evicted_trained_rows = torch.Generator().manual_seed(0), 0
+    for _ in range(STEPS):
+        ids = batch(job, generator)
+        ids._values = torch.randint(0, RAW_IDS, ids.values().shape, generator=generator)
+        before = state(dmp)
+        evicted: dict[str, torch.Tensor] = {}
+        collisions = dmp.module._managed_collision_collection
+        output = dmp(ids)[0]
+        for i, table in enumerate(job.tables):
+            module = collisions._managed_collision_modules[f"t{i}"]
+            evicted[f"t{i}"] = module._evicted_emb_indices
+            after = state(dmp)
+            weights, momentum = (f"_embedding_module.embedding_bags.t{i}.weight@(0,)", f"_embedding_module.embedding_bags.t{i}.weight/t{i}.momentum1@()")
+            mine = torch.zeros(table.rows, dtype=torch.bool)
+            mine[evicted[f"t{i}"]] = True
+            assert torch.equal(after[weights][mine], torch.full((int(mine.sum()), 8), 0.25))
+            assert torch.equal(after[momentum][mine], torch.zeros(int(mine.sum())))
+            assert torch.equal(after[weights][~mine], before[weights][~mine])
+            assert torch.equal(after[momentum][~mine], before[momentum][~mine])
+            evicted_trained_rows += int((before[momentum][mine] > 0).sum())
+        flat = in_order(output)
+        flat.backward(torch.randn(flat.shape, generator=generator))
+    assert evicted_trained_rows > 0
