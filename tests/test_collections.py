@@ -15,7 +15,7 @@ from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCol
 from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
@@ -25,7 +25,6 @@ from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection, 
 from torchrec.modules.itep_modules import GenericITEPModule
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection, ManagedCollisionEmbeddingCollection
 from torchrec.modules.mc_modules import DistanceLFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 import torchrec_mtrains as mtrains
 from dmp_twins import Job, Table, batch, collection, in_order, plan, shards_of
@@ -62,7 +61,7 @@ def with_managed_collisions(job: Job) -> nn.Module:
     return ManagedCollisionEmbeddingBagCollection(tables, managed, return_remapped_features=True)
 
 
-def composed(job: Job, registered: bool = False) -> list[ModuleSharder[Any]]:
+def composed(job: Job) -> list[ModuleSharder[Any]]:
     """TorchRec's own wrapping sharders around ours."""
     bags = mtrains.TieredEmbeddingBagCollectionSharder(job.fused_params())
     sequences = mtrains.TieredEmbeddingCollectionSharder(job.fused_params())
@@ -216,16 +215,14 @@ def test_evicted_rows_get_their_initial_value_and_no_momentum(one_rank: None) ->
         ids = batch(job, generator)
         ids._values = torch.randint(0, RAW_IDS, ids.values().shape, generator=generator)
         before = state(dmp)
-        evicted: dict[str, torch.Tensor] = {}
-        collisions = dmp.module._managed_collision_collection
         output = dmp(ids)[0]
+        after = state(dmp)
         for i, table in enumerate(job.tables):
-            module = collisions._managed_collision_modules[f"t{i}"]
-            evicted[f"t{i}"] = module._evicted_emb_indices
-            after = state(dmp)
-            weights, momentum = (f"_embedding_module.embedding_bags.t{i}.weight@(0,)", f"_embedding_module.embedding_bags.t{i}.weight/t{i}.momentum1@()")
+            evicted = dmp.module._managed_collision_collection._managed_collision_modules[f"t{i}"]._evicted_emb_indices
+            key = f"_embedding_module.embedding_bags.t{i}.weight"
+            weights, momentum = f"{key}@(0,)", f"{key}/t{i}.momentum1@()"
             mine = torch.zeros(table.rows, dtype=torch.bool)
-            mine[evicted[f"t{i}"]] = True
+            mine[evicted] = True
             assert torch.equal(after[weights][mine], torch.full((int(mine.sum()), 8), 0.25))
             assert torch.equal(after[momentum][mine], torch.zeros(int(mine.sum())))
             assert torch.equal(after[weights][~mine], before[weights][~mine])
@@ -234,3 +231,39 @@ def test_evicted_rows_get_their_initial_value_and_no_momentum(one_rank: None) ->
         flat = in_order(output)
         flat.backward(torch.randn(flat.shape, generator=generator))
     assert evicted_trained_rows > 0
+
+
+def pruned_in_training(job: Job) -> nn.Module:
+    pruning, tables = GenericITEPModule({"t0": 2 * job.tables[0].rows}), collection(job)
+    if isinstance(tables, EmbeddingCollection):
+        return ITEPEmbeddingCollection(tables, pruning)
+    return ITEPEmbeddingBagCollection(tables, pruning)
+
+
+def with_a_fused_optimizer(job: Job) -> nn.Module:
+    return FusedEmbeddingBagCollection(job.configs(), torch.optim.SGD, {"lr": 0.1}, device=torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("made", "sequence", "name"),
+    [
+        (pruned_in_training, False, "ITEPEmbeddingBagCollection"),
+        (pruned_in_training, True, "ITEPEmbeddingCollection"),
+        (with_a_fused_optimizer, False, "FusedEmbeddingBagCollection"),
+    ],
+)
+def test_collections_that_cannot_have_tiered_tables_refuse_them_by_name(one_rank: None, made: Made, sequence: bool, name: str) -> None:
+    job = Job([Table(20, 8, ["a"], 6)], sequence=sequence)
+    with pytest.raises(UnsupportedError, match=rf"^tables \['t0'\] of {name} cannot live in tiers: .*Keep them in memory"):
+        DistributedModelParallel(made(job), device=torch.device("cpu"), plan=plan(job, True), sharders=mtrains.sharders())
+
+
+def test_a_collection_that_refuses_tiered_tables_takes_those_in_memory(one_rank: None) -> None:
+    job = Job([Table(20, 8, ["a"], 6)])
+    sides = [
+        DistributedModelParallel(with_a_fused_optimizer(job), device=torch.device("cpu"), plan=plan(job, False), sharders=sharders)
+        for sharders in (mtrains.sharders(), None)
+    ]
+    sides[0].load_state_dict(sides[1].state_dict())
+    seen = [train(job, dmp, raw_ids=False) for dmp in sides]
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
