@@ -1,0 +1,358 @@
+"""Training loops as users write them: tiered tables do in each what stock FUSED does, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+import torchrec_mtrains as mtrains
+from dmp_twins import Job, Table, assert_same_state, batch, initial_values, plan
+from ranks import Ranks
+from test_torchrec_pipeline import Batch
+from torchrec_mtrains.errors import UnsupportedError
+
+STEPS = 12
+TOGETHER = 3
+"""Batches of one optimizer step, where gradients are accumulated."""
+
+
+def job(sequence: bool, pending: int = 1) -> Job:
+    """Pools hold ``pending`` batches of all ranks, and no more."""
+    world_size = dist.get_world_size()
+    of_a_batch = 2 * 3 * world_size
+    return Job(
+        [
+            Table(150, 8, ["a"], pending * of_a_batch),
+            Table(120, 8, ["b"], pending * of_a_batch, sharding="row_wise"),
+            Table(90, 8, ["c"], pending * of_a_batch, sharding="column_wise", shard_dim=4, rank=world_size - 1),
+            Table(20, 8, ["d"], 1, tiered=False),
+        ],
+        batch_size=2,
+        max_length=3,
+        sequence=sequence,
+    )
+
+
+class Network(nn.Module):
+    """What is over the tables."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, 8), nn.Linear(8, 1)
+
+    def forward(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(sums))).squeeze(1)
+
+
+class Model(nn.Module):
+    """Tables and a small network over the sums of their rows."""
+
+    def __init__(self, job: Job, device: str = "meta") -> None:
+        super().__init__()
+        where = torch.device(device)
+        self.tables = (
+            EmbeddingCollection(tables=job.configs(), device=where)
+            if job.sequence
+            else EmbeddingBagCollection(tables=job.configs(), device=where)
+        )
+        torch.manual_seed(0)
+        self.over = Network(8 * len(job.tables))
+        self.features, self.sequence, self.max_length = list(job.features()), job.sequence, job.max_length
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.tables(batch.ids)
+        if self.sequence:
+            sums = [rows[f].to_padded_dense(self.max_length).sum(1) for f in self.features]
+        else:
+            sums = [rows[f] for f in self.features]
+        predictions = self.over(torch.cat(sums, dim=1))
+        return nn.functional.mse_loss(predictions, batch.label), predictions.detach()
+
+
+Loop = Callable[[DistributedModelParallel, list[Batch]], list[torch.Tensor]]
+
+
+def made(job: Job, tiered: bool, device: str = "meta") -> DistributedModelParallel:
+    dmp = DistributedModelParallel(
+        Model(job, device),
+        device=torch.device("cpu"),
+        plan=ShardingPlan({"tables": plan(job, tiered).plan[""]}),
+        sharders=mtrains.sharders(job.fused_params()),
+    )
+    values = initial_values(job)
+    in_memory = {f"{job.module}.t{i}.weight" for i, t in enumerate(job.tables) if not (tiered and t.tiered)}
+    dmp.load_state_dict({f"tables.{k}": v for k, v in values.items() if k in in_memory}, strict=False)
+    return dmp
+
+
+def batches(job: Job, count: int = STEPS) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    return [Batch(batch(job, generator), torch.rand(job.batch_size, generator=generator)) for _ in range(count)]
+
+
+def dense_optimizer(dmp: DistributedModelParallel) -> KeyedOptimizerWrapper:
+    return KeyedOptimizerWrapper(dict(in_backward_optimizer_filter(dmp.named_parameters())), lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+def both_optimizers(dmp: DistributedModelParallel) -> CombinedOptimizer:
+    return CombinedOptimizer([dmp.fused_optimizer, dense_optimizer(dmp)])
+
+
+def assert_trains_like_fused(loop: Loop, sequence: bool, pending: int = 1, device: str = "meta") -> None:
+    """Outputs, tables, optimizer state and the network are equal; pools were too small for their tables, and hold nothing back."""
+    its_job = job(sequence, pending)
+    ours, theirs = made(its_job, True, device), made(its_job, False)
+    seen, expected = (loop(dmp, batches(its_job)) for dmp in (ours, theirs))
+    assert len(seen) == STEPS
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert_same_state(ours.module.tables, theirs.module.tables)
+    for a, b in zip(ours.module.over.parameters(), theirs.module.over.parameters(), strict=True):
+        assert torch.equal(a, b)
+    groups = mtrains.tiered_groups(ours)
+    assert groups
+    assert sum(stats["evictions"] for group in groups for stats in group.stats()) > 0
+    assert not any(group._pool.outstanding for group in groups)
+
+
+def plain(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    optimizer, seen = both_optimizers(dmp), []
+    for one in data:
+        optimizer.zero_grad()
+        loss, predictions = dmp(one)
+        loss.backward()
+        optimizer.step()
+        seen.append(predictions)
+    return seen
+
+
+def in_the_base_pipeline(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    pipeline, feed = TrainPipelineBase(dmp, both_optimizers(dmp), torch.device("cpu")), iter(data)
+    return [pipeline.progress(feed) for _ in data]
+
+
+def in_the_sparse_pipeline(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    pipeline, feed = TrainPipelineSparseDist(dmp, both_optimizers(dmp), torch.device("cpu")), iter(data)
+    return [pipeline.progress(feed) for _ in data]
+
+
+def in_the_sparse_pipeline_with_evaluation(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    """Trains on the first half, evaluates through a pipeline of its own, and goes on."""
+    half, seen = len(data) // 2, []
+    for part in (data[:half], data[half:]):
+        dmp.train()
+        seen += in_the_sparse_pipeline(dmp, part)
+        dmp.eval()
+        pipeline, feed = TrainPipelineSparseDist(dmp, both_optimizers(dmp), torch.device("cpu")), iter(data)
+        with torch.no_grad():
+            evaluated = [pipeline.progress(feed) for _ in data]
+        assert len(evaluated) == len(data)
+    return seen
+
+
+def under_a_schedule(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    optimizer, seen = both_optimizers(dmp), []
+    schedule = LambdaLR(dmp.fused_optimizer, lambda step: 1.0 / (1 + step))
+    for one in data:
+        optimizer.zero_grad()
+        loss, predictions = dmp(one)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        seen.append(predictions)
+    return seen
+
+
+def accumulating_over_backwards(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    """The network steps every few batches; the tables' optimizer is fused into each backward."""
+    optimizer, seen = both_optimizers(dmp), []
+    for step, one in enumerate(data):
+        loss, predictions = dmp(one)
+        (loss / TOGETHER).backward()
+        if step % TOGETHER == TOGETHER - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(predictions)
+    return seen
+
+
+def accumulating_in_one_backward(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    """Several forward passes await one backward."""
+    optimizer, seen = both_optimizers(dmp), []
+    for first in range(0, len(data), TOGETHER):
+        optimizer.zero_grad()
+        losses, predictions = zip(*(dmp(one) for one in data[first : first + TOGETHER]), strict=True)
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        seen += predictions
+    return seen
+
+
+def recomputing(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    """Every forward runs a second time inside its backward."""
+    optimizer, seen = both_optimizers(dmp), []
+    for one in data:
+        optimizer.zero_grad()
+        loss, predictions = checkpoint(dmp, one, use_reentrant=False)
+        loss.backward()
+        optimizer.step()
+        seen.append(predictions)
+    return seen
+
+
+def recomputing_reentrantly(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    """The same; the first forward runs without a graph."""
+    optimizer, seen = both_optimizers(dmp), []
+    for one in data:
+        optimizer.zero_grad()
+        handle = torch.zeros(1, requires_grad=True)  # a reentrant checkpoint wants an input with a gradient
+        loss, predictions = checkpoint(lambda handle, one: _plus(dmp(one), handle), handle, one, use_reentrant=True)
+        loss.backward()
+        optimizer.step()
+        seen.append(predictions)
+    return seen
+
+
+def _plus(output: tuple[torch.Tensor, torch.Tensor], handle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return output[0] + handle.sum(), output[1]
+
+
+def evaluating_between(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    optimizer, seen = both_optimizers(dmp), []
+    for one in data:
+        dmp.train()
+        optimizer.zero_grad()
+        loss, predictions = dmp(one)
+        dmp.eval()
+        with torch.no_grad():  # between a forward and its backward too
+            evaluated = [dmp(other)[1] for other in data[:1]]
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            evaluated += [dmp(other)[1] for other in data]
+        seen.append(torch.cat([predictions, *evaluated]))
+    return seen
+
+
+def with_the_network_compiled(dmp: DistributedModelParallel, data: list[Batch]) -> list[torch.Tensor]:
+    """The network is one graph, compiled whole; the tables are outside it."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    dmp.module.over.compile(backend=backend, fullgraph=True)
+    seen = plain(dmp, data)
+    assert len(graphs) == 1
+    return seen
+
+
+LOOPS: list[tuple[Loop, int]] = [
+    (plain, 1),
+    (in_the_base_pipeline, 1),
+    (in_the_sparse_pipeline, 1),
+    (in_the_sparse_pipeline_with_evaluation, 1),
+    (under_a_schedule, 1),
+    (accumulating_over_backwards, 1),
+    (accumulating_in_one_backward, TOGETHER),
+    (recomputing, 1),
+    (recomputing_reentrantly, 1),
+    (evaluating_between, 2),
+    (with_the_network_compiled, 1),
+]
+
+names = pytest.mark.parametrize(("loop", "pending"), LOOPS, ids=[loop.__name__ for loop, _ in LOOPS])
+
+
+@names
+@pytest.mark.parametrize("sequence", [False, True], ids=["bags", "sequences"])
+def test_a_loop_trains_like_fused(one_rank: None, loop: Loop, pending: int, sequence: bool) -> None:
+    assert_trains_like_fused(loop, sequence, pending)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@names
+@pytest.mark.parametrize("sequence", [False, True], ids=["bags", "sequences"])
+def test_a_loop_trains_like_fused_on_two_ranks(two_ranks: Ranks, loop: Loop, pending: int, sequence: bool) -> None:
+    two_ranks.run(assert_trains_like_fused, loop, sequence, pending)
+
+
+def train_where_one_rank_has_every_shard(loop: Loop, sequence: bool) -> None:
+    its_job = Job([Table(150, 8, ["a"], 12), Table(120, 8, ["b"], 12)], sequence=sequence)
+    ours, theirs = made(its_job, True), made(its_job, False)
+    seen, expected = (loop(dmp, batches(its_job)) for dmp in (ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert_same_state(ours.module.tables, theirs.module.tables)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert len(mtrains.tiered_groups(ours)) == (1 if dist.get_rank() == 0 else 0)
+
+
+@pytest.mark.parametrize("loop", [plain, in_the_sparse_pipeline, recomputing], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("sequence", [False, True], ids=["bags", "sequences"])
+def test_a_rank_without_a_shard_takes_part(two_ranks: Ranks, loop: Loop, sequence: bool) -> None:
+    two_ranks.run(train_where_one_rank_has_every_shard, loop, sequence)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["bags", "sequences"])
+def test_tables_start_the_same_wherever_the_model_was_made(one_rank: None, device: str, sequence: bool) -> None:
+    assert_trains_like_fused(plain, sequence, device=device)
+
+
+def refuse_a_copy() -> None:
+    its_job = Job([Table(150, 8, ["a"], 12)])  # of which the last rank has nothing
+    dmp = made(its_job, True)
+    for module in (dmp, dmp.module, dmp.module.tables):
+        with pytest.raises(UnsupportedError, match=r"deepcopy .*tables \['t0'\].* live in storage"):
+            copy.deepcopy(module)
+
+
+def test_a_model_with_tiered_tables_refuses_to_be_copied(one_rank: None) -> None:
+    refuse_a_copy()
+
+
+def test_a_model_with_tiered_tables_refuses_to_be_copied_on_every_rank(two_ranks: Ranks) -> None:
+    two_ranks.run(refuse_a_copy)
+
+
+def refuse_two_dimensions() -> None:
+    its_job = Job([Table(150, 8, ["a"], 12)])
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    try:
+        with pytest.raises(UnsupportedError, match="DMPCollection"):
+            DMPCollection(
+                Model(its_job),
+                device=torch.device("cpu"),
+                world_size=2,
+                sharding_group_size=1,
+                global_pg=dist.group.WORLD,
+                plan=ShardingPlan({"tables": plan(its_job, True).plan[""]}),
+                sharders=mtrains.sharders(its_job.fused_params()),
+            )
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+
+
+def test_two_dimensional_parallelism_is_refused_by_name(two_ranks: Ranks) -> None:
+    two_ranks.run(refuse_two_dimensions)
