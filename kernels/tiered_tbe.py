@@ -8,6 +8,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import weakref
@@ -262,6 +263,21 @@ class TieredTBE(nn.Module):
         seq = self._pool.begin(ids.data_ptr(), narrow, count, starts.data_ptr(), False, 1, slots.data_ptr(), hard, dirty)
         return _Ticket(seq, slots, indices, dirty) if seq else None
 
+    def _begin_inline(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
+        try:
+            ticket = self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        except errors.PoolTooSmallError:
+            self._collect_dead_graphs()
+            ticket = self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        assert ticket is not None
+        return ticket
+
+    def _collect_dead_graphs(self) -> None:
+        """A graph whose backward never ran (activation recomputation makes them) may be garbage that Python has not collected yet:
+        TorchRec's requests between ranks and their autograd nodes refer to each other."""
+        if self._pool.outstanding:
+            gc.collect()
+
     def prefetch(
         self,
         indices: Tensor,
@@ -318,8 +334,7 @@ class TieredTBE(nn.Module):
         """
         batch_sizes = batch_size_per_feature_per_rank
         dirty = torch.is_grad_enabled()
-        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
-        assert ticket is not None
+        ticket = self._claim(indices, dirty) or self._begin_inline(indices, offsets, batch_sizes, dirty)
         try:
             self._pool.wait(ticket.seq)
             output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
@@ -435,6 +450,7 @@ class TieredTBE(nn.Module):
     def forget(self) -> None:
         """Empties the pools and caches, unwritten. Raises: TicketError while forward passes await their backward."""
         self._waiting.clear()
+        self._collect_dead_graphs()
         self._pool.forget()
         for cached in self._cached.values():
             cached.forget()
