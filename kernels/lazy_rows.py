@@ -1,6 +1,6 @@
 """Tensors that stand for rows of a tiered table without holding them.
 
-A ``LazyRows`` looks like an ordinary ``(rows, dim)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
+A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
 ``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows, wherever they are
 at that moment; ``copy_`` into it and assignment to row numbers write them. Anything else raises: it would have to bring a whole
 table into memory unasked.
@@ -73,19 +73,43 @@ class RowSource:
 
 
 class LazyRows(torch.Tensor):
-    """Rows [first_row, first_row + row_count) of a ``RowSource``.
+    """Rows [first_row, first_row + row_count) of a ``RowSource``; of ``columns`` alone where they are given.
 
     Raises: UnsupportedError for an operation that would materialise the rows.
     """
 
     source: RowSource
     first_row: int
+    columns: range | None  # not all
 
     @staticmethod
-    def __new__(cls, source: RowSource, first_row: int, row_count: int) -> LazyRows:
-        made = torch.Tensor._make_wrapper_subclass(cls, (row_count, *source.row_shape), dtype=source.dtype, device=torch.device("cpu"))
-        made.source, made.first_row = source, first_row
+    def __new__(cls, source: RowSource, first_row: int, row_count: int, columns: range | None = None) -> LazyRows:
+        if columns is not None and torch.Size([len(columns)]) == source.row_shape:
+            columns = None
+        shape = (row_count, *source.row_shape) if columns is None else (row_count, len(columns))
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=source.dtype, device=torch.device("cpu"))
+        made.source, made.first_row, made.columns = source, first_row, columns
         return made
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Values now of rows [first, first + count) of these. Shapes: (count, columns) or (count,)."""
+        rows = self.source.read(self.first_row + first, count)
+        return rows if self.columns is None else rows[:, self.columns.start : self.columns.stop]
+
+    def write(self, first: int, rows: Tensor) -> None:
+        """Replaces values from row ``first`` of these on. Shapes: (n, columns) or (n,)."""
+        if self.columns is not None:
+            whole = self.source.read(self.first_row + first, rows.shape[0])
+            whole[:, self.columns.start : self.columns.stop] = rows
+            rows = whole
+        self.source.write(self.first_row + first, rows)
+
+    def part(self, rows: range | None = None, columns: range | None = None) -> LazyRows:
+        """A range of these rows, or of these columns."""
+        first, count = (0, self.shape[0]) if rows is None else (rows.start, len(rows))
+        start = self.columns.start if self.columns is not None else 0
+        chosen = self.columns if columns is None else range(start + columns.start, start + columns.stop)
+        return LazyRows(self.source, self.first_row + first, count, chosen)
 
     def materialize(self) -> Tensor:
         """The rows' values now, as an ordinary tensor of the same shape."""
@@ -105,11 +129,11 @@ class LazyRows(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if function in (_aten.detach.default, _aten.alias.default):
-            return _again(args[0], 0, args[0].shape[0])
+            return args[0].part()
         if function in (_aten.view.default, _aten._unsafe_view.default) and _same_shape(args[0], args[1]):
-            return _again(args[0], 0, args[0].shape[0])
-        if function is _aten.slice.Tensor and (rows := _row_range(*args, **kwargs)) is not None:
-            return _again(args[0], *rows)
+            return args[0].part()
+        if function is _aten.slice.Tensor and (part := _slice(*args, **kwargs)) is not None:
+            return part
         if function is _aten.is_pinned.default:
             return False
         if function is _aten.copy_.default:
@@ -126,12 +150,14 @@ class LazyRows(torch.Tensor):
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
             f"{function} on rows of table {lazy.source.name!r} would materialise them. Take a range with narrow(0, first, count) and "
-            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint"
+            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint (async_save with "
+            "async_stager=mtrains.TieredStager(folder))"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         last = self.first_row + (self.shape[0] if self.dim() else 0)
-        return f"LazyRows({self.source.name!r}, rows {self.first_row}:{last}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        columns = "" if self.columns is None else f" columns {self.columns.start}:{self.columns.stop},"
+        return f"LazyRows({self.source.name!r}, rows {self.first_row}:{last},{columns} shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: Any) -> LazyRows:
         raise errors.UnsupportedError(f"table {self.source.name!r}: a tiered table cannot be copied; its rows live in storage")
@@ -140,10 +166,6 @@ class LazyRows(torch.Tensor):
         raise errors.UnsupportedError(
             f"table {self.source.name!r}: rows of a tiered table are not pickled; save with torch.distributed.checkpoint"
         )
-
-
-def _again(lazy: LazyRows, first: int, count: int) -> LazyRows:
-    return LazyRows(lazy.source, lazy.first_row + first, count)
 
 
 def _same_shape(lazy: LazyRows, shape: Any) -> bool:
@@ -155,18 +177,20 @@ def _same_shape(lazy: LazyRows, shape: Any) -> bool:
     )
 
 
-def _row_range(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> tuple[int, int] | None:
-    """The rows of a slice, as (first, count); None when it is not a range of whole rows."""
-    size = lazy.shape[dim]
-    first, last, stride = slice(start, end, step).indices(size)
-    if stride != 1 or (dim % lazy.dim() != 0 and (first, last) != (0, size)):
+def _slice(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> LazyRows | None:
+    """A range of rows or of columns; None for a stride."""
+    first, last, stride = slice(start, end, step).indices(lazy.shape[dim])
+    if stride != 1:
         return None
-    return (first, max(0, last - first)) if dim % lazy.dim() == 0 else (0, lazy.shape[0])
+    chosen = range(first, max(first, last))
+    return lazy.part(rows=chosen) if dim % lazy.dim() == 0 else lazy.part(columns=chosen)
 
 
 def _some_rows(lazy: LazyRows, indices: Sequence[Tensor | None]) -> Tensor | None:
-    """The rows of the source that an index names; None when it is not one list of row numbers."""
-    if len(indices) != 1 or indices[0] is None or indices[0].dim() != 1 or indices[0].dtype not in (torch.int32, torch.int64):
+    """The rows of the source that an index names; None when it is not one list of row numbers, or of columns alone."""
+    if lazy.columns is not None or len(indices) != 1 or indices[0] is None:
+        return None
+    if indices[0].dim() != 1 or indices[0].dtype not in (torch.int32, torch.int64):
         return None
     rows = indices[0].long()
     bad = rows[(rows < -lazy.shape[0]) | (rows >= lazy.shape[0])]
@@ -193,14 +217,14 @@ def _check_shapes(to: Tensor, source: Tensor) -> None:
 
 def _copy_in(to: LazyRows, source: Tensor) -> None:
     _check_shapes(to, source)
-    if isinstance(source, LazyRows) and source.source == to.source and source.first_row == to.first_row:
+    if isinstance(source, LazyRows) and (source.source, source.first_row, source.columns) == (to.source, to.first_row, to.columns):
         return  # the same rows
     for first, count in _blocks(to):
         rows = source.narrow(0, first, count)
-        to.source.write(to.first_row + first, rows.materialize() if isinstance(rows, LazyRows) else rows)
+        to.write(first, rows.materialize() if isinstance(rows, LazyRows) else rows)
 
 
 def _copy_out(to: Tensor, source: LazyRows) -> None:
     _check_shapes(to, source)
     for first, count in _blocks(source):
-        to.narrow(0, first, count).copy_(source.source.read(source.first_row + first, count))
+        to.narrow(0, first, count).copy_(source.read(first, count))

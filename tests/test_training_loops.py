@@ -25,7 +25,7 @@ import torchrec_mtrains as mtrains
 from dmp_twins import Job, Table, assert_same_state, batch, initial_values, plan
 from ranks import Ranks
 from test_torchrec_pipeline import Batch
-from torchrec_mtrains.errors import PoolTooSmallError, UnsupportedError
+from torchrec_mtrains.errors import PoolTooSmallError, TicketError, UnsupportedError
 
 STEPS = 12
 TOGETHER = 3
@@ -378,19 +378,42 @@ def test_two_dimensional_parallelism_is_refused_by_name(one_rank: None) -> None:
             sharder.shard(tables, plan(its_job, True).plan[""], env, torch.device("cpu"))
 
 
-def test_a_backward_that_never_ran_gives_its_rows_back_when_a_pool_is_full(one_rank: None) -> None:
-    """Its graph is garbage in a reference cycle, which nothing has collected yet."""
+def forward_without_backward(dmp: DistributedModelParallel, data: list[Batch]) -> None:
+    """Leaves graphs that are garbage in reference cycles, which nothing has collected yet."""
+    for one in data:
+        cycle: list[object] = [dmp(one)]
+        cycle.append(cycle)
+        del cycle
+    assert all(group._pool.outstanding for group in mtrains.tiered_groups(dmp))
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("one_rank", "_no_collector")
+def test_a_backward_that_never_ran_gives_its_rows_back_when_a_pool_is_full() -> None:
     its_job = job(sequence=False)
     dmp = made(its_job, True)
-    gc.disable()
-    try:
-        for one in batches(its_job, 4):
-            cycle: list[object] = [dmp(one)]
-            cycle.append(cycle)
-            del cycle
-        assert sum(group._pool.outstanding for group in mtrains.tiered_groups(dmp)) > 0
-    finally:
-        gc.enable()
-    cycles = [dmp(one) for one in batches(its_job)[:1]]
+    forward_without_backward(dmp, batches(its_job, 4))
+    alive = [dmp(one) for one in batches(its_job, 1)]
     with pytest.raises(PoolTooSmallError, match="forward passes whose backward has not run"):
-        cycles += [dmp(one) for one in batches(its_job)]
+        alive += [dmp(one) for one in batches(its_job)]
+
+
+@pytest.mark.usefixtures("one_rank", "_no_collector")
+def test_a_backward_that_never_ran_does_not_stand_in_the_way_of_another_pool_size() -> None:
+    its_job = job(sequence=False)
+    dmp = made(its_job, True)
+    forward_without_backward(dmp, batches(its_job, 1))
+    mtrains.resize(dmp, "t0", pool_rows=20)
+    forward_without_backward(dmp, batches(its_job, 1))
+    for group in mtrains.tiered_groups(dmp):
+        group.forget()
+    alive = dmp(batches(its_job, 1)[0])
+    with pytest.raises(TicketError):
+        mtrains.resize(dmp, "t0", pool_rows=30)
+    del alive

@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
     from .default_sharders import sharders
+    from .explain import explain
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
+    from .resize import resize
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder
+    from .stager import TieredStager
     from .wrapping_sharders import (
         TieredFeatureProcessedEmbeddingBagCollectionSharder,
         TieredManagedCollisionEmbeddingBagCollectionSharder,
@@ -35,11 +38,14 @@ __all__ = [
     "TieredManagedCollisionEmbeddingBagCollectionSharder",
     "TieredManagedCollisionEmbeddingCollectionSharder",
     "TieredParameterSharding",
+    "TieredStager",
     "__version__",
+    "explain",
     "kernels",
     "load_checkpoint",
     "planner",
     "register",
+    "resize",
     "save_checkpoint",
     "sharders",
     "tiered_groups",
@@ -57,8 +63,11 @@ _MODULE_OF = {
     "TieredManagedCollisionEmbeddingBagCollectionSharder": ".wrapping_sharders",
     "TieredManagedCollisionEmbeddingCollectionSharder": ".wrapping_sharders",
     "TieredParameterSharding": ".parameter_sharding",
+    "TieredStager": ".stager",
+    "explain": ".explain",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
+    "resize": ".resize",
     "save_checkpoint": ".checkpoint",
     "sharders": ".default_sharders",
     "tiered_groups": ".groups",
