@@ -1,13 +1,14 @@
 """Tensors that stand for rows of a tiered table without holding them.
 
 A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
-``view`` in the same shape stay lazy; ``cpu``, ``clone`` and copies out of it read rows, wherever they are at that moment;
-``copy_`` into it writes them. Anything else raises: it would have to bring a whole table into memory unasked.
+``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows, wherever they are
+at that moment; ``copy_`` into it and assignment to row numbers write them. Anything else raises: it would have to bring a whole
+table into memory unasked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +50,26 @@ class RowSource:
         parts = [self.tbe.read_rows(shard, first_row, row_count)[self.part] for shard in self.shards]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def read_some(self, rows: Tensor) -> Tensor:
+        """Current values of any rows. Shapes: rows (n,) int64 → (n, *row_shape)."""
+        parts = [self.tbe.read_some_rows(shard, rows)[self.part] for shard in self.shards]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
     def write(self, first_row: int, rows: Tensor) -> None:
         """Replaces values. Shapes: (n, *row_shape)."""
-        for shard, mine in zip(self.shards, rows.split(self._widths, dim=1) if self._widths else [rows], strict=True):
+        for shard, parts in self._parts_of(rows):
+            self.tbe.write_rows(shard, first_row, parts)
+
+    def write_some(self, rows: Tensor, values: Tensor) -> None:
+        """Replaces values of any rows, each once. Shapes: rows (n,) int64, values (n, *row_shape)."""
+        for shard, parts in self._parts_of(values):
+            self.tbe.write_some_rows(shard, rows, parts)
+
+    def _parts_of(self, values: Tensor) -> Iterator[tuple[int, list[Tensor | None]]]:
+        for shard, mine in zip(self.shards, values.split(self._widths, dim=1) if self._widths else [values], strict=True):
             parts: list[Tensor | None] = [None] * len(self.tbe._parts[shard])
             parts[self.part] = mine
-            self.tbe.write_rows(shard, first_row, parts)
+            yield shard, parts
 
 
 class LazyRows(torch.Tensor):
@@ -125,6 +140,11 @@ class LazyRows(torch.Tensor):
             to, source = args[:2]
             _copy_in(to, source) if isinstance(to, LazyRows) else _copy_out(to, source)
             return to
+        if function is _aten.index.Tensor and (some := _some_rows(*args)) is not None:
+            return args[0].source.read_some(some)
+        if function is _aten.index_put_.default and (some := _some_rows(*args[:2])) is not None and not any(args[3:]):
+            args[0].source.write_some(some, args[2].expand(some.numel(), *args[0].shape[1:]))
+            return args[0]
         if function in (_aten.clone.default, _aten._to_copy.default):
             return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **kwargs)
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
@@ -164,6 +184,19 @@ def _slice(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | No
         return None
     chosen = range(first, max(first, last))
     return lazy.part(rows=chosen) if dim % lazy.dim() == 0 else lazy.part(columns=chosen)
+
+
+def _some_rows(lazy: LazyRows, indices: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of the source that an index names; None when it is not one list of row numbers, or of columns alone."""
+    if lazy.columns is not None or len(indices) != 1 or indices[0] is None:
+        return None
+    if indices[0].dim() != 1 or indices[0].dtype not in (torch.int32, torch.int64):
+        return None
+    rows = indices[0].long()
+    bad = rows[(rows < -lazy.shape[0]) | (rows >= lazy.shape[0])]
+    if bad.numel():
+        raise errors.IdOutOfRangeError(f"table {lazy.source.name!r}: row {int(bad[0])} is not one of the {lazy.shape[0]} rows here")
+    return torch.where(rows < 0, rows + lazy.shape[0], rows) + lazy.first_row
 
 
 def _blocks(lazy: LazyRows) -> Iterator[tuple[int, int]]:

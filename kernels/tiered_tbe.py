@@ -9,6 +9,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 import weakref
@@ -281,6 +282,21 @@ class TieredTBE(nn.Module):
         seq = self._pool.begin(ids.data_ptr(), narrow, count, starts.data_ptr(), False, 1, slots.data_ptr(), hard, dirty)
         return _Ticket(seq, slots, indices, dirty) if seq else None
 
+    def _begin_inline(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
+        try:
+            ticket = self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        except errors.PoolTooSmallError:
+            self._collect_dead_graphs()
+            ticket = self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        assert ticket is not None
+        return ticket
+
+    def _collect_dead_graphs(self) -> None:
+        """A graph whose backward never ran (activation recomputation makes them) may be garbage that Python has not collected yet:
+        TorchRec's requests between ranks and their autograd nodes refer to each other."""
+        if self._pool.outstanding:
+            gc.collect()
+
     def prefetch(
         self,
         indices: Tensor,
@@ -337,8 +353,7 @@ class TieredTBE(nn.Module):
         """
         batch_sizes = batch_size_per_feature_per_rank
         dirty = torch.is_grad_enabled()
-        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
-        assert ticket is not None
+        ticket = self._claim(indices, dirty) or self._begin_inline(indices, offsets, batch_sizes, dirty)
         try:
             self._pool.wait(ticket.seq)
             output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
@@ -406,6 +421,37 @@ class TieredTBE(nn.Module):
             addresses.append(_core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes))
         self._pool.write(table, first_row, count, addresses)
 
+    def read_some_rows(self, shard: int, rows: Tensor) -> list[Tensor]:
+        """As ``read_rows``, of any rows. Shapes: rows (n,) int64."""
+        if not rows.numel():
+            return self.read_rows(shard, 0, 0)
+        order, runs = _runs(rows)
+        parts = zip(*(self.read_rows(shard, first, count) for first, count in runs), strict=True)
+        return [torch.empty_like(whole := torch.cat(part)).index_copy_(0, order, whole) for part in parts]
+
+    def write_some_rows(self, shard: int, rows: Tensor, parts: Sequence[Tensor | None]) -> None:
+        """As ``write_rows``, of any rows, each once. Shapes: rows (n,) int64."""
+        order, runs = _runs(rows)
+        start = 0
+        for first, count in runs:
+            mine = order[start : start + count]
+            self.write_rows(shard, first, [None if part is None else part[mine] for part in parts])
+            start += count
+
+    def reset_embedding_weight_momentum(
+        self, pruned_indices: Tensor, pruned_indices_offsets: Tensor, logical_table_ids: Tensor, buffer_ids: Tensor
+    ) -> None:
+        """Zeros in rows that a managed-collision collection evicts, and in their optimizer states.
+
+        ``logical_table_ids`` are shards, as those collections give them. As in the stock TBE, EXACT_ROWWISE_ADAGRAD alone is reset.
+        Shapes: rows ``pruned_indices[pruned_indices_offsets[b]:pruned_indices_offsets[b + 1]]`` for each b of ``buffer_ids``.
+        """
+        if self._optimizer is not EmbOptimType.EXACT_ROWWISE_ADAGRAD:
+            return
+        for shard, buffer in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
+            rows = pruned_indices[pruned_indices_offsets[buffer] : pruned_indices_offsets[buffer + 1]]
+            self.write_some_rows(shard, rows, [torch.zeros((rows.numel(), *p.shape[1:]), dtype=p.dtype) for p in self._parts[shard]])
+
     def flush(self) -> None:
         """Hands every changed row to its home."""
         self._pool.flush()
@@ -423,6 +469,7 @@ class TieredTBE(nn.Module):
     def forget(self) -> None:
         """Empties the pools and caches, unwritten. Raises: TicketError while forward passes await their backward."""
         self._waiting.clear()
+        self._collect_dead_graphs()
         self._pool.forget()
         for cached in self._cached.values():
             cached.forget()
@@ -453,6 +500,7 @@ class TieredTBE(nn.Module):
         resident, learning_rate = self.resident_rows(), self.tbe.get_learning_rate()
         self._waiting.clear()
         self.flush()
+        self._collect_dead_graphs()
         self._pool.forget()  # unwritten: the homes have every change
         chain = dataclasses.replace(self.tables[table].chain, pool_rows=pool_rows)
         self.tables[table] = dataclasses.replace(self.tables[table], chain=chain)
@@ -520,6 +568,14 @@ class TieredTBE(nn.Module):
         """Gives back the memory of the caches. The tables above them can do nothing any more."""
         for cached in self._cached.values():
             cached.close()
+
+
+def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The order that sorts rows, and the runs of consecutive ones as (first row, count)."""
+    in_order, order = rows.sort()
+    breaks = (in_order.diff() != 1).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist(), rows.numel()] if rows.numel() else [0]
+    return order, [(int(in_order[a]), b - a) for a, b in itertools.pairwise(starts)]
 
 
 def _release_and_forget(pool: Any, seq: int, slots: Tensor) -> None:

@@ -8,6 +8,7 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+    from .default_sharders import sharders
     from .explain import explain
     from .fail_together import fail_together
     from .groups import tiered_groups
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
     from .resize import resize
-    from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder, sharders
+    from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder
     from .stager import TieredStager
+    from .wrapping_sharders import (
+        TieredFeatureProcessedEmbeddingBagCollectionSharder,
+        TieredManagedCollisionEmbeddingBagCollectionSharder,
+        TieredManagedCollisionEmbeddingCollectionSharder,
+    )
 
 __version__ = "0.1.0"
 
@@ -29,6 +35,9 @@ __all__ = [
     "TierChain",
     "TieredEmbeddingBagCollectionSharder",
     "TieredEmbeddingCollectionSharder",
+    "TieredFeatureProcessedEmbeddingBagCollectionSharder",
+    "TieredManagedCollisionEmbeddingBagCollectionSharder",
+    "TieredManagedCollisionEmbeddingCollectionSharder",
     "TieredParameterSharding",
     "TieredStager",
     "__version__",
@@ -52,6 +61,9 @@ __all__ = [
 _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredEmbeddingCollectionSharder": ".sharder",
+    "TieredFeatureProcessedEmbeddingBagCollectionSharder": ".wrapping_sharders",
+    "TieredManagedCollisionEmbeddingBagCollectionSharder": ".wrapping_sharders",
+    "TieredManagedCollisionEmbeddingCollectionSharder": ".wrapping_sharders",
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
     "explain": ".explain",
@@ -60,7 +72,7 @@ _MODULE_OF = {
     "register": ".registration",
     "resize": ".resize",
     "save_checkpoint": ".checkpoint",
-    "sharders": ".sharder",
+    "sharders": ".default_sharders",
     "tiered_groups": ".groups",
     "trickle": ".checkpoint",
     "uniform_init_fn": ".kernels.initial_values",

@@ -10,12 +10,12 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from .data import BatchSource
+from .default_sharders import sharders as tiered_sharders
 from .errors import ConfigurationError
 from .hand_plan import plan_by_hand, plan_rows, tables_of_rank
 from .job_model import ModelOptions, fused_params, stock_plan, stock_sharders
 from .job_shape import JobShape
 from .planner import CheckpointSchedule, DdrStorageReservation, PmemDevice, TieredShardingPlanner, TieredTopology
-from .sharder import sharders as tiered_sharders
 from .tiers import SsdHome, TierChain
 
 _LEAST_CAPACITY_BYTES = 1 << 30  # guess: what a small disk has to spare

@@ -95,6 +95,15 @@ class _TieredTables:
         """What the plan says of each, whether this rank has rows of it or not."""
         return {name: s for name, s in self.module_sharding_plan.items() if isinstance(s, TieredParameterSharding)}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused with tiered tables: deepcopy and pickle come here."""
+        if tiered := sorted(self.tiered_tables()):
+            raise UnsupportedError(
+                f"{type(self).__name__}: deepcopy and pickle are not supported, the rows of tables {tiered} live in storage; make a second "
+                "model, or save with torch.distributed.checkpoint"
+            )
+        return super().__reduce_ex__(protocol)
+
     # -- state
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:

@@ -1,15 +1,11 @@
-"""Sharders: what ``DistributedModelParallel`` and the planner are given so that tables may live in tiers."""
+"""Sharders of TorchRec's two collections of tables: what makes them live in tiers."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from .sharded_modules import ShardedTieredEmbeddingBagCollection, ShardedTieredEmbeddingCollection
@@ -78,18 +74,3 @@ class TieredEmbeddingCollectionSharder(EmbeddingCollectionSharder):
     def sharded_module_type(self) -> type[ShardedTieredEmbeddingCollection]:
         """What ``shard`` makes."""
         return ShardedTieredEmbeddingCollection
-
-
-def sharders(
-    fused_params: dict[str, Any] | None = None, qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None
-) -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's default sharders, ours in the place of those for ``EmbeddingBagCollection`` and ``EmbeddingCollection``.
-
-    ``fused_params`` and ``qcomm_codecs_registry`` are for those two, as in TorchRec.
-    """
-    ours: list[ModuleSharder[Any]] = [
-        TieredEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry),
-        TieredEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry),
-    ]
-    stock = [s for s in get_default_sharders() if s.module_type not in {o.module_type for o in ours}]
-    return [*ours, *stock]
