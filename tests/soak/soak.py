@@ -34,7 +34,7 @@ import soak_job
 import victims
 from victims import Life, Phases
 
-HANG_S = 120  # guess: far above the longest attempt
+HANG_S = 120  # without a new phase or loss; guess: far above the longest step or checkpoint
 LONGEST_DELAY_S = 1.0  # of a kill that waits for no phase: some 20 steps
 SNAPSHOT = "index snapshot"
 # Typical s a phase lasts, measured.
@@ -147,6 +147,7 @@ class Soak:
         start = time.monotonic()
         until = start + rng.random() * LONGEST_DELAY_S if target is None else float("inf")
         armed, before = False, ""
+        progress, since = self._progress(), start
         while time.monotonic() < until:
             self._reap(pids, status)
             if any(status.values()):
@@ -163,9 +164,14 @@ class Soak:
                 before = phase
                 if armed:
                     until = time.monotonic() + rng.random() * TARGETS[target]
-            if time.monotonic() > start + HANG_S:
+            if (now := self._progress()) != progress:
+                progress, since = now, time.monotonic()
+            if time.monotonic() > since + HANG_S:
                 raise SoakFailure(f"attempt {self.state['attempts']} hangs in {self.phases.of(watched)!r}; see {self.life.root}")
             time.sleep(0.0002)
+
+    def _progress(self) -> list[tuple[str, int | None]]:
+        return [(self.phases.of(rank), bytes_of(self.life.losses(rank))) for rank in range(self.ranks)]
 
     def _reap(self, pids: list[int], status: dict) -> None:
         for rank, pid in enumerate(pids):
