@@ -36,7 +36,7 @@ def _train_every_row(rows: int, chain: TierChain) -> TieredTBE:
 
 def _grown(there: Any, rows: int, warm: TierChain, chains: list[TierChain]) -> None:
     torch.set_num_threads(1)
-    keep, grown = [_train_every_row(20 * _IDS, warm)], []  # what the first batches of a process load
+    keep, grown = [_train_every_row(rows // 2, warm)], []  # what the first batches of a process load, and a log's buffers
     for chain in chains:
         before = _resident_bytes()
         keep.append(_train_every_row(rows, chain))

@@ -129,7 +129,7 @@ def test_a_schedule_that_the_ssd_has_no_room_for_is_refused_with_the_shortage() 
 
 
 def test_every_tier_takes_the_memory_that_it_is_charged(disk: Path) -> None:
-    """Resident memory of a process per chain; what each chain adds to the one without caches shows its tier alone."""
+    """A cache's index is a third of what its table takes of memory, and a log's index two fifths: neither could be missing."""
     rows, pool, cached = 600_000, 60_000, 240_000
     ssd = SsdHome((str(disk),), 1 << 30)
     with tempfile.TemporaryDirectory(dir=PMEM) as pmem:
@@ -138,17 +138,12 @@ def test_every_tier_takes_the_memory_that_it_is_charged(disk: Path) -> None:
             TierChain(pool, tiers)
             for tiers in ((ssd,), (DdrCache(cached), ssd), (PmemCache(pmem, cached), ssd), (DdrHome(),), (log_on_pmem,))
         ]
-        measured = grown_bytes(rows, TierChain(2000, (ssd,)), chains)
+        measured = grown_bytes(rows, TierChain(pool, (ssd,)), chains)
     charged = [chain_bytes(c, rows=rows, record_bytes=RECORD_BYTES, checkpoints=CheckpointSchedule(keep=0)) for c in chains]
-    slack = 4 << 20  # of the allocator, and of a log's buffers
-    print(measured, charged)
     for (ddr, pmem_bytes), cost in zip(measured, charged, strict=True):
-        assert 0.97 * cost.ddr < ddr < 1.03 * cost.ddr + slack
+        assert 0.95 * cost.ddr < ddr < 1.03 * cost.ddr + (1 << 20)
         least = live_bytes(rows, RECORD_BYTES) if cost is charged[-1] else cost.pmem  # of a log: more comes and goes
         assert 0.97 * least <= pmem_bytes <= 1.03 * cost.pmem
-    plain, ddr_cache, pmem_cache = (ddr for ddr, _ in measured[:3])
-    assert ddr_cache - plain == pytest.approx(charged[1].ddr - charged[0].ddr, rel=0.1)
-    assert pmem_cache - plain == pytest.approx(charged[2].ddr - charged[0].ddr, rel=0.25)
 
 
 def _train(case: Case, ssd: str) -> tuple[Any, list[tuple[str, int, int]]]:
