@@ -165,8 +165,9 @@ def _copy_in(to: LazyRows, source: Tensor) -> None:
     if isinstance(source, LazyRows) and source.source == to.source and source.first_row == to.first_row:
         return  # the same rows
     for first, count in _blocks(to):
-        rows = source.narrow(0, first, count)
-        to.source.write(to.first_row + first, rows.materialize() if isinstance(rows, LazyRows) else rows)
+        # Not narrow on lazy rows: below dispatch it does not become a slice.
+        rows = _again(source, first, count).materialize() if isinstance(source, LazyRows) else source.narrow(0, first, count)
+        to.source.write(to.first_row + first, rows)
 
 
 def _copy_out(to: Tensor, source: LazyRows) -> None:
