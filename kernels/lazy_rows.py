@@ -1,8 +1,9 @@
 """Tensors that stand for rows of a tiered table without holding them.
 
-A ``LazyRows`` looks like an ordinary ``(rows, dim)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
+A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
 ``view`` in the same shape stay lazy; ``cpu``, ``clone`` and copies out of it read rows, wherever they are at that moment;
-``copy_`` into it writes them. Anything else raises: it would have to bring a whole table into memory unasked.
+``copy_`` into it writes them. Whatever only reads works on rows of at most ``READ_BYTES``, such as the local shards of a state
+dict. Anything else raises: it would have to bring a whole table into memory unasked, or change rows that are not there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from .initial_values import rows_per_block
 from .tiered_tbe import TieredTBE
 
 _aten = torch.ops.aten
+
+READ_BYTES = 50_000_000
+"""What an operation may bring into memory unasked."""
 
 
 class RowSource:
@@ -58,19 +62,44 @@ class RowSource:
 
 
 class LazyRows(torch.Tensor):
-    """Rows [first_row, first_row + row_count) of a ``RowSource``.
+    """Rows [first_row, first_row + row_count) of a ``RowSource``; of ``columns`` alone where they are given.
 
-    Raises: UnsupportedError for an operation that would materialise the rows.
+    Raises: UnsupportedError for an operation that would materialise more rows than a local shard of a state dict has, or would
+    change them in another way than ``copy_``.
     """
 
     source: RowSource
     first_row: int
+    columns: range | None  # not all
 
     @staticmethod
-    def __new__(cls, source: RowSource, first_row: int, row_count: int) -> LazyRows:
-        made = torch.Tensor._make_wrapper_subclass(cls, (row_count, *source.row_shape), dtype=source.dtype, device=torch.device("cpu"))
-        made.source, made.first_row = source, first_row
+    def __new__(cls, source: RowSource, first_row: int, row_count: int, columns: range | None = None) -> LazyRows:
+        if columns is not None and torch.Size([len(columns)]) == source.row_shape:
+            columns = None
+        shape = (row_count, *source.row_shape) if columns is None else (row_count, len(columns))
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=source.dtype, device=torch.device("cpu"))
+        made.source, made.first_row, made.columns = source, first_row, columns
         return made
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Values now of rows [first, first + count) of these. Shapes: (count, columns) or (count,)."""
+        rows = self.source.read(self.first_row + first, count)
+        return rows if self.columns is None else rows[:, self.columns.start : self.columns.stop]
+
+    def write(self, first: int, rows: Tensor) -> None:
+        """Replaces values from row ``first`` of these on. Shapes: (n, columns) or (n,)."""
+        if self.columns is not None:
+            whole = self.source.read(self.first_row + first, rows.shape[0])
+            whole[:, self.columns.start : self.columns.stop] = rows
+            rows = whole
+        self.source.write(self.first_row + first, rows)
+
+    def part(self, rows: range | None = None, columns: range | None = None) -> LazyRows:
+        """A range of these rows, or of these columns."""
+        first, count = (0, self.shape[0]) if rows is None else (rows.start, len(rows))
+        start = self.columns.start if self.columns is not None else 0
+        chosen = self.columns if columns is None else range(start + columns.start, start + columns.stop)
+        return LazyRows(self.source, self.first_row + first, count, chosen)
 
     def materialize(self) -> Tensor:
         """The rows' values now, as an ordinary tensor of the same shape."""
@@ -83,6 +112,8 @@ class LazyRows(torch.Tensor):
         # Tensor.cpu does not dispatch for what says it is on the CPU already.
         if function is torch.Tensor.cpu:
             return args[0].materialize()
+        if function in (torch.Tensor.flatten, torch.flatten, torch.Tensor.reshape, torch.reshape) and _may_be_read(args):
+            args = tree_map_only(LazyRows, LazyRows.materialize, args)  # a copy, as PyTorch allows; below dispatch it were a view
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -90,28 +121,30 @@ class LazyRows(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if function in (_aten.detach.default, _aten.alias.default):
-            return _again(args[0], 0, args[0].shape[0])
+            return args[0].part()
         if function in (_aten.view.default, _aten._unsafe_view.default) and _same_shape(args[0], args[1]):
-            return _again(args[0], 0, args[0].shape[0])
-        if function is _aten.slice.Tensor and (rows := _row_range(*args, **kwargs)) is not None:
-            return _again(args[0], *rows)
+            return args[0].part()
+        if function is _aten.slice.Tensor and (part := _slice(*args, **kwargs)) is not None:
+            return part
         if function is _aten.is_pinned.default:
             return False
         if function is _aten.copy_.default:
             to, source = args[:2]
             _copy_in(to, source) if isinstance(to, LazyRows) else _copy_out(to, source)
             return to
-        if function in (_aten.clone.default, _aten._to_copy.default):
-            return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **kwargs)
+        if function in (_aten.clone.default, _aten._to_copy.default) or (_only_reads(function) and _may_be_read((args, kwargs))):
+            return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **tree_map_only(LazyRows, LazyRows.materialize, kwargs))
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
-            f"{function} on rows of table {lazy.source.name!r} would materialise them. Take a range with narrow(0, first, count) and "
-            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint"
+            f"{function} on rows of table {lazy.source.name!r} would materialise or change them. Take a range with narrow(0, first, count) and "
+            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint (async_save with "
+            "async_stager=mtrains.TieredStager(folder))"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         last = self.first_row + (self.shape[0] if self.dim() else 0)
-        return f"LazyRows({self.source.name!r}, rows {self.first_row}:{last}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        columns = "" if self.columns is None else f" columns {self.columns.start}:{self.columns.stop},"
+        return f"LazyRows({self.source.name!r}, rows {self.first_row}:{last},{columns} shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: Any) -> LazyRows:
         raise errors.UnsupportedError(f"table {self.source.name!r}: a tiered table cannot be copied; its rows live in storage")
@@ -122,8 +155,13 @@ class LazyRows(torch.Tensor):
         )
 
 
-def _again(lazy: LazyRows, first: int, count: int) -> LazyRows:
-    return LazyRows(lazy.source, lazy.first_row + first, count)
+def _only_reads(function: Any) -> bool:
+    """Whether it changes none of its arguments and returns no view of one."""
+    return not any(a.alias_info for a in [*function._schema.arguments, *function._schema.returns])
+
+
+def _may_be_read(tree: Any) -> bool:
+    return all(lazy.nbytes <= READ_BYTES for lazy in tree_leaves(tree) if isinstance(lazy, LazyRows))
 
 
 def _same_shape(lazy: LazyRows, shape: Any) -> bool:
@@ -135,13 +173,13 @@ def _same_shape(lazy: LazyRows, shape: Any) -> bool:
     )
 
 
-def _row_range(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> tuple[int, int] | None:
-    """The rows of a slice, as (first, count); None when it is not a range of whole rows."""
-    size = lazy.shape[dim]
-    first, last, stride = slice(start, end, step).indices(size)
-    if stride != 1 or (dim % lazy.dim() != 0 and (first, last) != (0, size)):
+def _slice(lazy: LazyRows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> LazyRows | None:
+    """A range of rows or of columns; None for a stride."""
+    first, last, stride = slice(start, end, step).indices(lazy.shape[dim])
+    if stride != 1:
         return None
-    return (first, max(0, last - first)) if dim % lazy.dim() == 0 else (0, lazy.shape[0])
+    chosen = range(first, max(first, last))
+    return lazy.part(rows=chosen) if dim % lazy.dim() == 0 else lazy.part(columns=chosen)
 
 
 def _blocks(lazy: LazyRows) -> Iterator[tuple[int, int]]:
@@ -162,15 +200,13 @@ def _check_shapes(to: Tensor, source: Tensor) -> None:
 
 def _copy_in(to: LazyRows, source: Tensor) -> None:
     _check_shapes(to, source)
-    if isinstance(source, LazyRows) and source.source == to.source and source.first_row == to.first_row:
+    if isinstance(source, LazyRows) and (source.source, source.first_row, source.columns) == (to.source, to.first_row, to.columns):
         return  # the same rows
     for first, count in _blocks(to):
-        # Not narrow on lazy rows: below dispatch it does not become a slice.
-        rows = _again(source, first, count).materialize() if isinstance(source, LazyRows) else source.narrow(0, first, count)
-        to.source.write(to.first_row + first, rows)
+        to.write(first, source.read(first, count) if isinstance(source, LazyRows) else source.narrow(0, first, count))
 
 
 def _copy_out(to: Tensor, source: LazyRows) -> None:
     _check_shapes(to, source)
     for first, count in _blocks(source):
-        to.narrow(0, first, count).copy_(source.source.read(source.first_row + first, count))
+        to.narrow(0, first, count).copy_(source.read(first, count))

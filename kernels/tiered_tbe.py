@@ -8,6 +8,7 @@ the hook that runs after the fused update, the death of the autograd node, or, w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import weakref
@@ -126,35 +127,43 @@ class TieredTBE(nn.Module):
             raise errors.UnsupportedError(f"weights_precision must be FP32 or FP16 on tiered tables, got {weights_precision}")
         self.tables = list(tables)
         self.state_names = [name for name, _ in STATES[optimizer]]
-        self._rowwise = [rowwise for _, rowwise in STATES[optimizer]]
         self._optimizer, self._bounds_check_mode = optimizer, bounds_check_mode
         # FATAL and NONE leave bad ids to the slot pool, which refuses them.
         self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
         self.table_of_shard = [i for i, t in enumerate(self.tables) for _ in t.dims]
         self._check_tables()
+        self._options = {
+            "feature_table_map": list(feature_table_map),
+            "pooling_mode": pooling_mode,
+            "weights_precision": weights_precision,
+            "optimizer": optimizer,
+            "stochastic_rounding": False,
+            **tbe_kwargs,
+        }
+        self._features, self._batch_limit = len(feature_table_map), batch_limit
+        self._tables_of_features = [self.table_of_shard[s] for s in feature_table_map]
+        self._feature_rows = torch.tensor([self.tables[t].rows for t in self._tables_of_features], dtype=torch.int64)
+        self._warning = torch.zeros(1, dtype=torch.int64)
+        self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
+        self._make_tbe()
+        self._open(rank)
+        self._make_pool()
+
+    def _make_tbe(self) -> None:
+        """The stock TBE, whose tables are the pools."""
         # A pool never needs more slots than its table has rows. Row-wise sharding may leave a rank none: one slot that nothing uses.
         self.pool_rows = [max(1, min(t.chain.pool_rows, t.rows)) for t in self.tables]
-        tbe_kwargs.setdefault("stochastic_rounding", False)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[
                 (pool, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
                 for pool, t in zip(self.pool_rows, self.tables, strict=True)
                 for dim in t.dims
             ],
-            feature_table_map=list(feature_table_map),
-            pooling_mode=pooling_mode,
-            weights_precision=weights_precision,
-            optimizer=optimizer,
             bounds_check_mode=BoundsCheckMode.NONE,  # ids were checked against the true row counts; slots are ours
             device=torch.device("cpu"),
-            **tbe_kwargs,
+            **self._options,
         )
-        self._features = len(feature_table_map)
-        tables_of_features = [self.table_of_shard[s] for s in feature_table_map]
-        self._feature_rows = torch.tensor([self.tables[t].rows for t in tables_of_features], dtype=torch.int64)
-        self._warning = torch.zeros(1, dtype=torch.int64)
-        self._open(rank, tables_of_features, batch_limit)
-        self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
+        self._parts = self._pool_parts()
 
     def _check_tables(self) -> None:
         for t in self.tables:
@@ -168,15 +177,14 @@ class TieredTBE(nn.Module):
                         f"table {t.name!r}: embedding_dim, or its share in column-wise sharding, must be a multiple of 4, got {dim}"
                     )
 
-    def _open(self, rank: int, tables_of_features: list[int], batch_limit: int) -> None:
+    def _open(self, rank: int) -> None:
+        """The homes, and the caches in front of them."""
         self._homes = [open_home(t.chain.home, rank) for t in self.tables]
-        self._home_tables, self._cached, native = [], self._cached_volumes(), []
+        self._home_tables, self._cached = [], self._cached_volumes()
         self._below_pools = []  # what each pool evicts into: the home's table, or the same behind its caches
-        self._parts = self._pool_parts()
         for i, t in enumerate(self.tables):
             name = f"{t.name}@{t.first_row}," + "+".join(str(r.start) for r in column_ranges(t.columns))
-            record = [self._parts[s][p] for s, p in self._record(i)]
-            record_bytes = sum(p.nbytes // self.pool_rows[i] for p in record)
+            record_bytes = sum(self._part_bytes(i))
             home = open_table(self._homes[i], name, max(1, t.rows), record_bytes, t.init)
             self._home_tables.append(home)
             below = home
@@ -185,10 +193,21 @@ class TieredTBE(nn.Module):
                     home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=t.chain.caches
                 )
             self._below_pools.append(below)
-            parts = [_core.Part(p.data_ptr(), p.nbytes // self.pool_rows[i], p.nbytes // self.pool_rows[i]) for p in record]
-            native.append(_core.SlotPoolTable(t.name, below.volume._native, below._id, t.rows, self.pool_rows[i], parts))
-        self._native_tables = native
-        self._pool = _core.SlotPool(native, tables_of_features, batch_limit)
+
+    def _make_pool(self) -> None:
+        """What turns rows into slots of the TBE, and moves records between it and what is below."""
+        self._native_tables = [
+            _core.SlotPoolTable(t.name, below.volume._native, below._id, t.rows, pool_rows, self._pool_part_addresses(i))
+            for i, (t, below, pool_rows) in enumerate(zip(self.tables, self._below_pools, self.pool_rows, strict=True))
+        ]
+        self._pool = _core.SlotPool(self._native_tables, self._tables_of_features, self._batch_limit)
+
+    def _part_bytes(self, table: int) -> list[int]:
+        return [self._parts[s][p].nbytes // self.pool_rows[table] for s, p in self._record(table)]
+
+    def _pool_part_addresses(self, table: int) -> list[Any]:
+        places = [self._parts[s][p].data_ptr() for s, p in self._record(table)]
+        return [_core.Part(place, b, b) for place, b in zip(places, self._part_bytes(table), strict=True)]
 
     def _cached_volumes(self) -> dict[int, CachedVolume]:
         """Caches by the identity of the volume below them: one object for all tables over it, so that their reads stay one batch."""
@@ -358,7 +377,7 @@ class TieredTBE(nn.Module):
         """The current values of a shard's rows, wherever they are: [weights (n, dim), then each state (n,) or (n, dim)]."""
         table, mine = self.table_of_shard[shard], self._parts[shard]
         rows = [torch.empty((row_count, *p.shape[1:]), dtype=p.dtype) for p in mine]
-        scratch = torch.empty(max(p.nbytes // p.shape[0] for s, i in self._record(table) for p in [self._parts[s][i]]), dtype=torch.uint8)
+        scratch = torch.empty(max(self._part_bytes(table)), dtype=torch.uint8)
         parts = []
         for s, i in self._record(table):  # the other shards' parts of each record go to one place, to be forgotten
             row_bytes = self._parts[s][i].nbytes // self.pool_rows[table]
@@ -426,13 +445,31 @@ class TieredTBE(nn.Module):
         """
         return self._pool.warm(table, rows)
 
+    def resize(self, table: int, pool_rows: int) -> None:
+        """Gives a table's pool another size; what fits of the rows in the group's pools stays in them. Their counters begin anew.
+
+        Raises: TicketError while forward passes await their backward.
+        """
+        resident, learning_rate = self.resident_rows(), self.tbe.get_learning_rate()
+        self._waiting.clear()
+        self.flush()
+        self._pool.forget()  # unwritten: the homes have every change
+        chain = dataclasses.replace(self.tables[table].chain, pool_rows=pool_rows)
+        self.tables[table] = dataclasses.replace(self.tables[table], chain=chain)
+        self._make_tbe()
+        self._make_pool()
+        self.set_learning_rate(learning_rate)
+        for i, rows in enumerate(resident):
+            self.warm(i, rows)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""
         self.tbe.set_learning_rate(learning_rate)
 
     # -- looking in
 
-    def _unique_volumes(self) -> list[Any]:
+    def volumes(self) -> list[Any]:
+        """The volumes below this group, each once."""
         return list({id(h.volume): h.volume for h in self._home_tables}.values())
 
     def stats(self) -> list[dict[str, Any]]:
@@ -471,7 +508,7 @@ class TieredTBE(nn.Module):
 
     def volume_stats(self) -> list[dict[str, Any]]:
         """One dict per volume below this group."""
-        return [v.stats() for v in self._unique_volumes()]
+        return [v.stats() for v in self.volumes()]
 
     def close(self) -> None:
         """Flushes, closes the caches, and lets go of the homes (a home closes with the last table in it)."""

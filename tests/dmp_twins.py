@@ -14,10 +14,11 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, LazyAwaitable, ParameterSharding, ShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, LazyAwaitable, ParameterSharding, ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -58,6 +59,7 @@ class Job:
     id_dtype: torch.dtype = torch.int64
     sequence: bool = False  # an EmbeddingCollection
     variable: bool = False  # each feature has a batch size of its own
+    output_dtensor: bool = False  # the state is of DTensors
 
     @property
     def module(self) -> str:
@@ -211,8 +213,13 @@ def collection(job: Job) -> EmbeddingBagCollection | EmbeddingCollection:
 def sharded(job: Job, tiered: bool, home: SsdHome | DdrHome = DdrHome(), **fused_params: object) -> DistributedModelParallel:  # noqa: B008
     """One side, with TorchRec's default initial values: a tiered table's are keyed by its name."""
     fused = {**job.fused_params(), **fused_params}
+    assert dist.group.WORLD is not None
     return DistributedModelParallel(
-        collection(job), device=torch.device("cpu"), plan=plan(job, tiered, home), sharders=mtrains.sharders(fused)
+        collection(job),
+        env=ShardingEnv(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, job.output_dtensor),
+        device=torch.device("cpu"),
+        plan=plan(job, tiered, home),
+        sharders=mtrains.sharders(fused),
     )
 
 
@@ -261,13 +268,20 @@ def local_state(dmp: DistributedModelParallel) -> dict[str, Shards]:
     return {k: v for k, v in result.items() if v}
 
 
-def shards_of(state: ShardedTensor) -> Shards:
+def local_blocks(state: ShardedTensor | DTensor) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """Offsets and values of what this rank has."""
+    if isinstance(state, DTensor):
+        local = state.to_local()
+        return [(tuple(o), t.cpu()) for o, t in zip(local.local_offsets(), local.local_shards(), strict=False)]
+    return [(tuple(s.metadata.shard_offsets), s.tensor.cpu()) for s in state.local_shards()]
+
+
+def shards_of(state: ShardedTensor | DTensor) -> Shards:
     """The local ones that are not empty. A tiered table's come in blocks of rows."""
     blocks: dict[tuple[int, ...], list[tuple[int, torch.Tensor]]] = {}
-    for s in state.local_shards():
-        if s.tensor.numel():
-            row, *columns = s.metadata.shard_offsets
-            blocks.setdefault(tuple(columns), []).append((row, s.tensor.cpu()))
+    for (row, *columns), values in local_blocks(state):
+        if values.numel():
+            blocks.setdefault(tuple(columns), []).append((row, values))
     return {columns: torch.cat([t for _, t in sorted(of_column, key=lambda b: b[0])]) for columns, of_column in blocks.items()}
 
 

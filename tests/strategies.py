@@ -36,7 +36,8 @@ class Group:
     forwards_at_once: int  # forward passes in a row before their backward passes run in the same order
     seed: int
     index_dtype: torch.dtype
-    between: list[str]  # by step, when no backward is pending: "", "flush" or "evaluate" what was trained so far
+    between: list[str]  # by step, when no backward is pending: "", "flush", "evaluate" what was trained so far, or "resize" a pool
+    other_pool_rows: list[int]  # by table: what a resize makes of its pool
     caches: list[tuple[Cache, ...]]  # by table, between its pool and its home
     ranks: int  # that variable batches come from; 0: every feature has ``batch_size`` bags
 
@@ -79,6 +80,7 @@ def groups(draw: st.DrawFn) -> Group:
         rows=rows,
         dims=dims,
         pool_rows=[s + draw(st.sampled_from([0, 0, 1, 5])) for s in smallest],
+        other_pool_rows=[s + draw(st.sampled_from([0, 2, 9])) for s in smallest],
         features=features,
         optimizer=optimizer,
         pooling=pooling,
@@ -91,7 +93,7 @@ def groups(draw: st.DrawFn) -> Group:
         forwards_at_once=at_once,
         seed=draw(st.integers(0, 2**31)),
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
-        between=draw(st.lists(st.sampled_from(["", "", "flush", "evaluate"]), min_size=steps, max_size=steps)),
+        between=draw(st.lists(st.sampled_from(["", "", "flush", "evaluate", "resize"]), min_size=steps, max_size=steps)),
         caches=[draw(caches()) for _ in range(tables)],
         ranks=draw(st.sampled_from([0, 0, 1, 3])) if may_vary else 0,
     )

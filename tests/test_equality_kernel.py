@@ -101,6 +101,10 @@ def train_and_compare(group: Group, home: Home) -> None:
                 b.backward(gradient)
             if group.between[step] == "flush":
                 ours.flush()
+            elif group.between[step] == "resize":
+                table = step % len(group.rows)
+                ours.resize(table, group.other_pool_rows[table])
+                prefetched.clear()
             elif group.between[step] == "evaluate":
                 with torch.no_grad():
                     for i, o, w, sizes in batches[: step + 1]:

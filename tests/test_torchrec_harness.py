@@ -16,6 +16,7 @@ import torchrec_mtrains as mtrains
 from dmp_twins import SEQUENCE_SHARDINGS, SHARDINGS, VARIABLE_SHARDINGS
 from ranks import Ranks
 from torchrec_harness import Case, run_case
+from torchrec_mtrains.errors import UnsupportedError
 
 from torchrec.distributed.test_utils import test_model_parallel, test_model_parallel_base  # isort: skip  (the stand-in comes first)
 
@@ -102,6 +103,10 @@ class TorchRecStateDict(_OnTiers, test_model_parallel_base.ModelParallelStateDic
     def _create_tables(self) -> None:
         super()._create_tables()
         harness.enlarge([*self.tables, *self.weighted_tables])
+
+    def test_meta_device_dmp_state_dict(self) -> None:
+        with self.assertRaisesRegex(UnsupportedError, "tiered tables train on the CPU for now, got device meta"):
+            super().test_meta_device_dmp_state_dict()
 
     def tearDown(self) -> None:
         harness.evictions_of(harness.SHARDERS)

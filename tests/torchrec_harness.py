@@ -106,7 +106,7 @@ def evictions_of(sharders: list[Any]) -> int:
     """Rows that left the pools of what ``sharders`` made on this rank; asserts that all of it lives in tiers and works as it should."""
     evictions = 0
     for module in (m for sharder in sharders for m in sharder.made):
-        assert all(name in module._tiered_tables() for name in module.module_sharding_plan)
+        assert all(name in module.tiered_tables() for name in module.module_sharding_plan)
         kernels = list(module._kernels())
         assert len(list(module.tiered_kernels())) == len(kernels)
         for table in (t for tbe in mtrains.tiered_groups(module) for t in tbe.stats()):

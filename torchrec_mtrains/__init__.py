@@ -8,11 +8,14 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
+    from .explain import explain
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
     from .registration import register, unregister
+    from .resize import resize
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder, sharders
+    from .stager import TieredStager
 
 __version__ = "0.1.0"
 
@@ -26,11 +29,14 @@ __all__ = [
     "TieredEmbeddingBagCollectionSharder",
     "TieredEmbeddingCollectionSharder",
     "TieredParameterSharding",
+    "TieredStager",
     "__version__",
+    "explain",
     "kernels",
     "load_checkpoint",
     "planner",
     "register",
+    "resize",
     "save_checkpoint",
     "sharders",
     "tiered_groups",
@@ -45,8 +51,11 @@ _MODULE_OF = {
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredEmbeddingCollectionSharder": ".sharder",
     "TieredParameterSharding": ".parameter_sharding",
+    "TieredStager": ".stager",
+    "explain": ".explain",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
+    "resize": ".resize",
     "save_checkpoint": ".checkpoint",
     "sharders": ".sharder",
     "tiered_groups": ".groups",

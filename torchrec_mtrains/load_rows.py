@@ -15,7 +15,7 @@ Box = tuple[tuple[int, int], tuple[int, int]]
 """Rows and columns, each from and to."""
 
 
-def load_rows(table: str, to: ShardedTensor, source: Any) -> None:
+def load_rows(table: str, to: ShardedTensor | DTensor, source: Any) -> None:
     """Writes the local shards of ``to``, one at a time. ``source`` has local shards that cover them, or is the whole table.
 
     Raises: ConfigurationError for another size, or for rows that are not there; UnsupportedError for another kind of state.
@@ -23,10 +23,9 @@ def load_rows(table: str, to: ShardedTensor, source: Any) -> None:
     pieces = _pieces(table, source)
     if tuple(source.size()) != tuple(to.size()):
         raise ConfigurationError(f"table {table!r} has size {tuple(to.size())}, the state dict has {tuple(source.size())}")
-    for shard in to.local_shards():
-        wanted = _box(shard.metadata.shard_offsets, shard.metadata.shard_sizes)
+    for wanted, rows in _pieces(table, to):
         same = next((tensor for box, tensor in pieces if box == wanted), None)
-        shard.tensor.copy_(_put_together(table, shard.tensor, wanted, pieces) if same is None else same)
+        rows.copy_(_put_together(table, rows, wanted, pieces) if same is None else same)
 
 
 def _pieces(table: str, source: Any) -> list[tuple[Box, Tensor]]:

@@ -1,7 +1,7 @@
 """TorchRec's sharded collections, some of whose tables live in tiers.
 
 TorchRec leaves the state of customized kernels to whoever brings one. Here a tiered table is, in a state dict, a
-``ShardedTensor`` of lazy shards, present on every rank, and as a parameter the lazy local shard.
+``ShardedTensor`` or ``DTensor`` of lazy shards, present on every rank, and as a parameter the lazy local shard.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
@@ -26,7 +27,7 @@ from torchrec.optim.fused import EmptyFusedOptimizer
 from .errors import ConfigurationError, UnsupportedError
 from .kernels.compute_kernel import BatchedTieredEmbedding, BatchedTieredEmbeddingBag
 from .kernels.lazy_rows import LazyRows
-from .kernels.sharded_state import sharded_tensor
+from .kernels.sharded_state import ShardedRows
 from .load_rows import load_rows
 from .parameter_sharding import TABLE_TIERS, TIERED_KERNEL, TieredParameterSharding
 from .sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
@@ -37,8 +38,6 @@ TieredKernel = BatchedTieredEmbeddingBag | BatchedTieredEmbedding
 def _refuse(sharding_infos: list[EmbeddingShardingInfo], env: ShardingEnv, shardings: Mapping[str, Any]) -> None:
     if isinstance(env, ShardingEnv2D):
         raise UnsupportedError("tiered tables do not take part in 2D parallelism (DMPCollection) yet; use DistributedModelParallel")
-    if env.output_dtensor:
-        raise UnsupportedError("tiered tables have ShardedTensor state, not DTensor; use an environment with output_dtensor=False")
     for info in sharding_infos:
         if info.param_sharding.sharding_type not in shardings:
             raise UnsupportedError(
@@ -50,8 +49,8 @@ def _refuse(sharding_infos: list[EmbeddingShardingInfo], env: ShardingEnv, shard
 class _TieredTables:
     """What sharded collections of bags and of sequences have in common; before TorchRec's class in their bases.
 
-    Raises: UnsupportedError for what tiered tables do not have (2D parallelism, DTensor state, and what the compute kernel
-    refuses); ConfigurationError for a customized kernel without tiers.
+    Raises: UnsupportedError for what tiered tables do not have (2D parallelism, and what the compute kernel refuses);
+    ConfigurationError for a customized kernel without tiers.
     """
 
     _modules_name: str  # of the ModuleDict of tables, as in state dicts
@@ -92,38 +91,44 @@ class _TieredTables:
         """The compute kernels of tiered tables on this rank, in the order of lookups and groups."""
         return (kernel for kernel in self._kernels() if isinstance(kernel, TieredKernel))
 
-    def _tiered_tables(self) -> dict[str, TieredParameterSharding]:
+    def tiered_tables(self) -> dict[str, TieredParameterSharding]:
+        """What the plan says of each, whether this rank has rows of it or not."""
         return {name: s for name, s in self.module_sharding_plan.items() if isinstance(s, TieredParameterSharding)}
 
     # -- state
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
         super()._initialize_torch_state(skip_registering=skip_registering)  # type: ignore[misc]
-        for name in self._tiered_tables():
+        for name in self.tiered_tables():
             table = self._tables()[name]
             if not hasattr(table, "weight"):  # this rank has no shard of the table
                 empty = nn.Parameter(torch.empty(0), requires_grad=False)
                 empty._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
                 table.register_parameter("weight", empty)
-        self._tiered_sharded_tensors = self._build_tiered_sharded_tensors()
+        self._tiered_weights = self._build_tiered_weights()
         if not skip_registering:
             self._register_state_dict_hook(_add_tiered_tables)  # type: ignore[attr-defined]
 
-    def _build_tiered_sharded_tensors(self) -> dict[str, ShardedTensor]:
+    def _build_tiered_weights(self) -> dict[str, ShardedTensor | DTensor]:
         result = {state.name: state.part(0) for kernel in self.tiered_kernels() for state in kernel.table_states}
         for config in getattr(self, self._configs_name):
-            sharding = self._tiered_tables().get(config.name)
+            sharding = self.tiered_tables().get(config.name)
             if sharding is not None and config.name not in result:
                 assert sharding.sharding_spec is not None
                 size = (config.num_embeddings, config.embedding_dim)
                 dtype = data_type_to_dtype(config.data_type)
-                result[config.name] = sharded_tensor(sharding.sharding_spec.shards, size, dtype, {}, self._env.process_group)
+                rows = ShardedRows(sharding.sharding_spec.shards, size, dtype, {})
+                if self._env.output_dtensor:
+                    assert self._env.device_mesh is not None
+                    result[config.name] = rows.dtensor(self._env.device_mesh, None)
+                else:
+                    result[config.name] = rows.sharded_tensor(self._env.process_group)
         return result
 
     @contextmanager
     def _without_tiered_tables(self) -> Iterator[None]:
         everything: list[BaseEmbeddingConfig] = getattr(self, self._configs_name)
-        tiered = self._tiered_tables()
+        tiered = self.tiered_tables()
         setattr(self, self._configs_name, [c for c in everything if c.name not in tiered])
         try:
             yield
@@ -144,12 +149,12 @@ class _TieredTables:
 
     @staticmethod
     def _pre_load_state_dict_hook(self: _TieredTables, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._tiered_tables():
+        for name in self.tiered_tables():
             key = f"{prefix}{self._modules_name}.{name}.weight"
             if key in state_dict:
                 parameter = self._tables()[name].weight
                 if isinstance(parameter, LazyRows):
-                    load_rows(name, self._tiered_sharded_tensors[name], state_dict[key])
+                    load_rows(name, self._tiered_weights[name], state_dict[key])
                 state_dict[key] = parameter  # loaded: nn.Module copies it onto itself, which does nothing
         self._stock._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
@@ -208,5 +213,5 @@ TieredCollection = ShardedTieredEmbeddingBagCollection | ShardedTieredEmbeddingC
 
 
 def _add_tiered_tables(module: _TieredTables, destination: dict[str, Any], prefix: str, _local_metadata: Mapping[str, Any]) -> None:
-    for name, tensor in module._tiered_sharded_tensors.items():
+    for name, tensor in module._tiered_weights.items():
         destination[f"{prefix}{module._modules_name}.{name}.weight"] = tensor
