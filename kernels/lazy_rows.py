@@ -136,9 +136,9 @@ class LazyRows(torch.Tensor):
             return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **tree_map_only(LazyRows, LazyRows.materialize, kwargs))
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
-            f"{function} on rows of table {lazy.source.name!r} would materialise or change them. Take a range with narrow(0, first, count) and "
-            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint (async_save with "
-            "async_stager=mtrains.TieredStager(folder))"
+            f"{function} on rows of table {lazy.source.name!r} would materialise or change them. Take a range with narrow(0, first, "
+            "count) and read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint (async_save "
+            "with async_stager=mtrains.TieredStager(folder))"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -105,7 +105,7 @@ class TorchRecStateDict(_OnTiers, test_model_parallel_base.ModelParallelStateDic
         harness.enlarge([*self.tables, *self.weighted_tables])
 
     def test_meta_device_dmp_state_dict(self) -> None:
-        with self.assertRaisesRegex(UnsupportedError, "tiered tables train on the CPU for now, got device meta"):
+        with pytest.raises(UnsupportedError, match="tiered tables train on the CPU for now, got device meta"):
             super().test_meta_device_dmp_state_dict()
 
     def tearDown(self) -> None:
