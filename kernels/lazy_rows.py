@@ -2,8 +2,9 @@
 
 A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
 ``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows, wherever they are
-at that moment; ``copy_`` into it and assignment to row numbers write them. Anything else raises: it would have to bring a whole
-table into memory unasked.
+at that moment; ``copy_`` into it and assignment to row numbers write them. Whatever only reads works on rows of at most ``READ_BYTES``,
+such as the local shards of a state dict. Anything else raises: it would have to bring a whole table into memory unasked, or change
+rows that are not there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .initial_values import rows_per_block
 from .tiered_tbe import TieredTBE
 
 _aten = torch.ops.aten
+
+READ_BYTES = 50_000_000
+"""What an operation may bring into memory unasked."""
 
 
 class RowSource:
@@ -75,7 +79,8 @@ class RowSource:
 class LazyRows(torch.Tensor):
     """Rows [first_row, first_row + row_count) of a ``RowSource``; of ``columns`` alone where they are given.
 
-    Raises: UnsupportedError for an operation that would materialise the rows.
+    Raises: UnsupportedError for an operation that would materialise more rows than a local shard of a state dict has, or would
+    change them in another way than ``copy_``.
     """
 
     source: RowSource
@@ -122,6 +127,8 @@ class LazyRows(torch.Tensor):
         # Tensor.cpu does not dispatch for what says it is on the CPU already.
         if function is torch.Tensor.cpu:
             return args[0].materialize()
+        if function in (torch.Tensor.flatten, torch.flatten, torch.Tensor.reshape, torch.reshape) and _may_be_read(args):
+            args = tree_map_only(LazyRows, LazyRows.materialize, args)  # a copy, as PyTorch allows; below dispatch it were a view
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -145,13 +152,13 @@ class LazyRows(torch.Tensor):
         if function is _aten.index_put_.default and (some := _some_rows(*args[:2])) is not None and not any(args[3:]):
             args[0].source.write_some(some, args[2].expand(some.numel(), *args[0].shape[1:]))
             return args[0]
-        if function in (_aten.clone.default, _aten._to_copy.default):
-            return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **kwargs)
+        if function in (_aten.clone.default, _aten._to_copy.default) or (_only_reads(function) and _may_be_read((args, kwargs))):
+            return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **tree_map_only(LazyRows, LazyRows.materialize, kwargs))
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
-            f"{function} on rows of table {lazy.source.name!r} would materialise them. Take a range with narrow(0, first, count) and "
-            "read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint (async_save with "
-            "async_stager=mtrains.TieredStager(folder))"
+            f"{function} on rows of table {lazy.source.name!r} would materialise or change them. Take a range with narrow(0, first, "
+            "count) and read it with cpu(), write rows with copy_(), or save and load through torch.distributed.checkpoint (async_save "
+            "with async_stager=mtrains.TieredStager(folder))"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -166,6 +173,15 @@ class LazyRows(torch.Tensor):
         raise errors.UnsupportedError(
             f"table {self.source.name!r}: rows of a tiered table are not pickled; save with torch.distributed.checkpoint"
         )
+
+
+def _only_reads(function: Any) -> bool:
+    """Whether it changes none of its arguments and returns no view of one."""
+    return not any(a.alias_info for a in [*function._schema.arguments, *function._schema.returns])
+
+
+def _may_be_read(tree: Any) -> bool:
+    return all(lazy.nbytes <= READ_BYTES for lazy in tree_leaves(tree) if isinstance(lazy, LazyRows))
 
 
 def _same_shape(lazy: LazyRows, shape: Any) -> bool:
@@ -220,8 +236,7 @@ def _copy_in(to: LazyRows, source: Tensor) -> None:
     if isinstance(source, LazyRows) and (source.source, source.first_row, source.columns) == (to.source, to.first_row, to.columns):
         return  # the same rows
     for first, count in _blocks(to):
-        rows = source.narrow(0, first, count)
-        to.write(first, rows.materialize() if isinstance(rows, LazyRows) else rows)
+        to.write(first, source.read(first, count) if isinstance(source, LazyRows) else source.narrow(0, first, count))
 
 
 def _copy_out(to: Tensor, source: LazyRows) -> None:

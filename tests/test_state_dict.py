@@ -18,7 +18,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import DataType
-from torchrec_mtrains.kernels import durability, sharded_state
+from torchrec_mtrains.kernels import durability, lazy_rows, sharded_state
 from torchrec_mtrains.kernels.lazy_rows import LazyRows
 
 import torchrec_mtrains as mtrains
@@ -179,7 +179,7 @@ class TestOnOneRank:
         assert (parameter.shape, parameter.dtype, parameter.requires_grad) == ((50, 8), torch.float32, False)
         assert len(parameter._in_backward_optimizers) == 1
 
-    def test_only_what_cannot_materialize_a_table_is_lazy(self) -> None:
+    def test_only_what_cannot_materialize_a_table_is_lazy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         dmp = sharded(one_table(), True)
         lazy = dmp.state_dict()[KEY].local_shards()[0].tensor
         values = lazy.cpu()
@@ -207,8 +207,13 @@ class TestOnOneRank:
         assert torch.equal(lazy.cpu(), values)
         with pytest.raises(ConfigurationError, match=r"rows of shape \(4, 8\) do not fit rows of shape \(5, 8\)"):
             part.copy_(torch.ones(4, 8))
+        assert torch.equal(lazy + 1, values + 1)
+        assert torch.equal(lazy.flatten(), values.flatten())
+        assert torch.equal(torch.cat([lazy, part]), torch.cat([values, values[10:15]]))
+        monkeypatch.setattr(lazy_rows, "READ_BYTES", lazy.nbytes - 1)
         for materializing in (
             lambda: lazy + 1,
+            lambda: lazy.flatten(),
             lambda: lazy[::2],
             lambda: lazy[:, ::2],
             lambda: lazy.view(-1),
@@ -221,6 +226,9 @@ class TestOnOneRank:
         ):
             with pytest.raises(UnsupportedError, match="'t0'"):
                 materializing()
+        for changing in (lambda: part.zero_(), lambda: part.view(-1), lambda: part[0], lambda: torch.add(values, 1, out=lazy)):
+            with pytest.raises(UnsupportedError, match="'t0'"):
+                changing()
 
     @pytest.mark.parametrize("rows", [1, 3, 50])
     def test_an_init_fn_that_is_not_understood_is_applied_to_every_row(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ class _TieredTables:
     # -- state
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        super()._initialize_torch_state(skip_registering)  # type: ignore[misc]
+        super()._initialize_torch_state(skip_registering=skip_registering)  # type: ignore[misc]
         for name in self.tiered_tables():
             table = self._tables()[name]
             if not hasattr(table, "weight"):  # this rank has no shard of the table
