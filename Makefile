@@ -19,7 +19,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench soak wheel clean native-test sanitize fuzz
+.PHONY: torchrec-harness torchrec-versions help setup demo test lint format bench soak wheel clean native-test sanitize fuzz
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -71,6 +71,22 @@ soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earl
 	@$(BIN)/python tests/soak/soak.py --ranks 1 --kills $(SOAK_KILLS)
 	@$(BIN)/python tests/soak/soak.py --ranks 2 --kills $$(( $(SOAK_KILLS) / 4 ))
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+# TorchRec's own tests, and ours that face TorchRec with other releases of it (docs/torchrec.md).
+TORCHREC_VERSIONS ?= 1.6.1 1.8.0 1.9.2
+FACING_TORCHREC := tests/test_equality_dmp.py tests/test_torchrec_groups.py tests/test_torchrec_pipeline.py tests/test_torchrec_harness.py \
+	tests/test_collections.py tests/test_training_loops.py tests/test_registration.py tests/test_state_dict.py tests/test_state_of_shardings.py \
+	tests/test_planner.py tests/test_online.py
+
+torchrec-harness: setup  ## Run all of TorchRec's own tests that apply, with every table in tiers
+	@PYTHONSAFEPATH=1 $(BIN)/pytest -v tests/test_torchrec_harness.py $(PYTEST_ARGS)
+
+torchrec-versions: setup  ## Run the tests that face TorchRec with each of TORCHREC_VERSIONS
+	@set -e; for version in $(TORCHREC_VERSIONS); do \
+	  echo "== torchrec $$version"; \
+	  [ -d build/torchrec-$$version ] || $(PIP) install --quiet --no-deps --target build/torchrec-$$version torchrec==$$version; \
+	  PYTHONPATH=build/torchrec-$$version PYTHONSAFEPATH=1 $(BIN)/pytest -q -m "not slow" $(FACING_TORCHREC) $(PYTEST_ARGS); \
+	done
 
 bench: setup  ## Run every benchmark in benchmarks/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -22,6 +22,12 @@ from .tiered_tbe import TieredTBE
 
 _aten = torch.ops.aten
 
+# They make tensors like the rows without reading them: whoever asks means to copy a table into memory.
+_MAKES_NEW = (
+    *(_aten.new_empty.default, _aten.new_empty_strided.default, _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default),
+    *(_aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default),
+)
+
 READ_BYTES = 50_000_000
 """What an operation may bring into memory unasked."""
 
@@ -176,8 +182,8 @@ class LazyRows(torch.Tensor):
 
 
 def _only_reads(function: Any) -> bool:
-    """Whether it changes none of its arguments and returns no view of one."""
-    return not any(a.alias_info for a in [*function._schema.arguments, *function._schema.returns])
+    """Whether it reads its arguments, changes none of them and returns no view of one."""
+    return function not in _MAKES_NEW and not any(a.alias_info for a in [*function._schema.arguments, *function._schema.returns])
 
 
 def _may_be_read(tree: Any) -> bool:

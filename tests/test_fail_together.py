@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from torchrec_mtrains import fail_together
+import torchrec_mtrains as mtrains
 from torchrec_mtrains.errors import ConfigurationError
 from torchrec_mtrains.volume_files import locked
 from torchrun import Ended, local_nodes, run
@@ -78,5 +78,5 @@ def test_the_command_line_names_the_rank_that_failed_on_every_rank(tmp_path, ssd
 
 def test_outside_of_a_process_group_it_says_what_is_missing():
     assert not dist.is_initialized()
-    with pytest.raises(ConfigurationError, match="init_process_group first"), fail_together():
+    with pytest.raises(ConfigurationError, match="init_process_group first"), mtrains.fail_together():
         pass

@@ -35,8 +35,8 @@ PLANTED = {
     ),
     "an index snapshot passes over segments without a newest record": (
         "log_checkpoint.cpp",
-        "  for (const auto& [number, s] : segments_) snapshot_->blocks[number] = s->blocks;",
-        "  for (const ManifestSegment& s : manifest.segments) snapshot_->blocks[s.number] = s.blocks;",
+        "  for (const auto& [number, segment] : segments_) snapshot_->covered[number] = {segment->blocks, segment->records};",
+        "  for (const ManifestSegment& s : manifest.segments) snapshot_->covered[s.number] = {s.blocks, s.records};",
         "cleans while index snapshots",
     ),
     "records are served unverified": (

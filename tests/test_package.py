@@ -59,3 +59,10 @@ def test_every_public_name_can_be_had() -> None:
         assert getattr(torchrec_mtrains, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = torchrec_mtrains.no_such_name
+
+
+def test_no_public_name_is_that_of_the_module_it_comes_from() -> None:
+    """Importing that module would put it in the name's place."""
+    import torchrec_mtrains
+
+    assert not [name for name, module in torchrec_mtrains._MODULE_OF.items() if module == f".{name}"]

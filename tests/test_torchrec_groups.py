@@ -19,7 +19,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mtrains as mtrains
-from dmp_twins import Job, Table, plan, sharded
+from dmp_twins import Job, Table, batch, plan, sharded
 from torchrec_mtrains import DdrHome, TierChain
 from torchrec_mtrains.errors import ConfigurationError, IdOutOfRangeError, UnsupportedError
 
@@ -166,3 +166,37 @@ def test_a_customized_kernel_without_tiers_is_refused() -> None:
 def test_other_data_types_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="FP32 or FP16"):
         sharded(Job([Table(20, 8, ["a"], 6)], data_type=DataType.BF16), True)
+
+
+def test_groups_of_one_lookup_share_a_variable_batch() -> None:
+    """Stock FUSED cannot on a CPU, so each table is compared with the model that has it alone."""
+    tables = [Table(20, 8, ["a", "b"], 12), Table(30, 16, ["c"], 12, pooling=PoolingType.MEAN), Table(25, 4, ["d"], 12)]
+    job = Job(tables, batch_size=3, variable=True)
+    both, generator = sharded(job, True), torch.Generator().manual_seed(1)
+    alone = [sharded(Job([t], batch_size=3, variable=True), True) for t in tables]
+    for i, dmp in enumerate(alone):
+        values = mtrains.uniform_init_fn(f"t{i}", tables[i].rows, tables[i].dim)(torch.empty(tables[i].rows, tables[i].dim))
+        dmp.load_state_dict({"embedding_bags.t0.weight": values})
+    assert len(mtrains.tiered_groups(both)) == 2
+    for _ in range(5):
+        features = batch(job, generator)
+        together = both(features).to_dict()
+        by_feature = dict(zip(features.keys(), features.split([1] * len(features.keys())), strict=True))
+        outputs = []
+        for table, dmp in zip(tables, alone, strict=True):
+            keys = table.features
+            rows = [features.inverse_indices()[0].index(k) for k in keys]
+            mine = KeyedJaggedTensor(
+                keys=keys,
+                values=torch.cat([by_feature[k].values() for k in keys]),
+                lengths=torch.cat([by_feature[k].lengths() for k in keys]),
+                stride_per_key_per_rank=[features.stride_per_key_per_rank()[features.keys().index(k)] for k in keys],
+                inverse_indices=(keys, features.inverse_indices()[1][rows]),
+            )
+            outputs.append(dmp(mine).to_dict())
+        for one in outputs:
+            for key in one:
+                assert torch.equal(one[key], together[key])
+        torch.cat(list(together.values()), dim=1).sum().backward()
+        for one in outputs:
+            torch.cat(list(one.values()), dim=1).sum().backward()

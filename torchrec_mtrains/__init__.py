@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from . import kernels, planner
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
     from .default_sharders import sharders
-    from .explain import explain
-    from .fail_together import fail_together
+    from .explanation import explain
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
+    from .rank_failures import fail_together
     from .registration import register, unregister
-    from .resize import resize
+    from .resizing import resize
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder
     from .stager import TieredStager
     from .wrapping_sharders import (
@@ -66,11 +66,11 @@ _MODULE_OF = {
     "TieredManagedCollisionEmbeddingCollectionSharder": ".wrapping_sharders",
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
-    "explain": ".explain",
-    "fail_together": ".fail_together",
+    "explain": ".explanation",
+    "fail_together": ".rank_failures",
     "load_checkpoint": ".checkpoint",
     "register": ".registration",
-    "resize": ".resize",
+    "resize": ".resizing",
     "save_checkpoint": ".checkpoint",
     "sharders": ".default_sharders",
     "tiered_groups": ".groups",

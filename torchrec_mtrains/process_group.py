@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from .fail_together import fail_together
+from .rank_failures import fail_together
 
 
 @contextmanager

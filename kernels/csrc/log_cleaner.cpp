@@ -75,6 +75,12 @@ uint64_t LogVolume::room_of(const Stream& stream) {
   return room;
 }
 
+uint64_t LogVolume::reserve() const {
+  return static_cast<uint64_t>(std::count_if(streams_.begin(), streams_.end(), [&](const Stream& s) {
+    return s.survivors && 2 * room_of(s) * s.block_bytes < segment_bytes_;
+  }));
+}
+
 uint64_t LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
   Stream& stream = *table.fresh.stream;
   // Blocks that these rows fill, that puts under way on other threads may fill, and one for every block that a flush would seal.

@@ -250,7 +250,7 @@ class LogVolume final : public Volume {
   static uint64_t room_of(const Stream& stream);  // blocks
   uint64_t ensure_room(Table& table, size_t rows, Lock& lock);  // returns the blocks that the rows fill
   bool fits(uint64_t more_segments) const;
-  uint64_t reserve() const { return streams_.size() / 2; }  // segments that puts leave to the cleaner: one a block size
+  uint64_t reserve() const;  // segments that puts leave to the cleaner: one for each stream of survivors that has not half a one left
   std::shared_ptr<Segment> make_segment(uint32_t block_bytes);
   void lose(const Table& table, uint64_t place);  // the record there is no longer its row's newest
   void keep(const Kept& kept);
