@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstima
 from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardingOption
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ModuleSharder, ShardingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
@@ -33,7 +34,7 @@ ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.valu
 class TieredEnumerator(EmbeddingEnumerator):
     """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask.
 
-    Tiered are tables of an ``EmbeddingBagCollection`` in FP32 or FP16, of a dimension divisible by 4, trained by SGD, Adagrad or
+    Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4, trained by SGD, Adagrad or
     row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
     """
 
@@ -112,7 +113,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         kernels = self._asked(option.name).compute_kernels
         return (
             (kernels is None or TIERED_KERNEL in kernels)
-            and type(option.module[1]) is EmbeddingBagCollection
+            and type(option.module[1]) in (EmbeddingBagCollection, EmbeddingCollection)
             and option.tensor.dtype in (torch.float32, torch.float16)
             and columns % 4 == 0
             and state_bytes_per_row(self._optimizer(option), columns) is not None
@@ -158,7 +159,9 @@ class TieredEnumerator(EmbeddingEnumerator):
         """Rows of the table that one step looks up, over all ranks and features."""
         asked = self._asked(option.name)
         factors = list(asked.pooling_factors)
-        features = next(len(c.feature_names) for c in option.module[1].embedding_bag_configs() if c.name == option.name)
+        module: Any = option.module[1]
+        configs = module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs()
+        features = next(len(c.feature_names) for c in configs if c.name == option.name)
         if len(factors) == 1 and not asked.num_poolings and not asked.batch_sizes:
             factors *= features
         poolings = asked.num_poolings or [1.0] * len(factors)

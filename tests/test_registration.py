@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +128,18 @@ def test_every_public_name_is_there() -> None:
         assert getattr(mtrains, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         mtrains.nothing  # noqa: B018
+
+
+def test_our_planner_puts_tables_of_sequences_into_tiers_too(tmp_path: Path) -> None:
+    job = Job([Table(2_000, 64, ["a", "b"], 0), Table(10, 64, ["c"], 0)], sequence=True, batch_size=4)
+    wrapped = nn.ModuleDict({"sequences": collection(job)})
+    home = mtrains.SsdHome((str(tmp_path),), 64 << 20)
+    topology = mtrains.planner.TieredTopology(world_size=1, ddr_budget_bytes=200_000, ssd=home)
+    sharders = mtrains.sharders(job.fused_params())
+    planned = mtrains.planner.TieredShardingPlanner(topology, batch_size=4).plan(wrapped, sharders)
+    dmp = DistributedModelParallel(wrapped, plan=planned, sharders=sharders)
+    (group,) = mtrains.tiered_groups(dmp)
+    assert [t.name for t in group.tables] == ["t0"]
+    assert group.pool_rows[0] < 2_000
+    assert planned.plan["sequences"]["t1"].compute_kernel == "fused"
+    in_order(dmp.module["sequences"](batch(job, torch.Generator().manual_seed(0)))).sum().backward()
