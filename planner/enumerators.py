@@ -34,8 +34,8 @@ ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.valu
 class TieredEnumerator(EmbeddingEnumerator):
     """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask.
 
-    Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4, trained by SGD, Adagrad or
-    row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
+    Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4,
+    trained by SGD, Adagrad or row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
     """
 
     def __init__(
