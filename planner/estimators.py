@@ -30,12 +30,9 @@ class TieredStorageEstimator(EmbeddingStorageEstimator):
             if option.compute_kernel not in _KERNELS or hasattr(option.tensor, "_optimizer_classes"):
                 continue
             optimizer = optimizer_name(option.tensor, sharder_data_map[option.module_type_key].fused_params)
-            option.uncharged_bytes = [rows * (state_bytes_per_row(optimizer, columns) or 0) for rows, columns in sizes(option)]
-
-
-def sizes(option: ShardingOption) -> list[list[int]]:
-    """[rows, columns] of each shard."""
-    return [shard.size for shard in option.shards]
+            option.uncharged_bytes = [
+                rows * (state_bytes_per_row(optimizer, columns) or 0) for rows, columns in (shard.size for shard in option.shards)
+            ]
 
 
 def uncharged_bytes(option: ShardingOption) -> list[int]:
