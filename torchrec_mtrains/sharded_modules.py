@@ -106,8 +106,8 @@ class _TieredTables:
 
     # -- state
 
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        super()._initialize_torch_state(skip_registering=skip_registering)  # type: ignore[misc]
+    def _initialize_torch_state(self, **options: bool) -> None:
+        super()._initialize_torch_state(**options)  # type: ignore[misc]  # of sequences it takes none in TorchRec 1.6
         for name in self.tiered_tables():
             table = self._tables()[name]
             if not hasattr(table, "weight"):  # this rank has no shard of the table
@@ -115,7 +115,7 @@ class _TieredTables:
                 empty._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
                 table.register_parameter("weight", empty)
         self._tiered_weights = self._build_tiered_weights()
-        if not skip_registering:
+        if not options.get("skip_registering"):
             self._register_state_dict_hook(_add_tiered_tables)  # type: ignore[attr-defined]
 
     def _build_tiered_weights(self) -> dict[str, ShardedTensor | DTensor]:
