@@ -381,8 +381,9 @@ class StoresAgree(RuleBasedStateMachine):
     def crash_and_reopen(self, closed: bool) -> None:
         self._crash(closed)
 
-    @rule(oldest=st.booleans())
-    def restore(self, oldest: bool) -> None:
+    @rule(oldest=st.booleans(), t=tables, shares=some_rows(), seed=seeds)
+    def restore(self, oldest: bool, t: int, shares: list[float], seed: int) -> None:
+        self.train(t, shares, seed)  # something to undo, in the caches too
         kept = sorted(e for e in self.committed if e > 0)
         if not kept:
             return
