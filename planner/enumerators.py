@@ -20,6 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
+from ..torchrec_hooks import sharders_for_estimators
 from . import charges
 from .estimators import TieredStorageEstimator
 from .sharding_options import TieredShardingOption
@@ -92,14 +93,14 @@ class TieredEnumerator(EmbeddingEnumerator):
         perfs = [[shard.perf for shard in option.shards] for option in fused]
         for option in fused:  # storage of the table and its batch alone, no optimizer state
             option._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
-        self._plain_storage.estimate(fused, sharder_data_map=self._sharder_data_map)
+        self._plain_storage.estimate(fused, sharders_for_estimators(self))
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
         return [self._above_ssd(option, templates[option.fqn]) for option in fused]
 
     def _optimizer(self, option: ShardingOption) -> str:
-        return charges.optimizer_name(option.tensor, self._sharder_data_map[option.module_type_key].fused_params)
+        return charges.optimizer_name(option.tensor, sharders_for_estimators(self)[option.module_type_key].fused_params)
 
     def _may_be_tiered(self, option: ShardingOption) -> bool:
         columns = option.tensor.shape[1]

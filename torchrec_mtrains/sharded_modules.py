@@ -98,7 +98,8 @@ class _TieredTables:
     # -- state
 
     def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        super()._initialize_torch_state(skip_registering=skip_registering)  # type: ignore[misc]
+        options = {"skip_registering": True} if skip_registering else {}  # sequences have no such option in some releases
+        super()._initialize_torch_state(**options)  # type: ignore[misc]
         for name in self.tiered_tables():
             table = self._tables()[name]
             if not hasattr(table, "weight"):  # this rank has no shard of the table
