@@ -43,7 +43,7 @@ def check_hooks() -> None:
             for part in name.split("."):
                 found = getattr(found, part)
         except (ModuleNotFoundError, AttributeError) as missing:
-            if isinstance(missing, ModuleNotFoundError) and not (missing.name or "").startswith("torchrec."):
+            if isinstance(missing, ModuleNotFoundError) and missing.name != f"torchrec.distributed.{module}":
                 raise  # TorchRec, or something that it needs, is not installed
             raise UnsupportedError(
                 f"TorchRec {_installed()} has no torchrec.distributed.{module}.{name}, which tiered tables need; use a release from "
