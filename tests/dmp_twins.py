@@ -123,7 +123,8 @@ def jobs(draw: st.DrawFn, world_size: int) -> Job:
             features.append("f0_0")
         tables.append(
             Table(
-                rows=draw(st.integers(world_size, 60)),  # stock FUSED needs a row on every rank of a row-wise table
+                # Stock FUSED needs a row on every rank of a row-wise table.
+                rows=draw(st.integers(world_size, 60).filter(lambda rows: rows > -(-rows // world_size) * (world_size - 1))),
                 dim=dim if sequence else draw(st.sampled_from([4, 8, 12, 16])),
                 features=features,
                 pool_rows=max(1, len(features) * batch_size * max_length * world_size) + draw(st.sampled_from([0, 0, 1, 5])),

@@ -20,9 +20,6 @@ from torchrec_mtrains.errors import UnsupportedError
 
 from torchrec.distributed.test_utils import test_model_parallel, test_model_parallel_base  # isort: skip  (the stand-in comes first)
 
-# Its name before TorchRec 1.8 has no underscore.
-_ModelParallelBase: Any = getattr(test_model_parallel, "_ModelParallelBase", None) or test_model_parallel.ModelParallelBase
-
 WORLDS = [(2, 2), (4, 4), (4, 2)]
 """Ranks, and those of one node."""
 
@@ -142,7 +139,7 @@ class TorchRecStateDict(_OnTiers, test_model_parallel_base.ModelParallelStateDic
 
 
 @pytest.mark.slow
-class TorchRecModelParallel(_OnTiers, _ModelParallelBase):
+class TorchRecModelParallel(_OnTiers, harness.model_parallel_base()):  # type: ignore[misc]
     """``_ModelParallelBase``, with processes for each test."""
 
     backend = "gloo"

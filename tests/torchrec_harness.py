@@ -117,6 +117,13 @@ def evictions_of(sharders: list[Any]) -> int:
     return evictions
 
 
+def model_parallel_base() -> Any:
+    """TorchRec's ``_ModelParallelBase``, whose name has no underscore before 1.8."""
+    from torchrec.distributed.test_utils import test_model_parallel
+
+    return getattr(test_model_parallel, "_ModelParallelBase", None) or test_model_parallel.ModelParallelBase
+
+
 def enlarge(tables: list[EmbeddingBagConfig]) -> None:
     """More rows, so that one of TorchRec's batches fits into a pool that is smaller than the table."""
     for table in tables:
