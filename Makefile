@@ -19,7 +19,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: torchrec-harness torchrec-versions help setup demo test lint format bench soak wheel clean native-test sanitize fuzz
+.PHONY: help setup demo test lint format bench soak torchrec-versions torchrec-harness wheel clean native-test sanitize fuzz
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -72,21 +72,20 @@ soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earl
 	@$(BIN)/python tests/soak/soak.py --ranks 2 --kills $$(( $(SOAK_KILLS) / 4 ))
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
 
-# TorchRec's own tests, and ours that face TorchRec with other releases of it (docs/torchrec.md).
-TORCHREC_VERSIONS ?= 1.6.1 1.8.0 1.9.2
-FACING_TORCHREC := tests/test_equality_dmp.py tests/test_torchrec_groups.py tests/test_torchrec_pipeline.py tests/test_torchrec_harness.py \
-	tests/test_collections.py tests/test_training_loops.py tests/test_registration.py tests/test_state_dict.py tests/test_state_of_shardings.py \
-	tests/test_planner.py tests/test_online.py
+# Each release goes before the one in .venv on Python's path; all of them run on the torch and fbgemm of .venv.
+TORCHREC_VERSIONS := 1.6.1 1.8.0 1.9.2
+TORCHREC_TESTS := $(addprefix tests/test_,$(addsuffix .py,collections equality_dmp migration online planner registration state_dict \
+  state_of_shardings torchrec_groups torchrec_harness torchrec_hooks torchrec_pipeline training_loops))
+torchrec-versions: setup  ## Run the tests that meet TorchRec on several releases of it, and write the table in docs/torchrec.md
+	@mkdir -p build; failed=0; for v in $(TORCHREC_VERSIONS); do echo "== torchrec $$v"; \
+	  test -d build/torchrec-$$v || $(PIP) install --no-deps --target build/torchrec-$$v torchrec==$$v || exit 1; \
+	  PYTHONPATH=$(CURDIR)/build/torchrec-$$v PYTHONSAFEPATH=1 $(BIN)/pytest $(TORCHREC_TESTS) -q -m "not slow" \
+	    --junitxml=build/torchrec-$$v.xml $(PYTEST_ARGS) || failed=1; \
+	done; $(BIN)/python tests/torchrec_tables.py versions $(TORCHREC_VERSIONS:%=build/torchrec-%.xml); exit $$failed
 
-torchrec-harness: setup  ## Run all of TorchRec's own tests that apply, with every table in tiers
-	@PYTHONSAFEPATH=1 $(BIN)/pytest -v tests/test_torchrec_harness.py $(PYTEST_ARGS)
-
-torchrec-versions: setup  ## Run the tests that face TorchRec with each of TORCHREC_VERSIONS
-	@set -e; for version in $(TORCHREC_VERSIONS); do \
-	  echo "== torchrec $$version"; \
-	  [ -d build/torchrec-$$version ] || $(PIP) install --quiet --no-deps --target build/torchrec-$$version torchrec==$$version; \
-	  PYTHONPATH=build/torchrec-$$version PYTHONSAFEPATH=1 $(BIN)/pytest -q -m "not slow" $(FACING_TORCHREC) $(PYTEST_ARGS); \
-	done
+torchrec-harness: setup  ## Run TorchRec's own tests on tiered tables, and write their tables in docs/torchrec.md
+	@mkdir -p build; PYTHONSAFEPATH=1 $(BIN)/pytest tests/test_torchrec_harness.py -q --junitxml=build/torchrec-harness.xml $(PYTEST_ARGS); \
+	  failed=$$?; $(BIN)/python tests/torchrec_tables.py harness build/torchrec-harness.xml; exit $$failed
 
 bench: setup  ## Run every benchmark in benchmarks/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

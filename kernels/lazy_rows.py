@@ -29,7 +29,7 @@ _MAKES_NEW = (
 )
 
 READ_BYTES = 50_000_000
-"""What an operation may bring into memory unasked."""
+"""What may come into memory unasked. Not shard by shard: whoever reads one of them may read, and keep, all."""
 
 
 class RowSource:
@@ -45,6 +45,7 @@ class RowSource:
         self.dtype, self._widths = pools[0].dtype, [p.shape[1] for p in pools if p.dim() > 1]
         assert len(shards) == 1 or len(self._widths) == len(shards)
         self.row_shape = torch.Size([sum(self._widths)] if self._widths else [])
+        self.nbytes = tbe.tables[tbe.table_of_shard[shards[0]]].rows * self.row_shape.numel() * self.dtype.itemsize
 
     def _identity(self) -> tuple[object, ...]:
         return self.tbe, self.shards, self.part
@@ -85,8 +86,8 @@ class RowSource:
 class LazyRows(torch.Tensor):
     """Rows [first_row, first_row + row_count) of a ``RowSource``; of ``columns`` alone where they are given.
 
-    Raises: UnsupportedError for an operation that would materialise more rows than a local shard of a state dict has, or would
-    change them in another way than ``copy_``.
+    Raises: UnsupportedError for an operation that would materialise rows of a table larger than ``READ_BYTES``, or would change
+    them in another way than ``copy_``.
     """
 
     source: RowSource
@@ -187,7 +188,7 @@ def _only_reads(function: Any) -> bool:
 
 
 def _may_be_read(tree: Any) -> bool:
-    return all(lazy.nbytes <= READ_BYTES for lazy in tree_leaves(tree) if isinstance(lazy, LazyRows))
+    return all(lazy.source.nbytes <= READ_BYTES for lazy in tree_leaves(tree) if isinstance(lazy, LazyRows))
 
 
 def _same_shape(lazy: LazyRows, shape: Any) -> bool:

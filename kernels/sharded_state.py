@@ -22,10 +22,10 @@ from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.fused import FusedOptimizer
 
 from .initial_values import rows_per_block
-from .lazy_rows import READ_BYTES, LazyRows, RowSource
+from .lazy_rows import LazyRows, RowSource
 from .tiered_tbe import TieredTBE
 
-SHARD_BYTES = READ_BYTES
+SHARD_BYTES = 50_000_000
 """Size of one local shard: what a checkpoint writer holds in memory at once, per thread."""
 
 

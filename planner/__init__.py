@@ -1,6 +1,7 @@
 """TorchRec planner components that know the tiers below memory. They plan without the native core."""
 
 from .. import errors as _errors  # noqa: F401  (relative: a top-level `import planner` fails at once)
+from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses a TorchRec that cannot work)
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints

@@ -21,6 +21,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
+from ..torchrec_hooks import sharders_for_estimators
 from .checkpoint_schedule import CheckpointSchedule
 from .estimators import TieredStorageEstimator
 from .records import optimizer_name, state_bytes_per_row
@@ -99,18 +100,14 @@ class TieredEnumerator(EmbeddingEnumerator):
         perfs = [[shard.perf for shard in option.shards] for option in fused]
         for option in fused:  # storage of the table and its batch alone, no optimizer state
             option._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
-        self._plain_storage.estimate(fused, self._sharders())
+        self._plain_storage.estimate(fused, sharders_for_estimators(self))
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
         return [self._above_ssd(option, templates[option.fqn]) for option in fused]
 
-    def _sharders(self) -> Any:
-        """By module type, what estimates need of its sharder; before TorchRec 1.7 that was the sharder."""
-        return self._sharder_data_map if hasattr(self, "_sharder_data_map") else self._sharder_map
-
     def _optimizer(self, option: ShardingOption) -> str:
-        return optimizer_name(option.tensor, self._sharders()[option.module_type_key].fused_params)
+        return optimizer_name(option.tensor, sharders_for_estimators(self)[option.module_type_key].fused_params)
 
     def _may_be_tiered(self, option: ShardingOption) -> bool:
         columns = option.tensor.shape[1]

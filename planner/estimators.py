@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
-from torchrec.distributed.planner.types import SharderDataMap, ShardingOption
+from torchrec.distributed.planner.types import ShardingOption
 
 from .records import optimizer_name, state_bytes_per_row
 
@@ -22,7 +24,7 @@ class TieredStorageEstimator(EmbeddingStorageEstimator):
     the state (``partitioners.py``).
     """
 
-    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Mapping[str, Any]) -> None:
         """Fills in the storage of every shard."""
         super().estimate(sharding_options, sharder_data_map)
         for option in sharding_options:

@@ -210,7 +210,7 @@ class TestOnOneRank:
         assert torch.equal(lazy + 1, values + 1)
         assert torch.equal(lazy.flatten(), values.flatten())
         assert torch.equal(torch.cat([lazy, part]), torch.cat([values, values[10:15]]))
-        monkeypatch.setattr(lazy_rows, "READ_BYTES", lazy.nbytes - 1)
+        monkeypatch.setattr(lazy_rows, "READ_BYTES", lazy.nbytes - 1)  # of the table
         for materializing in (
             lambda: lazy + 1,
             lambda: lazy.flatten(),

@@ -19,7 +19,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_mtrains as mtrains
-from dmp_twins import Job, Table, batch, plan, sharded
+from dmp_twins import Job, Table, assert_same_state, batch, initial_values, plan, sharded
 from torchrec_mtrains import DdrHome, TierChain
 from torchrec_mtrains.errors import ConfigurationError, IdOutOfRangeError, UnsupportedError
 
@@ -135,6 +135,41 @@ def test_bounds_check_mode_is_honoured() -> None:
 def test_options_that_a_tiered_table_cannot_honour_are_refused(option: dict[str, object], says: str) -> None:
     with pytest.raises(UnsupportedError, match=says):
         sharded(Job([Table(20, 8, ["a"], 6)]), True, **option)
+
+
+@pytest.mark.parametrize("dim", [6, 7])
+def test_a_dimension_that_fbgemm_does_not_have_is_refused(dim: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"'t0': embedding_dim, .* must be a multiple of 4, got {dim}"):
+        sharded(Job([Table(20, dim, ["a"], 6)]), True)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"weight_decay": 0.1, "weight_decay_mode": WeightDecayMode.L2},
+        {"weight_decay": 0.1, "weight_decay_mode": WeightDecayMode.DECOUPLE},
+        {"gradient_clipping": True, "max_gradient": 0.01},
+    ],
+)
+def test_options_that_act_on_rows_of_the_batch_train_like_fused(option: dict[str, object]) -> None:
+    job = Job([Table(40, 8, ["a"], pool_rows=8, pooling=PoolingType.MEAN)], steps=6)
+    results = []
+    for tiered, options in ((True, option), (False, option), (False, {})):
+        dmp, generator = sharded(job, tiered, **options), torch.Generator().manual_seed(0)
+        dmp.load_state_dict(initial_values(job))
+        for _ in range(job.steps):
+            dmp(batch(job, generator)).values().sum().backward()
+        results.append(dmp)
+    assert_same_state(results[0], results[1])
+    if "weight_decay" not in option:  # which FBGEMM takes and its CPU kernels do nothing with
+        with pytest.raises(AssertionError):
+            assert_same_state(results[1], results[2])
+
+
+def test_resharding_in_place_is_refused() -> None:
+    dmp = sharded(Job([Table(20, 8, ["a"], 6)]), True)
+    with pytest.raises(UnsupportedError, match="resharding in place is not supported with tiered tables; save a checkpoint"):
+        dmp.module.update_shards({}, dmp._env, torch.device("cpu"))  # what DistributedModelParallel.reshard calls
 
 
 def test_options_for_the_tables_beside_a_tiered_one_are_accepted() -> None:

@@ -80,8 +80,12 @@ _MODULE_OF = {
     "wants_checkpoint": ".checkpoint",
 }
 
+_WITH_TORCHREC = {"planner", *_MODULE_OF} - {"uniform_init_fn"}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _WITH_TORCHREC:
+        import_module(".torchrec_hooks", __name__)  # refuses a TorchRec that cannot work, before anything of it is used
     if name in _MODULE_OF:
         value = getattr(import_module(_MODULE_OF[name], __name__), name)
     elif name in ("kernels", "planner"):

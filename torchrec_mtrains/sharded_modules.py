@@ -106,8 +106,9 @@ class _TieredTables:
 
     # -- state
 
-    def _initialize_torch_state(self, **options: bool) -> None:
-        super()._initialize_torch_state(**options)  # type: ignore[misc]  # of sequences it takes none in TorchRec 1.6
+    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
+        options = {"skip_registering": True} if skip_registering else {}  # sequences have no such option in some releases
+        super()._initialize_torch_state(**options)  # type: ignore[misc]
         for name in self.tiered_tables():
             table = self._tables()[name]
             if not hasattr(table, "weight"):  # this rank has no shard of the table
