@@ -17,7 +17,8 @@ from torchrec_mtrains.tiers import DdrCache
 
 ROWS, RECORD_BYTES, SLOTS = 3000, 260, 600
 BATCH = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[: SLOTS // 2]
-"""Rows that are used side by side."""
+"""Rows that come and are used side by side."""
+OTHERS = torch.tensor(sorted(set(range(ROWS)) - set(BATCH.tolist())))
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ class Pool:
         self.pool = _core.SlotPool([one], [0], BATCH_LIMIT)
         generator = torch.Generator().manual_seed(2)
         for _ in range(50):  # the slots are in no order
-            self.train(torch.randint(0, ROWS, (SLOTS // 3,), generator=generator))
+            self.train(OTHERS[torch.randint(0, len(OTHERS), (SLOTS // 3,), generator=generator)])
         self.train(BATCH)
 
     def train(self, rows: torch.Tensor) -> None:
@@ -46,8 +47,7 @@ class Pool:
         self.pool.release(seq)
 
     def evict_the_batch(self) -> None:
-        others = torch.tensor(sorted(set(range(ROWS)) - set(BATCH.tolist())))
-        for part in others[: 2 * SLOTS].split(SLOTS // 4):
+        for part in OTHERS[: 2 * SLOTS].split(SLOTS // 4):
             self.train(part)
 
 
@@ -111,7 +111,7 @@ def test_survivors_of_cleaning_stay_in_the_order_in_which_they_were_put() -> Non
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         volume = SsdVolume((folder,), 8 << 20)
         table, busy = one_table(volume), volume.table("busy", row_count=12_000, record_bytes=RECORD_BYTES)
-        others = torch.tensor(sorted(set(range(ROWS)) - set(BATCH.tolist())))[: 3 * len(BATCH)]
+        others = OTHERS[: 3 * len(BATCH)]
         mixed = torch.cat([torch.cat([BATCH[i : i + 5], others[3 * i : 3 * i + 15]]) for i in range(0, len(BATCH), 5)])
         table.put(mixed, torch.ones(len(mixed), RECORD_BYTES, dtype=torch.uint8))
         table.put(others, torch.zeros(len(others), RECORD_BYTES, dtype=torch.uint8))

@@ -38,8 +38,10 @@ void EvictionOrder::unlink(int32_t slot) {
   SlotState& s = state(slot);
   List& list = list_of(s);
   const Links l = links_[slot];
-  (l.newer >= 0 ? links_[l.newer].older : list.newest) = l.older;
-  (l.older >= 0 ? links_[l.older].newer : list.oldest) = l.newer;
+  if (l.newer >= 0) links_[l.newer].older = l.older;
+  else list.newest = l.older;
+  if (l.older >= 0) links_[l.older].newer = l.newer;
+  else list.oldest = l.newer;
   --list.size;
   s.stamp &= ~Stamp::kLinked;
 }
@@ -67,8 +69,9 @@ void EvictionOrder::settle(int32_t slot) {
 void EvictionOrder::begin_round(size_t wanted) {
   wanted_ = wanted;
   collected_ = false;
+  candidates_.clear();
   pinned_in_small_ = 0;
-  looks_in_main_ = 4 * (int64_t{small_.size} + main_.size);  // a row goes round at most three times before it leaves
+  looks_in_main_ = 4 * (int64_t{small_.size} + main_.size);  // no row stays for more than two rounds
 }
 
 int32_t EvictionOrder::next(uint32_t limit_batch, uint64_t first_announced, uint64_t until) {
@@ -100,7 +103,6 @@ int32_t EvictionOrder::next_in_lists(uint32_t limit_batch) {
 }
 
 void EvictionOrder::collect(uint32_t limit_batch, uint64_t first_announced) {
-  candidates_.clear();
   std::array<size_t, 64> histogram{};
   const auto slots = static_cast<int32_t>(states_.size());
   const auto distance = [&](const SlotState& s) { return next_use(s.window, first_announced) - first_announced; };
@@ -108,9 +110,8 @@ void EvictionOrder::collect(uint32_t limit_batch, uint64_t first_announced) {
     const SlotState& s = state(slot);
     if (s.awaited() && s.batch() < limit_batch) ++histogram[distance(s)];
   }
-  const size_t enough = std::max(wanted_, states_.size() / 32);
   uint64_t nearest = 64;
-  for (size_t seen = 0; nearest > 0 && seen < enough;) seen += histogram[--nearest];
+  for (size_t seen = 0; nearest > 0 && seen < wanted_;) seen += histogram[--nearest];
   for (int32_t slot = 0; slot < slots; ++slot) {
     const SlotState& s = state(slot);
     if (s.awaited() && s.batch() < limit_batch && distance(s) >= nearest) {
@@ -125,23 +126,13 @@ void EvictionOrder::collect(uint32_t limit_batch, uint64_t first_announced) {
 }
 
 int32_t EvictionOrder::next_awaited(uint32_t limit_batch, uint64_t first_announced, uint64_t until) {
-  while (true) {
-    if (candidates_.empty()) {
-      if (collected_) return -1;
-      collected_ = true;
-      collect(limit_batch, first_announced);
-      if (candidates_.empty()) return -1;
-    }
-    const Candidate c = candidates_.back();
-    SlotState& s = state(c.slot);
-    const bool stands = s.awaited() && s.batch() < limit_batch && next_use(s.window, first_announced) >= c.use;
-    if (stands && c.use <= until) return -1;
-    candidates_.pop_back();
-    if (!stands) continue;
-    leave(c.slot);
-    s.set_batch(limit_batch);  // so that it is not collected again
-    return c.slot;
-  }
+  if (!collected_) collect(limit_batch, first_announced);
+  collected_ = true;
+  if (candidates_.empty() || candidates_.back().use <= until) return -1;
+  const int32_t slot = candidates_.back().slot;
+  candidates_.pop_back();
+  leave(slot);
+  return slot;
 }
 
 void EvictionOrder::check(int32_t occupied) const {

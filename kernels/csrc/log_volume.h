@@ -106,7 +106,7 @@ class LogVolume final : public Volume {
   TableId table(const TableSpec& spec, const Initializer& init) override;
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
-  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready) override;
+  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready = {}) override;
   Neighbours wait(uint64_t token) override;
   void flush() override;
   void checkpoint(uint64_t epoch) override;

@@ -43,7 +43,7 @@ int64_t SlotDirectory::lookup(const Index* ids, int64_t begin, int64_t end, Stam
       SlotState& s = states[entry - 1];
       const uint64_t old = s.stamp;
       const bool first = Stamp{old}.batch() != batch;
-      const uint64_t use = first & ((old & Stamp::kUses) != Stamp::kUses) ? Stamp::kOneUse : 0;
+      const uint64_t use = (first & ((old & Stamp::kUses) != Stamp::kMostUses)) ? Stamp::kOneUse : 0;
       s.stamp = stamp.at(i).value | ((old & Stamp::kFlags) + use);
       first_seen += first;
       slots[i] = entry - 1;

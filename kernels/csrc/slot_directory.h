@@ -19,8 +19,10 @@
 //   - free slots are exactly those with row -1, their state is zero, and no stamp exceeds the newest batch;
 //   - absent_ has just the rows that are not here and awaited, and wanted_ the same.
 //
-// Victims leave in the order of their last use, by batch and then position: rows that a sample used side by side leave side by
-// side, and a log that takes them in that order has them in one block.
+// Rows that came side by side are neighbours in the eviction order's lists, and the victims of one batch leave in the order of
+// their last use, by batch and then position. So rows that samples use side by side tend to leave side by side, and a log that takes
+// them in that order has them in one block. (Drawing a sixteenth of the pool ahead and sorting it cost 1% more misses and brought no
+// more rows an I/O.)
 //
 // A batch goes through lookup (per feature) -> reserve -> commit, or rollback. Not thread-safe: SlotPool locks.
 #pragma once

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <set>
+#include <utility>
 
 #include "check.h"
 #include "media.h"
@@ -34,7 +35,7 @@ struct Trainer {
 
   struct Step {
     std::vector<int64_t> ids, offsets, slots;
-    uint64_t seq = 0;
+    uint64_t seq = 0, announced = 0;
   };
   std::unique_ptr<Step> draw(Random& random) {
     auto step = std::make_unique<Step>();
@@ -48,9 +49,14 @@ struct Trainer {
     step->slots.assign(step->ids.size(), -1);
     return step;
   }
+  static Batch batch_of(const Step& step) {
+    return {step.ids.data(), false, step.offsets.data(), false, 1, static_cast<int64_t>(step.ids.size())};
+  }
+  void announce(Step& step) { step.announced = pool->announce(batch_of(step)); }
   uint64_t begin(Step& step, bool hard) {
-    const Batch batch{step.ids.data(), false, step.offsets.data(), false, 1, static_cast<int64_t>(step.ids.size())};
-    return step.seq = pool->begin(batch, step.slots.data(), hard, true);
+    const uint64_t announced = std::exchange(step.announced, 0);
+    return step.seq = hard ? pool->begin(batch_of(step), step.slots.data(), true, announced)
+                           : pool->prefetch(batch_of(step), step.slots.data(), true, announced);
   }
   // Every row of the batch is what it was, and becomes the next version, in its slot.
   void train(const Step& step) {
@@ -137,17 +143,31 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps) {
       }
     }
   };
-  std::deque<std::unique_ptr<Trainer::Step>> ahead;
-  uint64_t prefetched = 0;
+  std::deque<std::unique_ptr<Trainer::Step>> coming, ahead;
+  uint64_t prefetched = 0, withdrawn = 0;
   for (uint32_t s = 0; s < steps; ++s) {
+    while (coming.size() < 4 + below(random, 4)) {
+      coming.push_back(trainer.draw(random));
+      if (random() % 8) trainer.announce(*coming.back());
+      if (random() % 20 == 0 && coming.back()->announced) {
+        trainer.pool->withdraw(std::exchange(coming.back()->announced, 0));
+        ++withdrawn;
+      }
+    }
     while (ahead.size() < 1 + below(random, 3)) {
-      ahead.push_back(trainer.draw(random));
+      ahead.push_back(std::move(coming.front()));
+      coming.pop_front();
       begin_when_released(*ahead.back(), false);
-      prefetched += ahead.back()->seq != 0;
+      if (random() % 20 == 0) {  // it is not wanted after all
+        trainer.pool->release(ahead.back()->seq);
+        ahead.pop_back();
+      }
     }
     std::unique_ptr<Trainer::Step> step = std::move(ahead.front());
     ahead.pop_front();
-    while (step->seq == 0 || !trainer.pool->acquire(step->seq, true)) {
+    if (trainer.pool->acquire(step->seq, true)) {
+      ++prefetched;
+    } else {
       begin_when_released(*step, true);
     }
     trainer.pool->wait(step->seq);
@@ -161,12 +181,14 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps) {
     if (s % 50 == 0) trainer.pool->flush();
   }
   for (const auto& step : ahead) trainer.pool->release(step->seq);
+  for (const auto& step : coming) trainer.pool->withdraw(step->announced);
   guard.reset();
   releasers.join();
   CHECK_EQ(trainer.pool->outstanding(), 0);
+  CHECK_EQ(trainer.pool->announced(), 0);
   trainer.check_all();
   const SlotPoolStats stats = trainer.pool->stats(0);
-  CHECK(prefetched > 0 && stats.evictions > 0 && stats.write_backs > 0 && stats.write_backs <= stats.evictions);
+  CHECK(prefetched > 0 && withdrawn > 0 && stats.evictions > 0 && stats.write_backs > 0 && stats.write_backs <= stats.evictions);
 }
 
 TEST("a slot pool over memory trains like a table in memory, released on other threads") {
@@ -195,7 +217,7 @@ TEST("a batch that does not fit beside hard tickets is refused and changes nothi
   small.ids = {kRows[0] - 1};
   small.offsets = {0, 1, 1, 1};
   small.slots = {-1};
-  CHECK_EQ(trainer.begin(small, false), 0u);  // a prefetch declines
+  CHECK(!trainer.pool->acquire(trainer.begin(small, false), true));  // a prefetch declines
   check_error(ErrorKind::kPoolTooSmall, [&] { trainer.begin(small, true); });
   small.ids = {kRows[0]};
   check_error(ErrorKind::kIdOutOfRange, [&] { trainer.begin(small, true); });
