@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <filesystem>
 #include <random>
 
 #include "index_snapshot.h"
@@ -58,7 +59,10 @@ void LogVolume::open_folders() {
                                                   " paths, opened with " + std::to_string(folders_.size()) +
                                                   ": name the same paths in the same order");
     }
-    kept_.push_back({epoch, bytes.size(), manifest.snapshot, manifest.segments});
+    std::error_code missing;  // said when it is loaded
+    const uint64_t snapshot_bytes =
+        manifest.snapshot ? std::filesystem::file_size(folders_[0].snapshot_file(manifest.snapshot), missing) : 0;
+    kept_.push_back({epoch, bytes.size(), manifest.snapshot, missing ? 0 : snapshot_bytes, manifest.segments});
   }
   if (!chosen) {
     throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " keeps no epoch " + std::to_string(*options_.epoch) +
@@ -208,6 +212,7 @@ uint32_t LogVolume::replay_block(const Segment& segment, uint32_t block, const s
 }
 
 void LogVolume::count_live() {
+  live_bytes_ = 0;
   for (const Table& t : tables_) {
     for (size_t row = 0; row < t.index.size(); ++row) {
       if (!t.index[row]) continue;
@@ -219,6 +224,7 @@ void LogVolume::count_live() {
                                                    " is where the checkpoint has no record. Restore the volume from a copy");
       }
       at->second->live_bytes += t.shape.share_bytes();
+      live_bytes_ += t.shape.share_bytes();
     }
   }
 }
@@ -229,7 +235,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   {
     Lock lock(mutex_);
     require_usable();
-    if (!options_.read_only && !kept_.empty()) wait_for_cleaner(waiting_commits_, lock);
+    if (!options_.read_only) wait_for_cleaner(waiting_commits_, lock);
   }
   std::lock_guard commit(commit_mutex_);
   Lock moving(moving_mutex_);
@@ -259,7 +265,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
     if (s->unsynced) unsynced.push_back(s);
     s->unsynced = false;
   }
-  kept_.push_back({epoch, 0, manifest.snapshot, manifest.segments});  // from here on its segments stay
+  kept_.push_back({epoch, 0, manifest.snapshot, named_ ? named_->bytes : 0, manifest.segments});  // from here on its segments stay
   keep(kept_.back());
   const bool due = snapshot_is_due(manifest);
   if (due) begin_snapshot(manifest);
@@ -286,6 +292,8 @@ void LogVolume::checkpoint(uint64_t epoch) {
   }
   ++stats_.checkpoints;
   replaced_before_ = std::exchange(replaced_bytes_, 0);
+  step_bytes_before_ = std::exchange(step_bytes_, 0);
+  wish_ = false;
   forget_manifests(lock);
   reclaim(lock);
   room_made_.notify_all();
@@ -329,8 +337,9 @@ bool LogVolume::snapshot_is_due(const Manifest& manifest) const {
   uint64_t to_replay = 0, bytes = 0;
   for (const ManifestSegment& s : manifest.segments) to_replay += uint64_t{s.blocks - s.in_snapshot} * s.block_bytes;
   for (const Table& t : tables_) bytes += t.index.size() * sizeof(uint64_t);
-  // Without room opening replays more, that is all.
-  return to_replay > options_.snapshot_after_bytes && fits(1 + reserve() + bytes / segment_bytes_);
+  // Without room opening replays more, that is all. So at most two are on disk, and none makes the volume want a checkpoint.
+  if (std::any_of(kept_.begin(), kept_.end(), [&](const Kept& k) { return k.snapshot != 0 && k.snapshot != manifest.snapshot; })) return false;
+  return to_replay > options_.snapshot_after_bytes && fits(3 + reserve() + room().spare + bytes / segment_bytes_);
 }
 
 void LogVolume::begin_snapshot(const Manifest& manifest) {
@@ -463,7 +472,9 @@ void LogVolume::restore(uint64_t epoch) {
   }
   segments_.clear();
   graves_.clear();
-  given_up_bytes_ = 0;
+  given_up_bytes_ = live_bytes_ = 0;
+  replaced_bytes_ = step_put_bytes_ = step_bytes_ = 0;
+  wish_ = false;
   try {
     load(manifest);
     for (; !on_disk.empty() && on_disk.back() > epoch; on_disk.pop_back()) {
