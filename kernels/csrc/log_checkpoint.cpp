@@ -292,7 +292,10 @@ void LogVolume::checkpoint(uint64_t epoch) {
   }
   ++stats_.checkpoints;
   replaced_before_ = std::exchange(replaced_bytes_, 0);
+  // The pools' flush is as long as the interval was; it counts as a step's where the interval was one step.
+  if (steps_ == 1) step_bytes_ += step_put_bytes_;
   step_bytes_before_ = std::exchange(step_bytes_, 0);
+  step_put_bytes_ = steps_ = 0;
   wish_ = false;
   forget_manifests(lock);
   reclaim(lock);
@@ -473,7 +476,7 @@ void LogVolume::restore(uint64_t epoch) {
   segments_.clear();
   graves_.clear();
   given_up_bytes_ = live_bytes_ = 0;
-  replaced_bytes_ = step_put_bytes_ = step_bytes_ = 0;
+  replaced_bytes_ = step_put_bytes_ = step_bytes_ = steps_ = 0;
   wish_ = false;
   try {
     load(manifest);

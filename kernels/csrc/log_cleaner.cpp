@@ -108,7 +108,7 @@ bool LogVolume::will_fit(uint64_t segments) const { return fits(segments > comin
 
 // A put needs room now; a commit is what gives back what is held.
 bool LogVolume::someone_waits() const {
-  return (waiting_puts_ > 0 && !fits(comfortable())) || (waiting_commits_ > 0 && commit_must_wait());
+  return (waiting_puts_ > 0 && !fits(comfortable())) || (waiting_commits_ > 0 && commit_should_wait());
 }
 
 void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
@@ -222,10 +222,16 @@ bool LogVolume::cleaning_is_due() const {
   return r.holding > r.balance;
 }
 
-// Before a commit: what it names must leave as much room as the steps until the last kept manifest goes can take.
+// What a commit names must leave as much room as the steps until its release can take.
 bool LogVolume::commit_must_wait() const {
   const Room r = room();
   return r.holding + r.spare > r.segments && r.holding > r.balance;
+}
+
+// One that was wished for makes all the room that is cheap, so that the next wish is far.
+bool LogVolume::commit_should_wait() const {
+  const Room r = room();
+  return r.holding > r.balance && (wish_ || r.holding + r.spare > r.segments);
 }
 
 uint64_t LogVolume::held_back() const {
@@ -236,11 +242,13 @@ uint64_t LogVolume::comfortable() const { return 2 + reserve(); }
 
 std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
-  // One that is held gives nothing back yet, and puts go on until it does.
-  // A commit is what gives it back: for one that waits, the cleaner goes as far as leaves room for a put.
+  // One that is held gives nothing back until the last commit that names it goes, and puts go on until it does: they are left what
+  // the commits before that one need. Before a commit that would leave too little the cleaner goes as far as leaves room for a put.
   // Where all is held and nothing is coming, one is emptied in any case, so that the next commit gives something back. Without
   // room for another segment too: the one that survivors go to may have some left.
-  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve())) || coming_ == 0;
+  const uint64_t until_then = room().spare * options_.keep_checkpoints / (options_.keep_checkpoints + 1);
+  const bool roomy = fits(std::max(waiting_commits_ > 0 ? 0 : held_back(), 2 + reserve() + until_then)) || coming_ == 0 ||
+                     (waiting_commits_ > 0 && fits(2 + reserve()) && commit_must_wait());
   std::vector<std::shared_ptr<Segment>> able;
   uint64_t live = 0;
   for (const auto& [number, s] : segments_) {

@@ -627,6 +627,7 @@ std::vector<SegmentInfo> LogVolume::segments() const {
 
 bool LogVolume::wants_checkpoint() {
   std::lock_guard lock(mutex_);
+  ++steps_;
   step_bytes_ = std::max(step_bytes_, std::exchange(step_put_bytes_, 0));
   if (wish_ || kept_.empty()) return wish_;
   // The commit begins with the pools' flush, which puts what they have taken.

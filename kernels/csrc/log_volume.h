@@ -287,6 +287,7 @@ class LogVolume final : public Volume {
   Room room() const;
   bool cleaning_is_due() const;
   bool commit_must_wait() const;
+  bool commit_should_wait() const;
   uint64_t held_back() const;    // segments that must be free for one that a manifest names to be cleaned
   uint64_t comfortable() const;  // segments that must be free for a put or a commit not to wait for the cleaner
   bool will_fit(uint64_t segments) const;  // once what is held is given back
@@ -326,6 +327,7 @@ class LogVolume final : public Volume {
   uint64_t next_sequence_ = 1;
   uint64_t replaced_bytes_ = 0, replaced_before_ = 0;  // by puts, since the last checkpoint and between the two before
   uint64_t step_put_bytes_ = 0;                  // since the last look for a wish
+  uint64_t steps_ = 0;                           // looks since the last checkpoint
   uint64_t step_bytes_ = 0, step_bytes_before_ = 0;  // put at most from one look to the next, since the last checkpoint and before
   bool wish_ = false;
   size_t writing_ = 0, checkpointing_ = 0;
