@@ -89,6 +89,7 @@ void LogVolume::load(const Manifest& manifest) {
         segment->number = s.number;
         segment->path = s.path_index;
         segment->block_bytes = s.block_bytes;
+        segment->capacity_blocks = capacity_blocks(s.block_bytes);
         segment->file = folders_[s.path_index].open_segment(s.number);
         if (options_.mapped) {
           segment->mapping = Mapping(segment->file, folders_[s.path_index].segment_file(s.number), segment_bytes_, !options_.read_only);

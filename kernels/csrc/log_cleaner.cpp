@@ -261,7 +261,8 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   for (const auto& s : able) {
     if (s->kept > 0 && !roomy) continue;
     if (!kept_.empty() && s->live_bytes > live / able.size()) continue;  // room that is held until a commit must be gained cheaply
-    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.1 : 0);  // to copy
+    const auto payload = static_cast<double>(uint64_t{s->capacity_blocks} * s->block_bytes);
+    const double share = static_cast<double>(s->live_bytes) / payload + (s->kept > 0 ? 0.1 : 0);  // to copy
     if (share >= 0.95) continue;  // copying gains nothing
     // Room gained per byte copied, times how long it has stayed: what an old segment still holds is not being replaced.
     const double score = (1 - share) / share * (next_segment_ - s->number);
