@@ -35,6 +35,7 @@ class Job:
 
     def __init__(self, kind: type[SsdVolume | PmemVolume], folder: str, capacity_bytes: int, keep: int, put_rows: int, seed: int) -> None:
         self.kind, self.folder, self.capacity_bytes, self.keep, self.put_rows = kind, folder, capacity_bytes, keep, put_rows
+        self.small_share, self.in_turn = (seed % 3) * 0.49, seed % 5 == 0
         self.random = torch.Generator().manual_seed(seed)
         self.versions = torch.zeros(len(RECORD_BYTES), IN_USE, dtype=torch.uint8)
         self.committed: dict[int, torch.Tensor] = {}
@@ -46,8 +47,12 @@ class Job:
         self.tables = [self.volume.table(f"t{size}", row_count=ROWS, record_bytes=size) for size in RECORD_BYTES]
 
     def step(self) -> None:
+        small = torch.rand(1, generator=self.random) < self.small_share  # steps are not alike
         for t, table in enumerate(self.tables):
-            rows = torch.randperm(IN_USE, generator=self.random)[: self.put_rows]
+            count = 1 + self.put_rows // 20 if small else self.put_rows
+            rows = torch.randperm(IN_USE, generator=self.random)[:count]
+            if self.in_turn:
+                rows = (int(rows[0]) // 100 * 100 + torch.arange(count)) % IN_USE
             self.versions[t, rows] += 1
             table.put(rows, self.versions[t, rows][:, None].expand(-1, table.record_bytes).contiguous())
         if self.volume.wants_checkpoint:

@@ -447,7 +447,7 @@ void LogVolume::restore(uint64_t epoch) {
   const auto at = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& k) { return k.epoch == epoch; });
   if (at == kept_.end()) {
     std::string epochs;
-    for (const Kept& k : kept_) epochs += " " + std::to_string(k.epoch);
+    for (const Kept& k : kept_) epochs.append(" ").append(std::to_string(k.epoch));
     throw Error(ErrorKind::kVolume, "volume " + name() + " does not keep epoch " + std::to_string(epoch) + "; it keeps" +
                                         (epochs.empty() ? " none" : epochs));
   }
