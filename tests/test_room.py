@@ -132,12 +132,16 @@ def test_no_put_is_refused_in_many_sequences_of_lives_with_the_room_of_the_formu
 
 def test_a_volume_with_too_little_room_names_what_is_enough() -> None:
     with tempfile.TemporaryDirectory(dir=PMEM) as folder:
-        job = Job(PmemVolume, folder, 3 << 20, 2, 200, 1)
-        with pytest.raises(VolumeFullError, match=r"Raise capacity_bytes \((\d+) are enough for these rows and steps") as refused:
+        job = Job(PmemVolume, folder, 3 << 20, 2, 200, 3)
+
+        def overfill() -> None:
             for _ in range(200):
                 job.step()
                 if job.epoch % 2 == 0:
                     job.commit()
+
+        with pytest.raises(VolumeFullError, match=r"Raise capacity_bytes \((\d+) are enough for these rows and steps") as refused:
+            overfill()
         job.volume.close()
         enough = int(str(refused.value).split("Raise capacity_bytes (")[1].split()[0])
         assert 0.8 < enough / enough_bytes(200, 2) < 1.2
