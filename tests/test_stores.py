@@ -29,7 +29,7 @@ from strategies import PMEM
 from torchrec_mtrains.errors import UnsupportedError, VolumeError, VolumeFullError
 from torchrec_mtrains.tiers import Cache, DdrCache, PmemCache
 
-CAPACITY_BYTES = 12 << 20  # of a log: 12 segments
+CAPACITY_BYTES = 6 << 20  # of a log: 12 segments
 KEEP_CHECKPOINTS = 2
 MOST_AT_ONCE = 12  # rows of a put: below a segment, as the room is that a log keeps for one
 RENUMBER_AFTER = 30  # insertions into a cache

@@ -182,7 +182,7 @@ def test_a_full_disk_is_a_typed_error_and_loses_nothing(path: str) -> None:
     table.put(torch.arange(100), torch.ones(100, 4000, dtype=torch.uint8))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))  # the kernel refuses the next segment, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, before[1]))  # the kernel refuses the next segment, as a full disk does
     try:
         with pytest.raises(VolumeFullError, match="cannot allocate"):
             table.put(torch.arange(1000, 2000), torch.ones(1000, 4000, dtype=torch.uint8))

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <filesystem>
 #include <random>
 
 #include "index_snapshot.h"
@@ -58,7 +59,10 @@ void LogVolume::open_folders() {
                                                   " paths, opened with " + std::to_string(folders_.size()) +
                                                   ": name the same paths in the same order");
     }
-    kept_.push_back({epoch, bytes.size(), manifest.snapshot, manifest.segments});
+    std::error_code missing;  // said when it is loaded
+    const uint64_t snapshot_bytes =
+        manifest.snapshot ? std::filesystem::file_size(folders_[0].snapshot_file(manifest.snapshot), missing) : 0;
+    kept_.push_back({epoch, bytes.size(), manifest.snapshot, missing ? 0 : snapshot_bytes, manifest.segments});
   }
   if (!chosen) {
     throw Error(ErrorKind::kVolumeMismatch, "volume " + name() + " keeps no epoch " + std::to_string(*options_.epoch) +
@@ -85,6 +89,7 @@ void LogVolume::load(const Manifest& manifest) {
         segment->number = s.number;
         segment->path = s.path_index;
         segment->block_bytes = s.block_bytes;
+        segment->capacity_blocks = capacity_blocks(s.block_bytes);
         segment->file = folders_[s.path_index].open_segment(s.number);
         if (options_.mapped) {
           segment->mapping = Mapping(segment->file, folders_[s.path_index].segment_file(s.number), segment_bytes_, !options_.read_only);
@@ -208,6 +213,7 @@ uint32_t LogVolume::replay_block(const Segment& segment, uint32_t block, const s
 }
 
 void LogVolume::count_live() {
+  live_bytes_ = 0;
   for (const Table& t : tables_) {
     for (size_t row = 0; row < t.index.size(); ++row) {
       if (!t.index[row]) continue;
@@ -219,6 +225,7 @@ void LogVolume::count_live() {
                                                    " is where the checkpoint has no record. Restore the volume from a copy");
       }
       at->second->live_bytes += t.shape.share_bytes();
+      live_bytes_ += t.shape.share_bytes();
     }
   }
 }
@@ -229,7 +236,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
   {
     Lock lock(mutex_);
     require_usable();
-    if (!options_.read_only && !kept_.empty()) wait_for_cleaner(waiting_commits_, lock);
+    if (!options_.read_only) wait_for_cleaner(waiting_commits_, lock);
   }
   std::lock_guard commit(commit_mutex_);
   Lock moving(moving_mutex_);
@@ -259,7 +266,7 @@ void LogVolume::checkpoint(uint64_t epoch) {
     if (s->unsynced) unsynced.push_back(s);
     s->unsynced = false;
   }
-  kept_.push_back({epoch, 0, manifest.snapshot, manifest.segments});  // from here on its segments stay
+  kept_.push_back({epoch, 0, manifest.snapshot, named_ ? named_->bytes : 0, manifest.segments});  // from here on its segments stay
   keep(kept_.back());
   const bool due = snapshot_is_due(manifest);
   if (due) begin_snapshot(manifest);
@@ -286,6 +293,11 @@ void LogVolume::checkpoint(uint64_t epoch) {
   }
   ++stats_.checkpoints;
   replaced_before_ = std::exchange(replaced_bytes_, 0);
+  // The pools' flush is as long as the interval was; it counts as a step's where the interval was one step.
+  if (steps_ == 1) step_bytes_ += step_put_bytes_;
+  step_bytes_before_ = std::exchange(step_bytes_, 0);
+  step_put_bytes_ = steps_ = 0;
+  wish_ = false;
   forget_manifests(lock);
   reclaim(lock);
   room_made_.notify_all();
@@ -329,8 +341,9 @@ bool LogVolume::snapshot_is_due(const Manifest& manifest) const {
   uint64_t to_replay = 0, bytes = 0;
   for (const ManifestSegment& s : manifest.segments) to_replay += uint64_t{s.blocks - s.in_snapshot} * s.block_bytes;
   for (const Table& t : tables_) bytes += t.index.size() * sizeof(uint64_t);
-  // Without room opening replays more, that is all.
-  return to_replay > options_.snapshot_after_bytes && fits(1 + reserve() + bytes / segment_bytes_);
+  // Without room opening replays more, that is all. So at most two are on disk, and none makes the volume want a checkpoint.
+  if (std::any_of(kept_.begin(), kept_.end(), [&](const Kept& k) { return k.snapshot != 0 && k.snapshot != manifest.snapshot; })) return false;
+  return to_replay > options_.snapshot_after_bytes && fits(3 + reserve() + room().spare + bytes / segment_bytes_);
 }
 
 void LogVolume::begin_snapshot(const Manifest& manifest) {
@@ -434,7 +447,7 @@ void LogVolume::restore(uint64_t epoch) {
   const auto at = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& k) { return k.epoch == epoch; });
   if (at == kept_.end()) {
     std::string epochs;
-    for (const Kept& k : kept_) epochs += " " + std::to_string(k.epoch);
+    for (const Kept& k : kept_) epochs.append(" ").append(std::to_string(k.epoch));
     throw Error(ErrorKind::kVolume, "volume " + name() + " does not keep epoch " + std::to_string(epoch) + "; it keeps" +
                                         (epochs.empty() ? " none" : epochs));
   }
@@ -463,7 +476,9 @@ void LogVolume::restore(uint64_t epoch) {
   }
   segments_.clear();
   graves_.clear();
-  given_up_bytes_ = 0;
+  given_up_bytes_ = live_bytes_ = 0;
+  replaced_bytes_ = step_put_bytes_ = step_bytes_ = steps_ = 0;
+  wish_ = false;
   try {
     load(manifest);
     for (; !on_disk.empty() && on_disk.back() > epoch; on_disk.pop_back()) {

@@ -1,6 +1,7 @@
 // LogVolume: room and cleaning.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 
@@ -20,21 +21,29 @@ uint64_t LogVolume::manifest_bytes() const {
 }
 
 uint64_t LogVolume::used_bytes() const {
-  uint64_t bytes = (segments_.size() + removing_) * segment_bytes_ + (named_ ? named_->bytes : 0) + (snapshot_ ? snapshot_->bytes : 0);
-  for (const Kept& k : kept_) bytes += k.bytes;
+  return (segments_.size() + removing_) * segment_bytes_ + used_beside_segments();
+}
+
+uint64_t LogVolume::used_beside_segments() const {
+  uint64_t bytes = (named_ ? named_->bytes : 0) + (snapshot_ ? snapshot_->bytes : 0), counted = named_ ? named_->epoch : 0;
+  for (auto k = kept_.rbegin(); k != kept_.rend(); ++k) {  // older ones name the same index snapshot or an older one
+    bytes += k->bytes;
+    if (k->snapshot != 0 && k->snapshot < counted) bytes += k->snapshot_bytes;
+    if (k->snapshot != 0) counted = k->snapshot;
+  }
   return bytes;
 }
 
 void LogVolume::refuse_full() const {
-  uint64_t live = 0;
-  for (const auto& [number, s] : segments_) live += s->live_bytes;
   throw Error(ErrorKind::kVolumeFull,
               "volume " + name() + " is full: capacity_bytes is " + std::to_string(options_.capacity_bytes) + ", " +
                   std::to_string(used_bytes()) + " are used by " + std::to_string(segments_.size()) + " segments of " +
-                  std::to_string(segment_bytes_) + " bytes: " +
-                  std::to_string(live) + " bytes are newest rows, " + std::to_string(coming_) +
+                  std::to_string(segment_bytes_) + " bytes: " + std::to_string(live_bytes_) + " bytes are newest rows, " +
+                  std::to_string(coming_) +
                   " segments wait for a checkpoint to go. Nothing was changed, and everything up to the last checkpoint is "
-                  "intact. Raise capacity_bytes, commit a checkpoint more often, or keep fewer of them");
+                  "intact. Raise capacity_bytes (" + std::to_string(static_cast<uint64_t>(room().needed)) +
+                  " are enough for these rows and steps, if every wish for a checkpoint is served), commit a checkpoint more often, "
+                  "or keep fewer of them");
 }
 
 bool LogVolume::fits(uint64_t more_segments) const {
@@ -48,7 +57,7 @@ std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes
   segment->number = next_segment_;
   segment->path = next_segment_ % static_cast<uint32_t>(folders_.size());
   segment->block_bytes = block_bytes;
-  segment->capacity_blocks = static_cast<uint32_t>((segment_bytes_ - kPageBytes) / block_bytes);
+  segment->capacity_blocks = capacity_blocks(block_bytes);
   segment->unsynced = true;
   segment->file = folders_[segment->path].create_segment(segment->number, segment_bytes_);
   SegmentHeader header{kSegmentMagic, kFormatVersion, segment->number, block_bytes, segment->path, volume_, 0};
@@ -99,7 +108,7 @@ bool LogVolume::will_fit(uint64_t segments) const { return fits(segments > comin
 
 // A put needs room now; a commit is what gives back what is held.
 bool LogVolume::someone_waits() const {
-  return (waiting_puts_ > 0 && !fits(comfortable())) || (waiting_commits_ > 0 && !will_fit(comfortable()));
+  return (waiting_puts_ > 0 && !fits(comfortable())) || (waiting_commits_ > 0 && commit_should_wait());
 }
 
 void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
@@ -118,6 +127,7 @@ void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
 void LogVolume::lose(const Table& table, uint64_t place) {
   Segment& segment = *segments_.at(Place::unpack(place).segment);
   segment.live_bytes -= table.shape.share_bytes();
+  live_bytes_ -= table.shape.share_bytes();
   if (segment.live_bytes == 0 && segment.kept > 0) ++coming_;
 }
 
@@ -176,13 +186,52 @@ void LogVolume::reclaim(Lock& lock) {
   room_made_.notify_all();
 }
 
+LogVolume::Room LogVolume::room() const {
+  const uint64_t beside = used_beside_segments() + manifest_bytes(), streams = streams_.size();
+  uint64_t payload = segment_bytes_ - kPageBytes, open_blocks = 0;
+  for (const Stream& s : streams_) {
+    payload = std::min<uint64_t>(payload, uint64_t{s.block_bytes} * capacity_blocks(s.block_bytes));
+    open_blocks += uint64_t{s.tables} * s.block_bytes;
+  }
+  Room room;
+  room.segments = (options_.capacity_bytes - std::min(beside, options_.capacity_bytes)) / segment_bytes_;
+  room.holding = segments_.size() + removing_ - coming_;
+  const auto n = static_cast<double>(room.segments - std::min(streams, room.segments));
+  const double live = std::min(static_cast<double>(live_bytes_ + given_up_bytes_) / static_cast<double>(payload), n);
+  const double balance = std::sqrt(live * n);
+  const double step = static_cast<double>(std::max(step_bytes_, step_bytes_before_) + open_blocks) / static_cast<double>(payload) +
+                      static_cast<double>(streams) + 1;
+  const double steps = (options_.keep_checkpoints + 1) * step / std::max(1 - std::sqrt(live / std::max(n, 1.0)), 1e-3);
+  room.balance = static_cast<uint64_t>(std::ceil(balance)) + streams;
+  room.needed = static_cast<double>(payload) * (std::sqrt(live) + std::sqrt((options_.keep_checkpoints + 1) * step)) *
+                    (std::sqrt(live) + std::sqrt((options_.keep_checkpoints + 1) * step)) * segment_bytes_ / payload +
+                static_cast<double>(streams * segment_bytes_ + beside);
+  room.spare = static_cast<uint64_t>(std::min(std::max(steps, n / 16), n - balance));
+  return room;
+}
+
 bool LogVolume::cleaning_is_due() const {
   // What a kept manifest names comes back only when that manifest goes: with checkpoints, cleaning begins as many segments
   // earlier as puts replace until then, and what it has emptied already counts as room. Survivors do not count (the more were
-  // cleaned, the more would have to be), nor do rows put for the first time.
-  const uint64_t replaced = (std::max(replaced_bytes_, replaced_before_) + given_up_bytes_) / segment_bytes_ + 1;
+  // cleaned, the more would have to be), nor do rows put for the first time. It ends at the balance: beyond it costs more room than it gains.
+  const uint64_t replaced = std::max(replaced_bytes_ + given_up_bytes_, replaced_before_) / segment_bytes_ + 1;
   const uint64_t until_then = kept_.empty() ? 0 : (options_.keep_checkpoints + 1) * replaced;
-  return !will_fit(1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then);
+  if (will_fit(1 + reserve() + options_.capacity_bytes / segment_bytes_ / 128 + until_then)) return false;
+  if (kept_.empty()) return true;
+  const Room r = room();
+  return r.holding > r.balance;
+}
+
+// What a commit names must leave as much room as the steps until its release can take.
+bool LogVolume::commit_must_wait() const {
+  const Room r = room();
+  return r.holding + r.spare > r.segments && r.holding > r.balance;
+}
+
+// One that was wished for makes all the room that is cheap, so that the next wish is far.
+bool LogVolume::commit_should_wait() const {
+  const Room r = room();
+  return r.holding > r.balance && (wish_ || r.holding + r.spare > r.segments);
 }
 
 uint64_t LogVolume::held_back() const {
@@ -193,20 +242,30 @@ uint64_t LogVolume::comfortable() const { return 2 + reserve(); }
 
 std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const std::set<uint32_t> busy = filling();
-  // One that is held gives nothing back yet, and puts go on until it does.
-  // A commit is what gives it back: for one that waits, the cleaner goes as far as leaves room for a put.
+  // One that is held gives nothing back until the last commit that names it goes, and puts go on until it does: they are left what
+  // the commits before that one need. Before a commit that would leave too little the cleaner goes as far as leaves room for a put.
   // Where all is held and nothing is coming, one is emptied in any case, so that the next commit gives something back. Without
   // room for another segment too: the one that survivors go to may have some left.
-  const bool roomy = fits(held_back()) || (waiting_commits_ > 0 && fits(2 + reserve())) || coming_ == 0;
-  std::shared_ptr<Segment> best;
-  double best_score = 0;
+  const uint64_t until_then = room().spare * options_.keep_checkpoints / (options_.keep_checkpoints + 1);
+  const bool roomy = fits(std::max(waiting_commits_ > 0 ? 0 : held_back(), 2 + reserve() + until_then)) || coming_ == 0 ||
+                     (waiting_commits_ > 0 && fits(2 + reserve()) && commit_must_wait());
+  std::vector<std::shared_ptr<Segment>> able;
+  uint64_t live = 0;
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0 || !s->chunks.empty() || busy.contains(number)) continue;
+    able.push_back(s);
+    live += s->live_bytes;
+  }
+  std::shared_ptr<Segment> best;
+  double best_score = 0;
+  for (const auto& s : able) {
     if (s->kept > 0 && !roomy) continue;
-    const double share = static_cast<double>(s->live_bytes) / static_cast<double>(segment_bytes_) + (s->kept > 0 ? 0.1 : 0);  // to copy
+    if (!kept_.empty() && s->live_bytes > live / able.size()) continue;  // room that is held until a commit must be gained cheaply
+    const auto payload = static_cast<double>(uint64_t{s->capacity_blocks} * s->block_bytes);
+    const double share = static_cast<double>(s->live_bytes) / payload + (s->kept > 0 ? 0.1 : 0);  // to copy
     if (share >= 0.95) continue;  // copying gains nothing
     // Room gained per byte copied, times how long it has stayed: what an old segment still holds is not being replaced.
-    const double score = (1 - share) / share * (next_segment_ - number);
+    const double score = (1 - share) / share * (next_segment_ - s->number);
     if (score > best_score) {
       best = s;
       best_score = score;

@@ -22,7 +22,7 @@ namespace mtrains {
 constexpr uint32_t kFormatVersion = 2;
 constexpr uint32_t kPageBytes = 4096;  // alignment of every O_DIRECT transfer
 constexpr uint32_t kRecordHeaderBytes = 24;
-constexpr uint64_t kLeastSegmentBytes = 1u << 20, kMostSegmentBytes = 64u << 20;
+constexpr uint64_t kLeastSegmentBytes = 128u << 10, kMostSegmentBytes = 64u << 20;
 constexpr uint32_t kMostBlockBytes = 64u << 10;  // unless one record is larger
 
 struct RecordHeader {

@@ -37,8 +37,8 @@ LogVolume::LogVolume(LogOptions options)
   if (options_.depth < 1 || options_.depth > 4096) {
     throw Error(ErrorKind::kConfiguration, "depth must be 1 to 4096, got " + std::to_string(options_.depth));
   }
-  if (options_.capacity_bytes < 2 * kLeastSegmentBytes && !options_.read_only) {
-    throw Error(ErrorKind::kConfiguration, "capacity_bytes must be at least " + std::to_string(2 * kLeastSegmentBytes) + ", got " +
+  if (options_.capacity_bytes < 16 * kLeastSegmentBytes && !options_.read_only) {
+    throw Error(ErrorKind::kConfiguration, "capacity_bytes must be at least " + std::to_string(16 * kLeastSegmentBytes) + ", got " +
                                                std::to_string(options_.capacity_bytes));
   }
   segment_bytes_ = std::clamp(std::bit_floor(options_.capacity_bytes / 256), kLeastSegmentBytes, kMostSegmentBytes);
@@ -77,6 +77,12 @@ LogVolume::Stream& LogVolume::stream_of(uint32_t block_bytes, bool survivors) {
 
 LogVolume::Table& LogVolume::add_table(const TableSpec& spec, const Initializer& init) {
   const BlockShape shape = BlockShape::of(spec.record_bytes);
+  if (segments_.empty() && kept_.empty()) {  // few blocks would leave much of a segment empty
+    while (segment_bytes_ < block_offset(shape.block_bytes, 8) && segment_bytes_ < kMostSegmentBytes &&
+           segment_bytes_ * 16 <= options_.capacity_bytes) {
+      segment_bytes_ *= 2;
+    }
+  }
   if (block_offset(shape.block_bytes, 1) > segment_bytes_) {
     throw Error(ErrorKind::kConfiguration, "table '" + spec.name + "': a record of " + std::to_string(spec.record_bytes) +
                                                " bytes does not fit this volume's segments of " + std::to_string(segment_bytes_) +
@@ -180,6 +186,7 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
     gather_record(parts, slots[i], append(table, table.fresh, rows[i], next_sequence_++, lock));
   }
   stats_.put_rows += rows.size();
+  step_put_bytes_ += rows.size() * uint64_t{table.shape.share_bytes()};
 }
 
 uint64_t& LogVolume::entry_to_change(Table& table, int64_t row) {
@@ -248,6 +255,7 @@ void LogVolume::seal(Table& table, OpenBlock& open, Lock& lock) {
   const size_t used = open.rows.size() * table.shape.stride_bytes;
   segment.records += static_cast<uint32_t>(open.rows.size());
   segment.live_bytes += open.rows.size() * uint64_t{table.shape.share_bytes()};
+  live_bytes_ += open.rows.size() * uint64_t{table.shape.share_bytes()};
   segment.unsynced = true;
   std::byte* to = chunk ? chunk->buffer.get() + uint64_t{chunk->blocks++} * stream.block_bytes
                         : segment.mapping.data() + block_offset(stream.block_bytes, block);
@@ -622,12 +630,14 @@ std::vector<SegmentInfo> LogVolume::segments() const {
   return result;
 }
 
-bool LogVolume::wants_checkpoint() const {
+bool LogVolume::wants_checkpoint() {
   std::lock_guard lock(mutex_);
+  ++steps_;
+  step_bytes_ = std::max(step_bytes_, std::exchange(step_put_bytes_, 0));
+  if (wish_ || kept_.empty()) return wish_;
   // The commit begins with the pools' flush, which puts what they have taken.
-  const uint64_t to_come = given_up_bytes_ / segment_bytes_;
-  if (kept_.empty() || fits(2 + reserve() + to_come + options_.capacity_bytes / segment_bytes_ / 16)) return false;
-  return coming_ > 0 || std::any_of(segments_.begin(), segments_.end(), [&](const auto& s) {
+  if (fits(2 + reserve() + given_up_bytes_ / segment_bytes_ + room().spare)) return false;
+  return wish_ = coming_ > 0 || std::any_of(segments_.begin(), segments_.end(), [&](const auto& s) {
            return s.second->kept > 0 && s.second->live_bytes < segment_bytes_ / 4 * 3;
          });
 }

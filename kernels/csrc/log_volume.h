@@ -122,7 +122,9 @@ class LogVolume final : public Volume {
   std::string fallback_reason() const { return queue_ ? queue_->fallback_reason() : ""; }
   std::string unregistered_reason() const { return queue_ ? queue_->unregistered_reason() : ""; }
   bool direct() const;  // whether the page cache is out of the way
-  bool wants_checkpoint() const;  // room is short, and what checkpoints hold would make some
+  // Room is short, and what checkpoints hold would make some. A wish stands until the next commit. Each look ends a step: what is put
+  // from one to the next is what the volume expects of the steps to come.
+  bool wants_checkpoint();
   std::string id() const override;
   void close() override;
 
@@ -206,7 +208,7 @@ class LogVolume final : public Volume {
   struct Kept {
     uint64_t epoch;
     uint64_t bytes;  // of the manifest
-    uint64_t snapshot;
+    uint64_t snapshot, snapshot_bytes;
     std::vector<ManifestSegment> segments;
   };
   struct Snapshot {  // of the index; being written, then named by the manifests that follow
@@ -222,6 +224,13 @@ class LogVolume final : public Volume {
     bool cancelled = false;
   };
   using Lock = std::unique_lock<std::mutex>;
+  struct Room {  // in segments; why: docs/checkpoints.md, "How much room"
+    uint64_t segments = 0;  // that the capacity has room for
+    uint64_t holding = 0;   // there now, those that only wait for a manifest to go left out
+    uint64_t balance = 0;   // held at most for cleaning to gain the most
+    uint64_t spare = 0;     // free at a step's end, or the volume wants a checkpoint
+    double needed = 0;      // bytes of capacity with which it never is full
+  };
   struct Grave {  // a removed segment whose descriptor reads in flight may still use
     std::shared_ptr<Segment> segment;
     uint64_t last_batch;
@@ -259,6 +268,8 @@ class LogVolume final : public Volume {
   std::set<uint32_t> filling() const;
   void reclaim(Lock& lock);
   uint64_t used_bytes() const;
+  uint64_t used_beside_segments() const;  // by manifests and index snapshots
+  uint32_t capacity_blocks(uint32_t block_bytes) const { return static_cast<uint32_t>((segment_bytes_ - kPageBytes) / block_bytes); }
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
 
@@ -274,7 +285,10 @@ class LogVolume final : public Volume {
   void drain_alone(Lock& lock);  // the same, and nothing has been put since
 
   void clean();  // the cleaner's thread
+  Room room() const;
   bool cleaning_is_due() const;
+  bool commit_must_wait() const;
+  bool commit_should_wait() const;
   uint64_t held_back() const;    // segments that must be free for one that a manifest names to be cleaned
   uint64_t comfortable() const;  // segments that must be free for a put or a commit not to wait for the cleaner
   bool will_fit(uint64_t segments) const;  // once what is held is given back
@@ -313,7 +327,12 @@ class LogVolume final : public Volume {
   uint32_t next_segment_ = 1;
   uint64_t next_sequence_ = 1;
   uint64_t replaced_bytes_ = 0, replaced_before_ = 0;  // by puts, since the last checkpoint and between the two before
+  uint64_t step_put_bytes_ = 0;                  // since the last look for a wish
+  uint64_t steps_ = 0;                           // looks since the last checkpoint
+  uint64_t step_bytes_ = 0, step_bytes_before_ = 0;  // put at most from one look to the next, since the last checkpoint and before
+  bool wish_ = false;
   size_t writing_ = 0, checkpointing_ = 0;
+  uint64_t live_bytes_ = 0;  // of newest records in sealed blocks
   uint64_t given_up_bytes_ = 0;
   std::string write_error_, sync_error_;
   bool awaiting_restore_ = false, closed_ = false;

@@ -15,7 +15,7 @@ BATCH_SIZE = 64
 POOL_ROWS = 300  # a batch touches at most 256 rows of a table
 STEPS = 200
 CHECKPOINT_EVERY = 7
-CAPACITY_BYTES = 20 << 20  # 1.7 MiB of records are live, index snapshots take 2 to 4; 200 steps write about 15 MiB
+CAPACITY_BYTES = 7 << 20  # 1.5 MiB of records are live, index snapshots take 1 to 2; 200 steps write about 15 MiB
 
 
 def options(ssd: Path | None, **job: object) -> TrainOptions:

@@ -22,7 +22,7 @@ struct Trainer {
   explicit Trainer(Volume& v) : volume(v) {
     std::vector<SlotPoolTable> tables;
     for (size_t t = 0; t < 2; ++t) {
-      const std::string name = "t" + std::to_string(t);
+      const std::string name = std::string("t").append(std::to_string(t));
       ids[t] = v.table({name, kRows[t], kBytes}, {});
       weights[t].assign(static_cast<size_t>(kPoolRows[t]) * (kBytes - 16), std::byte{0xEE});
       state[t].assign(static_cast<size_t>(kPoolRows[t]) * 16, std::byte{0xEE});

@@ -43,7 +43,7 @@ class AgainstTheReference {
   void add_tables(Volume& volume) {
     for (size_t t = 0; t < sizes_.size(); ++t) {
       const Initializer init = t % 2 ? Initializer{} : Initializer{false, 9, -1.0f, 1.0f, 0, {{0, 2}}, WeightType::kFloat32};
-      CHECK_EQ(volume.table({"t" + std::to_string(t), kRows, sizes_[t]}, init), t);
+      CHECK_EQ(volume.table({std::string("t").append(std::to_string(t)), kRows, sizes_[t]}, init), t);
     }
   }
   void open() {
