@@ -1,4 +1,4 @@
-"""The main job: a DLRM on one of the data sources, trained by TorchRec's pipeline, measured from within.
+"""The main job: a DLRM on one of the data sources, trained by ``TieredTrainPipeline``, measured from within.
 
 One call of ``train`` is one job: plan, shard, resume if asked, train, save, evaluate on the held-out split. What happened
 comes back as a ``TrainResult``, which ``report`` turns into a page and the CLI into tables.
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRMTrain
 
 from . import counters, placement
@@ -33,6 +32,7 @@ from .kernels import durability
 from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
 from .planner import CheckpointSchedule
+from .train_pipeline import TieredTrainPipeline
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TrainOptions:
     checkpoint_every: int | None = None
     resume: bool = False
     warm_restart: bool = True
+    prefetch_depth: int = 2
+    lookahead: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -148,7 +150,8 @@ class Job:
             after=lambda: self.clock.lap("dense optimizer"),
         )
         self._mark_phases(model)
-        self.pipeline = TrainPipelineSparseDist(self.dmp, self.optimizer, torch.device("cpu"))
+        ahead = {"prefetch_depth": options.prefetch_depth, "lookahead": options.lookahead}
+        self.pipeline = TieredTrainPipeline(self.dmp, self.optimizer, torch.device("cpu"), **ahead)
         self.trained = 0
         self.checkpoints: list[CheckpointRecord] = []
         if options.resume:
