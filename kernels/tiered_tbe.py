@@ -324,9 +324,11 @@ class TieredTBE(nn.Module):
         return bool(number)
 
     def withdraw(self, indices: Tensor) -> None:
-        """The announced batch with these ids will not come after all; nothing, if there is none."""
+        """The batch with these ids, announced or prefetched, will not come after all; nothing, if there is none."""
         if announced := self._take_announced(indices):
             self._pool.withdraw(announced[0])
+        elif ticket := self._take_waiting(indices):
+            self._pool.release(ticket.seq)
 
     def _take_announced(self, indices: Tensor) -> tuple[int, _Ids] | None:
         queue = self._announced.get(_key(indices))
@@ -368,7 +370,7 @@ class TieredTBE(nn.Module):
         ticket.abandon = weakref.finalize(ticket, _abandon, self._pool, ticket.seq, slots, ids)
         self._waiting.setdefault(_key(indices), deque()).append(ticket)
 
-    def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
+    def _take_waiting(self, indices: Tensor) -> _Ticket | None:
         queue = self._waiting.get(_key(indices))
         if queue is None:
             return None
@@ -377,7 +379,11 @@ class TieredTBE(nn.Module):
             del self._waiting[_key(indices)]
         assert ticket.abandon is not None
         ticket.abandon.detach()
-        return ticket if self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
+        return ticket
+
+    def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
+        ticket = self._take_waiting(indices)
+        return ticket if ticket and self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
 
     def _forget_coming(self) -> None:
         """Lets go of what was prefetched and announced."""

@@ -37,7 +37,7 @@ def courses(draw: st.DrawFn, world_size: int) -> Course:
     return Course(
         draw(jobs(world_size)),
         draw(st.integers(0, 4)),
-        draw(st.sampled_from([0])),
+        draw(st.sampled_from([None, 0, 1, 2, 5, 64])),
         draw(st.sampled_from([0, 500, 2000, 1 << 28])),
         draw(st.sampled_from([1, 2])),
         draw(st.dictionaries(st.integers(0, 8), st.sampled_from(["detach", "evaluate", "reattach"]), max_size=3)),

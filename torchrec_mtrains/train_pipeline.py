@@ -35,6 +35,9 @@ from .errors import ConfigurationError
 from .groups import tiered_collections, tiered_groups
 from .lookahead import MOST_BATCHES, Lookahead
 
+ASK_EVERY = 8
+"""Batches from one look at what the pools can use to the next."""
+
 MOST_PREFETCHED = 16  # guess: one or two hide the reads, and each pins its rows
 
 
@@ -119,7 +122,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         if not 0 <= prefetch_depth <= MOST_PREFETCHED:
             raise ConfigurationError(f"prefetch_depth must be 0 to {MOST_PREFETCHED} batches, got {prefetch_depth}")
         self.prefetch_depth, self._lookahead = prefetch_depth, Lookahead(lookahead, lookahead_bytes)
-        self.trained_batches = 0
+        self.trained_batches, self._usable = 0, 0
         super().__init__(
             model,
             optimizer,
@@ -149,6 +152,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
             self._load(dataloader_iter, 1 + self.prefetch_depth)
         if not self.batches:
             raise StopIteration
+        self._ask_pools()
         self._look_ahead()
         self._load(dataloader_iter, 2)
         self._propose_window()
@@ -271,20 +275,21 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
 
     # -- the window
 
+    def _ask_pools(self) -> None:
+        """What the slot pools of this rank can use; a rank without any takes what the others say. Before prefetching: pools answer when
+        what was prefetched has begun."""
+        if self._lookahead.asked is None and self.contexts[0].index % ASK_EVERY == 0:
+            tiered = any(collection.tiered_tables() for collection in tiered_collections(self._model))
+            none = MOST_BATCHES if tiered else 0
+            self._usable = min((group.useful_lookahead for group in tiered_groups(self._model)), default=none)
+
     def _propose_window(self) -> None:
         asked = self._lookahead.asked
         if asked == 0:
             return
-        wish = self._usable_window() if asked is None else asked
         held = [context.bytes for context in list(self.contexts)[2 + self.prefetch_depth :]]
         pg = next((module._env.process_group for module in self._pipelined_modules), None)
-        self._lookahead.propose(held, wish, pg, self._device)
-
-    def _usable_window(self) -> int:
-        """What the slot pools of this rank can use; a rank without any takes what the others say."""
-        if not any(collection.tiered_tables() for collection in tiered_collections(self._model)):
-            return 0
-        return min((group.window for group in tiered_groups(self._model)), default=MOST_BATCHES)
+        self._lookahead.propose(held, self._usable if asked is None else asked, pg, self._device)
 
     # -- the model
 
@@ -317,8 +322,8 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         super().reset()
 
     def _withdraw(self) -> None:
-        """Eviction forgets the announced batches: nobody knows now whether they will train."""
+        """Slot pools forget what was announced and prefetched: nobody knows now whether it will train."""
         for context in self.contexts:
-            if context.announced:
+            if context.announced or context.prefetched:
                 withdraw(self._ids(context))
-                context.announced = False
+            context.announced = context.prefetched = False
