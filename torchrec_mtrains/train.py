@@ -21,7 +21,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.dlrm import DLRMTrain
 
-from . import counters, placement
+from . import placement, tier_counters
 from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
 from .checkpoint_folder import latest_step
 from .data import BatchSource
@@ -198,7 +198,7 @@ class Job:
         left = None if steps is None else max(0, steps - self.trained)
         batches = self._timed(islice(self.source.train_batches(self.trained), left))
         self.dmp.train()
-        before = counters.total(self.dmp)
+        before = tier_counters.total(self.dmp)
         while True:
             self.clock.start()
             try:
@@ -207,13 +207,13 @@ class Job:
                 break
             seconds = self.clock.stop("pipeline")
             self.trained += 1
-            after = counters.total(self.dmp)
+            after = tier_counters.total(self.dmp)
             tiers = {name: value - before.get(name, 0) for name, value in after.items()}
             before = after
             on_step(StepRecord(self.trained, float(loss), seconds, dict(self.clock.seconds), tiers))
             if self.options.checkpoint is not None:
                 self._serve_checkpoints()
-                before = counters.total(self.dmp)
+                before = tier_counters.total(self.dmp)
 
     def _serve_checkpoints(self) -> None:
         """Between steps: commit a checkpoint when one is due or a volume wants one, else write back a little of what one would."""
@@ -358,5 +358,6 @@ def _train(job: Job, steps: int | None, on_step: Callable[[StepRecord], None] | 
         job.save()
     result.checkpoints = job.checkpoints
     result.peak_rss_bytes = peak_rss_bytes()
-    result.tables, result.caches, result.volumes = counters.tables(job.dmp), counters.caches(job.dmp), counters.volumes(job.dmp)
+    result.tables, result.caches = tier_counters.tables(job.dmp), tier_counters.caches(job.dmp)
+    result.volumes = tier_counters.volumes(job.dmp)
     return result

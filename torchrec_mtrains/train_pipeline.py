@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
 from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
@@ -33,6 +32,7 @@ from .batch_bytes import batch_bytes
 from .coming_ids import announce, withdraw
 from .errors import ConfigurationError
 from .groups import tiered_collections, tiered_groups
+from .kernels.spans import span
 from .lookahead import MOST_BATCHES, Lookahead
 
 ASK_EVERY = 8
@@ -163,22 +163,22 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
     def _train(self, context: BatchInFlight) -> Any:
         self._set_module_context(context)
         if self._model.training:
-            with record_function("## zero_grad ##"):
+            with span("zero_grad"):
                 self._optimizer.zero_grad()
         batch = self._on_device(0)
         _wait_for_batch(batch, self._memcpy_stream)
         if self._prefetch_stream is not None:
             torch.get_device_module(self._device).current_stream().wait_stream(self._prefetch_stream)
-        with record_function(f"## forward {context.index} ##"):
+        with span(f"forward {context.index}"):
             losses, output = (self._custom_forward or self._model)(batch)
         self._exchange_ids()
         if len(self.batches) > 1:
             self._on_device(1)  # its copy overlaps this batch's backward
         if self._model.training:
-            with record_function(f"## backward {context.index} ##"):
+            with span(f"backward {context.index}"):
                 torch.sum(losses, dim=0).backward()
             self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
-            with record_function(f"## optimizer {context.index} ##"):
+            with span(f"optimizer {context.index}"):
                 self._optimizer.step()
             self.trained_batches += 1
         return output
@@ -210,7 +210,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
         """Begins input dist with the sizes of what ranks will exchange."""
         with (
-            record_function(f"## start_sparse_data_dist {context.index} ##"),
+            span(f"start_sparse_data_dist {context.index}"),
             self._stream_context(self._data_dist_stream),
             use_context_for_postprocs(self._pipelined_postprocs, context),
         ):
@@ -231,7 +231,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
             if context.exchanging and not context.arrived:
                 self._arrive(self.batches[place], context)
             if place > self.prefetch_depth and context.arrived and not context.announced:
-                with record_function(f"## announce {context.index} ##"):
+                with span(f"announce {context.index}"):
                     context.announced = announce(self._ids(context))
                 if not context.announced:
                     break  # others have announced batches to the same tables; those in flight keep their order
@@ -240,7 +240,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
                 self._prefetch(context)
 
     def _arrive(self, batch: Any, context: BatchInFlight) -> None:
-        with record_function(f"## wait_input_dist {context.index} ##"), self._stream_context(self._data_dist_stream):
+        with span(f"wait_input_dist {context.index}"), self._stream_context(self._data_dist_stream):
             for module in self._pipelined_modules:
                 name = module.forward.name
                 context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
@@ -249,7 +249,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         context.bytes = batch_bytes(batch, *context.module_input_post_prefetch.values())
 
     def _prefetch(self, context: BatchInFlight) -> None:
-        with record_function(f"## prefetch {context.index} ##"):
+        with span(f"prefetch {context.index}"):
             forward_stream = None
             if self._prefetch_stream is not None:
                 assert self._data_dist_stream is not None
@@ -269,7 +269,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         return [(module, context.module_input_post_prefetch[module.forward.name]) for module in self._pipelined_modules]
 
     def _on_device(self, place: int) -> Any:
-        with record_function(f"## copy_batch_to_device {self.contexts[place].index} ##"), self._stream_context(self._memcpy_stream):
+        with span(f"copy_batch_to_device {self.contexts[place].index}"), self._stream_context(self._memcpy_stream):
             self.batches[place] = _to_device(self.batches[place], self._device, non_blocking=True)
         return self.batches[place]
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "errors.h"
+#include "trace.h"
 
 namespace mtrains {
 
@@ -251,6 +252,7 @@ uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool dirty, uint64_
 }
 
 bool SlotPool::look_up(uint64_t seq, Ticket& ticket) {
+  const TraceSpan span("look up", static_cast<uint64_t>(ticket.batch.id_count));
   renumber_if_due(seq);
   const Stamp stamp = stamp_of(seq, ticket.dirty);
   const uint64_t bit = bit_of(ticket.announced);
@@ -368,6 +370,7 @@ void SlotPool::evict_victims(size_t table) {
     rows[d.dirty(slot)].push_back(d.row_of_slot(slot));
     slots[d.dirty(slot)].push_back(slot);
   }
+  const TraceSpan span("evict", rows[0].size() + rows[1].size());
   for (const bool dirty : {false, true}) {
     if (!rows[dirty].empty()) t.volume->evict(t.id, rows[dirty], slots[dirty], t.parts, dirty);
   }
@@ -425,7 +428,15 @@ void SlotPool::start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp) {
   fills_.push_back(std::move(fill));
 }
 
+uint64_t SlotPool::rows_of(const Fill& fill) {
+  uint64_t rows = 0;
+  for (const Fill::Read& read : fill.reads)
+    for (const auto& [table, slots] : read.slots) rows += slots.size();
+  return rows;
+}
+
 std::exception_ptr SlotPool::finish(const Fill& fill) {
+  const TraceSpan span("fill slots", rows_of(fill));
   std::exception_ptr first;
   for (const Fill::Read& read : fill.reads) {
     try {

@@ -167,6 +167,7 @@ class SlotPool {
   bool revoke_youngest();
   void evict_victims(size_t table);
   void start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp);
+  static uint64_t rows_of(const Fill& fill);
   std::exception_ptr finish(const Fill& fill);  // the first error, if any
   void admit(const Fill::Read& read, const Neighbours& neighbours);
   void abandon(const Fill::Read& read);         // its rows leave the pool
