@@ -12,7 +12,10 @@ from . import _core
 
 
 class Event(NamedTuple):
-    """One thing that a lane did. ``queue`` 0: a thread of that kernel id; else the place in that I/O queue. ``count``: rows, or bytes of I/O."""
+    """One thing that a lane did: a thread of that kernel id, where ``queue`` is 0, or a place in that I/O queue.
+
+    ``count``: rows, or bytes of I/O.
+    """
 
     what: str
     begin_ns: int
@@ -25,7 +28,7 @@ class Event(NamedTuple):
 _events: list[Event] | None = None  # while a trace is recorded
 
 
-class span:  # noqa: N801
+class span:
     """``with span("forward 7"):``. Times are of ``time.perf_counter_ns``, as the native side's."""
 
     __slots__ = ("_begin_ns", "_profiled", "_what")

@@ -129,9 +129,11 @@ def assert_all_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> No
         assert torch.equal(a, b), step
 
 
-def until_the_end(pipeline: mtrains.TieredTrainPipeline, data: Iterator[Batch]) -> list[torch.Tensor]:
-    """The predictions of every step until StopIteration."""
-    seen = []
+def until_the_end(
+    pipeline: mtrains.TieredTrainPipeline, data: Iterator[Batch], seen: list[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """The predictions of every step until StopIteration, in ``seen`` if it is given."""
+    seen = [] if seen is None else seen
     while True:
         try:
             seen.append(pipeline.progress(data))

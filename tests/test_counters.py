@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 import torchrec_mtrains as mtrains
@@ -48,14 +47,15 @@ def test_counters_are_those_of_every_table_tier_and_volume(twins: Twins, dmp: Di
         of_batches = [b.ids[feature].values() for b in twins.batches]
         assert pool["lookups"] == 2 * sum(ids.numel() for ids in of_batches)
         assert pool["unique_rows"] == 2 * sum(ids.unique().numel() for ids in of_batches) == pool["hits"] + pool["misses"]
-        assert 0 < pool["write_backs"] <= pool["evictions"] and pool["flushed_rows"] > 0
+        assert 0 < pool["write_backs"] <= pool["evictions"]
+        assert pool["flushed_rows"] > 0
         assert pool["resident_rows"] == 120
         assert home["hits"] == pool["misses"]
         assert home["written_bytes"] == (pool["write_backs"] + pool["flushed_rows"]) * 36
     pools = [now[f"table/{name}/pool"] for name in ("t0", "t1")]
     assert now[volume]["get_rows"] == sum(p["misses"] for p in pools)
     assert now[volume]["put_rows"] == sum(p["write_backs"] + p["flushed_rows"] for p in pools)
-    assert now[volume]["read_ios"] > 0 and now[volume]["write_ios"] > 0
+    assert min(now[volume]["read_ios"], now[volume]["write_ios"]) > 0
     assert now[volume]["read_bytes"] >= now[volume]["read_ios"] * 4096
     assert now[volume]["rows_per_io"] > 0
     assert now[volume]["queue_depth"] >= 1
@@ -89,6 +89,14 @@ def test_a_scalar_writer_gets_all_of_them(twins: Twins, dmp: DistributedModelPar
 
 
 def test_the_progress_bar_says_what_the_tiers_do() -> None:
-    step = {"lookups": 100, "misses": 5, "read_ios": 4, "io_busy_seconds": 0.01, "io_flight_seconds": 0.03, "stall_seconds": 0.02, "seconds": 0.1}
+    step = {
+        "lookups": 100,
+        "misses": 5,
+        "read_ios": 4,
+        "io_busy_seconds": 0.01,
+        "io_flight_seconds": 0.03,
+        "stall_seconds": 0.02,
+        "seconds": 0.1,
+    }
     assert live(step) == ["hit ratio 0.950", "40 reads/s", "queue 3", "stalled 20%"]
     assert live({"seconds": 0.1}) == []

@@ -92,8 +92,7 @@ def test_an_iterator_that_fails_loses_no_batch(twins: Twins, expected: list[torc
 
     bad, seen = failing(), []
     with pytest.raises(OSError, match="no more of this file"):
-        while True:
-            seen.append(pipeline.progress(bad))
+        until_the_end(pipeline, bad, seen)
     assert len(seen) < 6
     assert_all_equal(seen + until_the_end(pipeline, data), expected)
 
@@ -103,8 +102,7 @@ def test_a_step_that_found_no_room_runs_again_once_the_pool_is_larger(twins: Twi
     dmp = small.model(True)
     pipeline, data, seen = pipeline_over(small, dmp), iter(small.batches), []
     with pytest.raises(PoolTooSmallError):
-        while True:
-            seen.append(pipeline.progress(data))
+        until_the_end(pipeline, data, seen)
     mtrains.resize(dmp, "t0", pool_rows=30)
     assert_all_equal(seen + until_the_end(pipeline, data), expected)
 
@@ -189,7 +187,9 @@ torch.fx.wrap("values_of")
 def test_ids_and_weights_that_modules_make_train_as_in_a_plain_loop(kind: str, twins: Twins) -> None:
     managed = kind == "managed"
     sharding = "row_wise" if managed else "table_wise"
-    job = Job([Table(60, 8, ["a"], 12, sharding=sharding), Table(40, 8, ["b"], 12, sharding=sharding)], max_length=2, weighted="weighted" in kind)
+    job = Job(
+        [Table(60, 8, ["a"], 12, sharding=sharding), Table(40, 8, ["b"], 12, sharding=sharding)], max_length=2, weighted="weighted" in kind
+    )
     data, seen, pipelines = Twins(job, steps=STEPS).batches, [], []
     for piped in (True, False):
         torch.manual_seed(3)

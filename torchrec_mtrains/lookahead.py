@@ -68,8 +68,8 @@ class Lookahead:
             self._warned = True
             asked = "as many batches as the pools can use" if self.asked is None else f"{self.asked} batches"
             warnings.warn(
-                f"lookahead: {count} batches instead of {asked}: those in the window have up to {largest:,} bytes each, and together may have "
-                f"lookahead_bytes={self.limit_bytes:,}; the job trains the same bits, with more misses",
+                f"lookahead: {count} batches instead of {asked}: those in the window have up to {largest:,} bytes each, and together "
+                f"may have lookahead_bytes={self.limit_bytes:,}; the job trains the same bits, with more misses",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -32,6 +32,7 @@ from .load_rows import load_rows
 from .parameter_sharding import TABLE_TIERS, TIERED_KERNEL, TieredParameterSharding
 from .sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
 
+
 def _refuse(sharding_infos: list[EmbeddingShardingInfo], env: ShardingEnv, shardings: Mapping[str, Any]) -> None:
     if isinstance(env, ShardingEnv2D):
         raise UnsupportedError("tiered tables do not take part in 2D parallelism (DMPCollection) yet; use DistributedModelParallel")

@@ -12,7 +12,17 @@ from .kernels import durability
 
 _TABLE = ("lookups", "unique_rows", "misses", "evictions", "write_backs")
 _OF_POOL = ("lookups", "unique_rows", "admitted_rows", "flushed_rows", "trickled_rows")
-_VOLUME = ("get_rows", "get_rows_initial", "read_ios", "read_bytes", "write_ios", "write_bytes", "read_wait_seconds", "io_busy_seconds", "io_flight_seconds")
+_VOLUME = (
+    "get_rows",
+    "get_rows_initial",
+    "read_ios",
+    "read_bytes",
+    "write_ios",
+    "write_bytes",
+    "read_wait_seconds",
+    "io_busy_seconds",
+    "io_flight_seconds",
+)
 
 
 def tables(module: nn.Module) -> list[dict[str, Any]]:

@@ -150,8 +150,9 @@ class Job:
             after=lambda: self.clock.lap("dense optimizer"),
         )
         self._mark_phases(model)
-        ahead = {"prefetch_depth": options.prefetch_depth, "lookahead": options.lookahead}
-        self.pipeline = TieredTrainPipeline(self.dmp, self.optimizer, torch.device("cpu"), **ahead)
+        self.pipeline = TieredTrainPipeline(
+            self.dmp, self.optimizer, torch.device("cpu"), prefetch_depth=options.prefetch_depth, lookahead=options.lookahead
+        )
         self.trained = 0
         self.checkpoints: list[CheckpointRecord] = []
         if options.resume:
