@@ -35,12 +35,13 @@ class Lookahead:
         self._agreeing: tuple[torch.Tensor, Any] | None = None
         self._warned = False
 
-    def propose(self, held_bytes: Sequence[int], wish: int, pg: dist.ProcessGroup | None, device: torch.device) -> None:
+    def propose(self, held_bytes: Sequence[int], one_more: int, wish: int, pg: dist.ProcessGroup | None, device: torch.device) -> None:
         """Begin to agree on the next step's window. Called in every step, by all ranks of ``pg``.
 
-        ``held_bytes``: of the batches in the window, the next one first. ``wish``: the batches that this rank would have in it.
+        ``held_bytes``: of the batches in the window, the next one first. ``one_more``: of a batch to come, as far as can be known.
+        ``wish``: the batches that this rank would have in the window.
         """
-        wish = self._affordable(held_bytes, min(wish, len(held_bytes) + 1))
+        wish = self._affordable([*held_bytes, one_more], min(wish, len(held_bytes) + 1))
         if pg is None or pg.size() == 1:
             self.batches = wish
         else:
@@ -55,11 +56,11 @@ class Lookahead:
             self.batches, self._agreeing = int(smallest.item()), None
 
     def _affordable(self, held_bytes: Sequence[int], wish: int) -> int:
-        largest, taken = max(held_bytes, default=0), 0
+        taken = 0
         for count in range(wish):
-            taken += held_bytes[count] if count < len(held_bytes) else largest
+            taken += held_bytes[count]
             if taken > self.limit_bytes:
-                self._say(count, largest)
+                self._say(count, max(held_bytes))
                 return count
         return wish
 

@@ -287,9 +287,9 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         asked = self._lookahead.asked
         if asked == 0:
             return
-        held = [context.bytes for context in list(self.contexts)[2 + self.prefetch_depth :]]
+        held = [context.bytes for context in self.contexts]
         pg = next((module._env.process_group for module in self._pipelined_modules), None)
-        self._lookahead.propose(held, self._usable if asked is None else asked, pg, self._device)
+        self._lookahead.propose(held[2 + self.prefetch_depth :], max(held), self._usable if asked is None else asked, pg, self._device)
 
     # -- the model
 

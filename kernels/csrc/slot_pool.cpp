@@ -292,6 +292,15 @@ void SlotPool::rollback() {
 }
 
 bool SlotPool::reserve_all(const Ticket& mine, Stamp stamp) {
+  struct Reserving {
+    bool& now;
+    explicit Reserving(bool& flag) : now(flag) { now = true; }
+    ~Reserving() { now = false; }
+  } const reserving(reserving_);
+  return reserve_each(mine, stamp);
+}
+
+bool SlotPool::reserve_each(const Ticket& mine, Stamp stamp) {
   for (size_t t = 0; t < tables_.size(); ++t) {
     if (directories_[t].missed_rows().empty()) continue;
     if (directories_[t].reserve(oldest_outstanding(), stamp, nullptr)) continue;
@@ -441,7 +450,7 @@ std::exception_ptr SlotPool::finish(const Fill& fill) {
   for (const Fill::Read& read : fill.reads) {
     try {
       const Neighbours neighbours = read.volume->wait(read.token);
-      if (!neighbours.rows.empty()) admit(read, neighbours);
+      if (!neighbours.rows.empty() && !reserving_) admit(read, neighbours);
     } catch (...) {
       if (!first) first = std::current_exception();
       abandon(read);
