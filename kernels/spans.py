@@ -14,13 +14,13 @@ from . import _core
 class Event(NamedTuple):
     """One thing that a lane did: a thread of that kernel id, where ``queue`` is 0, or a place in that I/O queue.
 
-    ``count``: rows, or bytes of I/O.
+    ``amount``: rows, or bytes of I/O.
     """
 
     what: str
     begin_ns: int
     end_ns: int
-    count: int
+    amount: int
     queue: int
     lane: int
 

@@ -17,7 +17,7 @@ Ids = Iterable[tuple[Any, Any]]
 
 def announce(ids: Ids) -> bool:
     """Tells eviction about a batch that will come after those announced before. False: some group has no room for another one."""
-    told = []
+    told: list[tuple[TieredKernel, KeyedJaggedTensor]] = []
     for kernel, features in _features(ids):
         if not kernel.announce(features):
             for earlier, its_features in told:

@@ -56,7 +56,7 @@ def chrome_trace(events: list[spans.Event], dropped: int = 0) -> dict[str, Any]:
                 "tid": lane,
                 "ts": (e.begin_ns - first_ns) / 1e3,
                 "dur": (e.end_ns - e.begin_ns) / 1e3,
-                "args": {"bytes" if e.queue else "rows": e.count} if e.count else {},
+                "args": {"bytes" if e.queue else "rows": e.amount} if e.amount else {},
             }
         )
     names: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}]

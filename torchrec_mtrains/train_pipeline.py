@@ -105,6 +105,9 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
 
     _pipelined_forward_type = _TieredForward
     contexts: Any
+    _model: nn.Module
+    _pipelined_modules: list[Any]
+    _pipelined_postprocs: list[Any]
 
     def __init__(
         self,
