@@ -16,6 +16,7 @@ from dmp_twins import Job, jobs
 from pipelines import CPU, Twins, assert_all_equal, until_the_end
 from ranks import Ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:lookahead:RuntimeWarning")
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
 
@@ -55,7 +56,6 @@ def pipeline_over(twins: Twins, dmp: Any, course: Course) -> mtrains.TieredTrain
     )
 
 
-@pytest.mark.filterwarnings("ignore:lookahead:RuntimeWarning")
 def train_both(course: Course) -> None:
     """One side in a pipeline, the other plainly: predictions are equal at every step, state at the end. Runs on every rank."""
     twins = Twins(course.job, course.collections)
