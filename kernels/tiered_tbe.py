@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import itertools
 import math
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from . import _core
 from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
 from .homes import open_home, open_table, volume_of
+from .spans import span
 
 BATCH_LIMIT = (1 << 31) - 2
 """Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
@@ -160,6 +162,8 @@ class TieredTBE(nn.Module):
         self._warning = torch.zeros(1, dtype=torch.int64)
         self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
         self._announced: dict[tuple[int, int], deque[tuple[int, _Ids]]] = {}  # by number
+        self.stall_seconds = 0.0
+        """Time that forward passes have waited for their rows to be in slots."""
         self._make_tbe()
         self._open(rank)
         self._make_pool()
@@ -324,9 +328,11 @@ class TieredTBE(nn.Module):
         return bool(number)
 
     def withdraw(self, indices: Tensor) -> None:
-        """The announced batch with these ids will not come after all; nothing, if there is none."""
+        """The batch with these ids, announced or prefetched, will not come after all; nothing, if there is none."""
         if announced := self._take_announced(indices):
             self._pool.withdraw(announced[0])
+        elif ticket := self._take_waiting(indices):
+            self._pool.release(ticket.seq)
 
     def _take_announced(self, indices: Tensor) -> tuple[int, _Ids] | None:
         queue = self._announced.get(_key(indices))
@@ -368,7 +374,7 @@ class TieredTBE(nn.Module):
         ticket.abandon = weakref.finalize(ticket, _abandon, self._pool, ticket.seq, slots, ids)
         self._waiting.setdefault(_key(indices), deque()).append(ticket)
 
-    def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
+    def _take_waiting(self, indices: Tensor) -> _Ticket | None:
         queue = self._waiting.get(_key(indices))
         if queue is None:
             return None
@@ -377,7 +383,11 @@ class TieredTBE(nn.Module):
             del self._waiting[_key(indices)]
         assert ticket.abandon is not None
         ticket.abandon.detach()
-        return ticket if self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
+        return ticket
+
+    def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
+        ticket = self._take_waiting(indices)
+        return ticket if ticket and self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
 
     def _forget_coming(self) -> None:
         """Lets go of what was prefetched and announced."""
@@ -410,9 +420,16 @@ class TieredTBE(nn.Module):
         """
         batch_sizes = batch_size_per_feature_per_rank
         dirty = torch.is_grad_enabled()
-        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, dirty)
+        started = time.perf_counter()
+        with span("wait for rows"):
+            ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, dirty)
+            try:
+                self._pool.wait(ticket.seq)
+            except BaseException:
+                self._pool.release(ticket.seq)
+                raise
+        self.stall_seconds += time.perf_counter() - started
         try:
-            self._pool.wait(ticket.seq)
             output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
         except BaseException:
             self._pool.release(ticket.seq)
@@ -434,7 +451,8 @@ class TieredTBE(nn.Module):
                 )
 
         def done(_grad_inputs: Any, _grad_outputs: Any) -> None:
-            pool.release(seq)
+            with span("release rows"):
+                pool.release(seq)
 
         node.register_prehook(still_ours)
         node.register_hook(done)

@@ -21,7 +21,7 @@ from torchrec_mtrains.train import TrainResult
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> TrainResult:
     checkpoint = tmp_path_factory.mktemp("checkpoint")  # so that rows leave the write buffer
-    return jobs.run(jobs.options(tmp_path_factory.mktemp("ssd"), checkpoint=str(checkpoint), checkpoint_every=5))
+    return jobs.run(jobs.options(tmp_path_factory.mktemp("ssd"), checkpoint=str(checkpoint), checkpoint_every=5, prefetch_depth=0))
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.integers(1, 60))

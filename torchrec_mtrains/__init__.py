@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .resizing import resize
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder
     from .stager import TieredStager
+    from .tier_counters import counters, write_scalars
+    from .tracing import trace
+    from .train_pipeline import TieredTrainPipeline
     from .wrapping_sharders import (
         TieredFeatureProcessedEmbeddingBagCollectionSharder,
         TieredManagedCollisionEmbeddingBagCollectionSharder,
@@ -40,7 +43,9 @@ __all__ = [
     "TieredManagedCollisionEmbeddingCollectionSharder",
     "TieredParameterSharding",
     "TieredStager",
+    "TieredTrainPipeline",
     "__version__",
+    "counters",
     "explain",
     "fail_together",
     "kernels",
@@ -51,10 +56,12 @@ __all__ = [
     "save_checkpoint",
     "sharders",
     "tiered_groups",
+    "trace",
     "trickle",
     "uniform_init_fn",
     "unregister",
     "wants_checkpoint",
+    "write_scalars",
 ]
 
 # Loaded when first used: the planner works without the native core, and the vocabulary without TorchRec.
@@ -66,6 +73,8 @@ _MODULE_OF = {
     "TieredManagedCollisionEmbeddingCollectionSharder": ".wrapping_sharders",
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
+    "TieredTrainPipeline": ".train_pipeline",
+    "counters": ".tier_counters",
     "explain": ".explanation",
     "fail_together": ".rank_failures",
     "load_checkpoint": ".checkpoint",
@@ -74,10 +83,12 @@ _MODULE_OF = {
     "save_checkpoint": ".checkpoint",
     "sharders": ".default_sharders",
     "tiered_groups": ".groups",
+    "trace": ".tracing",
     "trickle": ".checkpoint",
     "uniform_init_fn": ".kernels.initial_values",
     "unregister": ".registration",
     "wants_checkpoint": ".checkpoint",
+    "write_scalars": ".tier_counters",
 }
 
 _WITH_TORCHREC = {"planner", *_MODULE_OF} - {"uniform_init_fn"}

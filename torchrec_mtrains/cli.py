@@ -91,6 +91,8 @@ _JOB = (
     click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --checkpoint."),
     click.option("--cold-restart", is_flag=True, help="With --resume: begin with empty slot pools."),
     click.option("--report", type=click.Path(dir_okay=False), default=None, help="Write the report to this HTML file."),
+    click.option("--prefetch-depth", type=click.IntRange(0), default=2, show_default=True, help="Batches whose rows are fetched ahead."),
+    click.option("--lookahead", type=click.IntRange(0), default=None, help="Further batches that eviction knows; if left out, what helps."),
     click.option("--plan-only", is_flag=True, help="Print the plan and stop."),
 )
 
@@ -145,6 +147,8 @@ def _train_options(o: dict[str, Any]) -> Any:
         checkpoint_every=o["checkpoint_every"],
         resume=o.get("resume", False),
         warm_restart=not o.get("cold_restart", False),
+        prefetch_depth=o.get("prefetch_depth", 2),
+        lookahead=o.get("lookahead"),
     )
 
 

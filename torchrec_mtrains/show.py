@@ -40,7 +40,7 @@ def plan(rows: list[dict[str, Any]]) -> None:
 
 
 class Progress:
-    """A tqdm bar with samples/s, loss and hit ratio, over one job, or ``runs`` like it."""
+    """A tqdm bar with samples/s, loss and what the tiers of this rank do, over one job, or ``runs`` like it."""
 
     def __init__(self, source: BatchSource, options: TrainOptions, world_size: int, runs: int = 1) -> None:
         self._samples = source.batch_size * world_size
@@ -48,7 +48,7 @@ class Progress:
         steps = steps_of(source, options)
         self._total = None if steps is None else steps * runs
         self._loss: float | None = None
-        self._hits: float | None = None
+        self._tiers: dict[str, float] = {}
 
     def step(self, record: StepRecord) -> None:
         """Advance by one step."""
@@ -57,16 +57,28 @@ class Progress:
             done = (record.number - 1) * self._samples
             self._bar = tqdm(total=total, initial=done, unit=" samples", unit_scale=True, dynamic_ncols=True, mininterval=_interval_s())
         self._loss = _smooth(self._loss, record.loss)
-        ratio = hit_ratio(record.tiers)
-        self._hits = self._hits if ratio is None else _smooth(self._hits, ratio)
-        hits = "" if self._hits is None else f", hit ratio {self._hits:.3f}"
-        self._bar.set_postfix_str(f"loss {self._loss:.4f}{hits}", refresh=False)
+        now = {**record.tiers, "seconds": record.seconds}
+        self._tiers = {name: _smooth(self._tiers.get(name), value) for name, value in now.items()}
+        self._bar.set_postfix_str(", ".join([f"loss {self._loss:.4f}", *live(self._tiers)]), refresh=False)
         self._bar.update(self._samples)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def live(tiers: dict[str, float]) -> list[str]:
+    """What the tiers do, in a few words, from the counters of a step or the mean of several; nothing without tiered tables."""
+    ratio = hit_ratio(tiers)
+    if ratio is None:
+        return []
+    words, busy = [f"hit ratio {ratio:.3f}"], tiers["io_busy_seconds"]
+    if tiers["read_ios"]:
+        words.append(f"{tiers['read_ios'] / tiers['seconds']:,.0f} reads/s")
+    if busy:
+        words.append(f"queue {tiers['io_flight_seconds'] / busy:.0f}")
+    return [*words, f"stalled {tiers['stall_seconds'] / tiers['seconds']:.0%}"]
 
 
 def _interval_s() -> float:

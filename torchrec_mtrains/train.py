@@ -1,4 +1,4 @@
-"""The main job: a DLRM on one of the data sources, trained by TorchRec's pipeline, measured from within.
+"""The main job: a DLRM on one of the data sources, trained by ``TieredTrainPipeline``, measured from within.
 
 One call of ``train`` is one job: plan, shard, resume if asked, train, save, evaluate on the held-out split. What happened
 comes back as a ``TrainResult``, which ``report`` turns into a page and the CLI into tables.
@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRMTrain
 
-from . import counters, placement
+from . import placement, tier_counters
 from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
 from .checkpoint_folder import latest_step
 from .data import BatchSource
@@ -33,6 +32,7 @@ from .kernels import durability
 from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
 from .planner import CheckpointSchedule
+from .train_pipeline import TieredTrainPipeline
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class TrainOptions:
     checkpoint_every: int | None = None
     resume: bool = False
     warm_restart: bool = True
+    prefetch_depth: int = 2
+    lookahead: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -148,7 +150,9 @@ class Job:
             after=lambda: self.clock.lap("dense optimizer"),
         )
         self._mark_phases(model)
-        self.pipeline = TrainPipelineSparseDist(self.dmp, self.optimizer, torch.device("cpu"))
+        self.pipeline = TieredTrainPipeline(
+            self.dmp, self.optimizer, torch.device("cpu"), prefetch_depth=options.prefetch_depth, lookahead=options.lookahead
+        )
         self.trained = 0
         self.checkpoints: list[CheckpointRecord] = []
         if options.resume:
@@ -195,7 +199,7 @@ class Job:
         left = None if steps is None else max(0, steps - self.trained)
         batches = self._timed(islice(self.source.train_batches(self.trained), left))
         self.dmp.train()
-        before = counters.total(self.dmp)
+        before = tier_counters.total(self.dmp)
         while True:
             self.clock.start()
             try:
@@ -204,13 +208,13 @@ class Job:
                 break
             seconds = self.clock.stop("pipeline")
             self.trained += 1
-            after = counters.total(self.dmp)
+            after = tier_counters.total(self.dmp)
             tiers = {name: value - before.get(name, 0) for name, value in after.items()}
             before = after
             on_step(StepRecord(self.trained, float(loss), seconds, dict(self.clock.seconds), tiers))
             if self.options.checkpoint is not None:
                 self._serve_checkpoints()
-                before = counters.total(self.dmp)
+                before = tier_counters.total(self.dmp)
 
     def _serve_checkpoints(self) -> None:
         """Between steps: commit a checkpoint when one is due or a volume wants one, else write back a little of what one would."""
@@ -355,5 +359,6 @@ def _train(job: Job, steps: int | None, on_step: Callable[[StepRecord], None] | 
         job.save()
     result.checkpoints = job.checkpoints
     result.peak_rss_bytes = peak_rss_bytes()
-    result.tables, result.caches, result.volumes = counters.tables(job.dmp), counters.caches(job.dmp), counters.volumes(job.dmp)
+    result.tables, result.caches = tier_counters.tables(job.dmp), tier_counters.caches(job.dmp)
+    result.volumes = tier_counters.volumes(job.dmp)
     return result

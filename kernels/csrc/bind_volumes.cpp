@@ -82,6 +82,8 @@ nb::dict stats_of(const Volume& volume) {
   d["clean_read_ios"] = s.clean_read_ios;
   d["clean_read_bytes"] = s.clean_read_bytes;
   d["read_wait_seconds"] = s.read_wait_seconds;
+  d["io_busy_seconds"] = s.io_busy_seconds;
+  d["io_flight_seconds"] = s.io_flight_seconds;
   d["registered_buffer_bytes"] = s.registered_buffer_bytes;
   return d;
 }

@@ -6,11 +6,17 @@
 #include <cerrno>
 
 #include "errors.h"
+#include "trace.h"
 
 namespace mtrains {
+namespace {
+
+std::atomic<uint32_t> queues{0};  // of the process
+
+}  // namespace
 
 IoQueue::IoQueue(System& system, const std::string& backend, uint32_t depth, Handler handler)
-    : system_(system), depth_(depth), handler_(std::move(handler)), flying_(depth) {
+    : system_(system), depth_(depth), handler_(std::move(handler)), number_(++queues), flying_(depth), started_ns_(depth) {
   const size_t bytes = static_cast<size_t>(depth) * kMostBytes;  // mapped lazily: small blocks touch one page each
   void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
@@ -66,6 +72,10 @@ void IoQueue::finish(uint32_t tag, int32_t result) {
   const IoJob job = flying_[tag];
   if (result == -EAGAIN || result == -EINTR) return start(tag);
   const bool whole = result >= 0 && static_cast<uint32_t>(result) == job.bytes;
+  const int64_t now_ns = Trace::now_ns();
+  flight_ns_ += now_ns - started_ns_[tag];
+  if (free_tags_.size() + 1 == depth_) busy_ns_ += now_ns - busy_since_ns_;
+  if (Trace::shared().on()) Trace::shared().add({job.write ? "write" : "read", started_ns_[tag], now_ns, job.bytes, number_, tag});
   const std::byte* data = job.write ? nullptr : buffers_ + static_cast<size_t>(tag) * kMostBytes;
   handler_(job, data, whole ? 0 : result < 0 ? -result : kShort);
   free_tags_.push_back(tag);
@@ -91,6 +101,8 @@ void IoQueue::run(const std::string& backend) {
       const uint32_t tag = free_tags_.back();
       free_tags_.pop_back();
       flying_[tag] = ready_.front()[next_];
+      started_ns_[tag] = Trace::now_ns();
+      if (free_tags_.size() + 1 == depth_) busy_since_ns_ = started_ns_[tag];
       start(tag);
       if (++next_ == ready_.front().size()) {
         ready_.pop_front();

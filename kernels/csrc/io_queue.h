@@ -8,6 +8,7 @@
 // block, so few are longer. Longer reads, and all of them where registering is refused, go the plain way.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -31,6 +32,12 @@ struct IoJob {
   uint32_t index;     // the handler's
 };
 
+// Of the time that anything was in flight, and of each I/O: their quotient is the mean number in flight.
+struct IoTimes {
+  double busy_seconds = 0;
+  double flight_seconds = 0;
+};
+
 class IoQueue {
  public:
   // `data` holds the bytes read (null for a write); `error` is 0, an errno, or kShort.
@@ -46,6 +53,7 @@ class IoQueue {
   const char* backend() const { return backend_; }
   const std::string& fallback_reason() const { return reason_; }
   uint64_t registered_bytes() const { return unregistered_.empty() ? uint64_t{depth_} * kRegisteredBytes : 0; }
+  IoTimes times() const { return {double(busy_ns_) * 1e-9, double(flight_ns_) * 1e-9}; }
   const std::string& unregistered_reason() const { return unregistered_; }  // empty where buffers are registered
 
  private:
@@ -59,7 +67,11 @@ class IoQueue {
   Handler handler_;
   std::unique_ptr<IoEngine> engine_;
   std::byte* buffers_ = nullptr;
+  const uint32_t number_;           // in a trace
   std::vector<IoJob> flying_;       // by tag
+  std::vector<int64_t> started_ns_;  // by tag
+  int64_t busy_since_ns_ = 0;
+  std::atomic<int64_t> busy_ns_{0}, flight_ns_{0};
   std::vector<uint32_t> free_tags_;
   std::deque<std::vector<IoJob>> ready_;  // the thread's own
   size_t next_ = 0;                       // into ready_.front()

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "log_volume.h"
+#include "trace.h"
 
 namespace mtrains {
 namespace {
@@ -302,6 +303,7 @@ void LogVolume::clean() {
 }
 
 bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
+  const TraceSpan span("clean");
   const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kCleanBytes / segment->block_bytes, 1));
   const AlignedBytes buffer = aligned_bytes(uint64_t{per_read} * segment->block_bytes);
   for (uint32_t first = 0; first < segment->blocks; first += per_read) {

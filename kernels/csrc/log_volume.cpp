@@ -577,7 +577,11 @@ VolumeStats LogVolume::stats() const {
   std::lock_guard guard(batch_mutex_);
   VolumeStats s = stats_;
   s.disk_bytes = used_bytes();
-  if (queue_) s.registered_buffer_bytes = queue_->registered_bytes();
+  if (queue_) {
+    s.registered_buffer_bytes = queue_->registered_bytes();
+    s.io_busy_seconds = queue_->times().busy_seconds;
+    s.io_flight_seconds = queue_->times().flight_seconds;
+  }
   return s;
 }
 

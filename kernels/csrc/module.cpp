@@ -8,6 +8,7 @@ namespace nb = nanobind;
 void bind_caches(nb::module_& m);
 void bind_inspector(nb::module_& m);
 void bind_slots(nb::module_& m);
+void bind_trace(nb::module_& m);
 void bind_volumes(nb::module_& m);
 
 namespace {
@@ -44,5 +45,6 @@ NB_MODULE(_core, m) {
   bind_volumes(m);
   bind_caches(m);
   bind_slots(m);
+  bind_trace(m);
   bind_inspector(m);
 }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "errors.h"
+#include "trace.h"
 
 namespace mtrains {
 
@@ -251,6 +252,7 @@ uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool dirty, uint64_
 }
 
 bool SlotPool::look_up(uint64_t seq, Ticket& ticket) {
+  const TraceSpan span("look up", static_cast<uint64_t>(ticket.batch.id_count));
   renumber_if_due(seq);
   const Stamp stamp = stamp_of(seq, ticket.dirty);
   const uint64_t bit = bit_of(ticket.announced);
@@ -290,6 +292,15 @@ void SlotPool::rollback() {
 }
 
 bool SlotPool::reserve_all(const Ticket& mine, Stamp stamp) {
+  struct Reserving {
+    bool& now;
+    explicit Reserving(bool& flag) : now(flag) { now = true; }
+    ~Reserving() { now = false; }
+  } const reserving(reserving_);
+  return reserve_each(mine, stamp);
+}
+
+bool SlotPool::reserve_each(const Ticket& mine, Stamp stamp) {
   for (size_t t = 0; t < tables_.size(); ++t) {
     if (directories_[t].missed_rows().empty()) continue;
     if (directories_[t].reserve(oldest_outstanding(), stamp, nullptr)) continue;
@@ -368,6 +379,7 @@ void SlotPool::evict_victims(size_t table) {
     rows[d.dirty(slot)].push_back(d.row_of_slot(slot));
     slots[d.dirty(slot)].push_back(slot);
   }
+  const TraceSpan span("evict", rows[0].size() + rows[1].size());
   for (const bool dirty : {false, true}) {
     if (!rows[dirty].empty()) t.volume->evict(t.id, rows[dirty], slots[dirty], t.parts, dirty);
   }
@@ -425,12 +437,20 @@ void SlotPool::start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp) {
   fills_.push_back(std::move(fill));
 }
 
+uint64_t SlotPool::rows_of(const Fill& fill) {
+  uint64_t rows = 0;
+  for (const Fill::Read& read : fill.reads)
+    for (const auto& [table, slots] : read.slots) rows += slots.size();
+  return rows;
+}
+
 std::exception_ptr SlotPool::finish(const Fill& fill) {
+  const TraceSpan span("fill slots", rows_of(fill));
   std::exception_ptr first;
   for (const Fill::Read& read : fill.reads) {
     try {
       const Neighbours neighbours = read.volume->wait(read.token);
-      if (!neighbours.rows.empty()) admit(read, neighbours);
+      if (!neighbours.rows.empty() && !reserving_) admit(read, neighbours);
     } catch (...) {
       if (!first) first = std::current_exception();
       abandon(read);

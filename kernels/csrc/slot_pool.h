@@ -160,6 +160,7 @@ class SlotPool {
   void set_first_announced();
   void withdraw_locked(uint64_t announced);
   bool reserve_all(const Ticket& mine, Stamp stamp);
+  bool reserve_each(const Ticket& mine, Stamp stamp);
   bool reserve_exactly(size_t table, const Ticket& mine, Stamp stamp);
   [[noreturn]] void refuse(size_t table, const Ticket& mine) const;
   size_t pinned_by_others(size_t table, const Ticket& mine, std::vector<uint8_t>& pinned) const;
@@ -167,6 +168,7 @@ class SlotPool {
   bool revoke_youngest();
   void evict_victims(size_t table);
   void start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp);
+  static uint64_t rows_of(const Fill& fill);
   std::exception_ptr finish(const Fill& fill);  // the first error, if any
   void admit(const Fill::Read& read, const Neighbours& neighbours);
   void abandon(const Fill::Read& read);         // its rows leave the pool
@@ -187,6 +189,7 @@ class SlotPool {
   uint64_t begun_seq_ = 0;              // the last one that was looked up
   uint64_t base_ = 0;                   // batch numbers in stamps count from here
   int64_t revoked_ = 0, declined_ = 0;
+  bool reserving_ = false;  // a lookup has misses and victims in hand: nothing is admitted to its directories
   std::atomic<uint64_t> filled_seq_{0};  // every fill up to this one's is in its slots
   mutable std::mutex mutex_;
 

@@ -90,6 +90,8 @@ struct VolumeStats {
   uint64_t clean_read_ios = 0;
   uint64_t clean_read_bytes = 0;
   double read_wait_seconds = 0;     // callers blocked in wait()
+  double io_busy_seconds = 0;       // any I/O was in flight
+  double io_flight_seconds = 0;     // of every I/O: over the busy time, the mean depth of the queue
   uint64_t registered_buffer_bytes = 0;  // of read buffers that the kernel holds mapped; 0 where it refused, or there is none
 };
 

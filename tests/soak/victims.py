@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torchrec_mtrains.kernels import SsdVolume
 
-from torchrec_mtrains import counters, show
+from torchrec_mtrains import show, tier_counters
 from torchrec_mtrains.checkpoint_folder import LATEST
 from torchrec_mtrains.checkpoint_transfer import pull, push
 from torchrec_mtrains.train import Job, StepRecord
@@ -87,7 +87,7 @@ class _Job(Job):
 
     def note_cleaning(self) -> None:
         """A step in which the cleaner moved records is likely to be followed by one in which it still does."""
-        moved = sum(v["moved_rows"] for v in counters.volumes(self.dmp))
+        moved = sum(v["moved_rows"] for v in tier_counters.volumes(self.dmp))
         self._phases.mark(self._rank, "train, cleaning" if moved != self._moved else "train")
         self._moved = moved
 
