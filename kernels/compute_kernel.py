@@ -174,6 +174,14 @@ class _TieredKernel(FusedOptimizerModule):
                 init_fn(rows)
                 weights.narrow(0, first, rows.shape[0]).copy_(rows)
 
+    def announce(self, features: KeyedJaggedTensor) -> bool:
+        """As ``TieredTBE.announce``."""
+        return self._emb_module.announce(features.values(), features.offsets(), batch_size_per_feature_per_rank=_batch_sizes(features))
+
+    def withdraw(self, features: KeyedJaggedTensor) -> None:
+        """As ``TieredTBE.withdraw``."""
+        self._emb_module.withdraw(features.values())
+
     def init_parameters(self) -> None:
         """Initial values are deferred, or were written when the kernel was made."""
 
@@ -249,7 +257,7 @@ class BatchedTieredEmbeddingBag(_TieredKernel, BaseBatchedEmbeddingBag[Tensor]):
         weights = features.weights_or_none()
         if weights is not None and not torch.is_floating_point(weights):
             weights = None
-        batch_sizes = features.stride_per_key_per_rank() if features.variable_stride_per_key() else None
+        batch_sizes = _batch_sizes(features)
         # The values go in as they came: a prefetched batch is found by their identity.
         pooled = self._emb_module(features.values(), features.offsets(), weights, batch_size_per_feature_per_rank=batch_sizes)
         if batch_sizes is None or vbe_output is None:
@@ -271,6 +279,13 @@ class BatchedTieredEmbedding(_TieredKernel, BaseBatchedEmbedding[Tensor]):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Embeddings, (ids, dimension). Raises: as ``TieredTBE.forward``."""
         return self._emb_module(features.values(), features.offsets())
+
+
+TieredKernel = BatchedTieredEmbeddingBag | BatchedTieredEmbedding
+
+
+def _batch_sizes(features: KeyedJaggedTensor) -> list[list[int]] | None:
+    return features.stride_per_key_per_rank() if features.variable_stride_per_key() else None
 
 
 def _first_row(table: ShardedEmbeddingTable) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .resizing import resize
     from .sharder import TieredEmbeddingBagCollectionSharder, TieredEmbeddingCollectionSharder
     from .stager import TieredStager
+    from .train_pipeline import TieredTrainPipeline
     from .wrapping_sharders import (
         TieredFeatureProcessedEmbeddingBagCollectionSharder,
         TieredManagedCollisionEmbeddingBagCollectionSharder,
@@ -40,6 +41,7 @@ __all__ = [
     "TieredManagedCollisionEmbeddingCollectionSharder",
     "TieredParameterSharding",
     "TieredStager",
+    "TieredTrainPipeline",
     "__version__",
     "explain",
     "fail_together",
@@ -66,6 +68,7 @@ _MODULE_OF = {
     "TieredManagedCollisionEmbeddingCollectionSharder": ".wrapping_sharders",
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
+    "TieredTrainPipeline": ".train_pipeline",
     "explain": ".explanation",
     "fail_together": ".rank_failures",
     "load_checkpoint": ".checkpoint",

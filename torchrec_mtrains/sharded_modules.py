@@ -25,15 +25,12 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, data_type_to
 from torchrec.optim.fused import EmptyFusedOptimizer
 
 from .errors import ConfigurationError, UnsupportedError
-from .kernels.compute_kernel import BatchedTieredEmbedding, BatchedTieredEmbeddingBag
+from .kernels.compute_kernel import TieredKernel
 from .kernels.lazy_rows import LazyRows
 from .kernels.sharded_state import ShardedRows
 from .load_rows import load_rows
 from .parameter_sharding import TABLE_TIERS, TIERED_KERNEL, TieredParameterSharding
 from .sharding import POOLED_SHARDINGS, SEQUENCE_SHARDINGS
-
-TieredKernel = BatchedTieredEmbeddingBag | BatchedTieredEmbedding
-
 
 def _refuse(sharding_infos: list[EmbeddingShardingInfo], env: ShardingEnv, shardings: Mapping[str, Any]) -> None:
     if isinstance(env, ShardingEnv2D):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,10 +26,23 @@ from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingShard
 from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from .kernels.compute_kernel import BatchedTieredEmbedding, BatchedTieredEmbeddingBag
+from .kernels.compute_kernel import BatchedTieredEmbedding, BatchedTieredEmbeddingBag, TieredKernel
 
 
-class TieredPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
+class TieredLookup:
+    """What the lookups of bags and of sequences have in common; before TorchRec's class in their bases."""
+
+    _emb_modules: Any
+    _feature_splits: list[int]
+
+    def tiered_features(self, sparse_features: KeyedJaggedTensor) -> Iterator[tuple[TieredKernel, KeyedJaggedTensor]]:
+        """The kernels of tiered tables, and what of a batch each of them will get."""
+        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
+            if isinstance(kernel, TieredKernel):
+                yield kernel, features
+
+
+class TieredPooledEmbeddingsLookup(TieredLookup, GroupedPooledEmbeddingsLookup):
     """TorchRec's pooled lookup; groups of tiered tables get ``BatchedTieredEmbeddingBag``."""
 
     def _create_embedding_kernel(
@@ -45,7 +59,7 @@ class TieredPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
         return super()._create_embedding_kernel(config, device, pg, sharding_type, *args, **kwargs)
 
 
-class TieredEmbeddingsLookup(GroupedEmbeddingsLookup):
+class TieredEmbeddingsLookup(TieredLookup, GroupedEmbeddingsLookup):
     """TorchRec's lookup without pooling; groups of tiered tables get ``BatchedTieredEmbedding``."""
 
     def _create_embedding_kernel(
@@ -60,9 +74,8 @@ class TieredEmbeddingsLookup(GroupedEmbeddingsLookup):
         if self._need_prefetch:
             super().prefetch(sparse_features, forward_stream)
             return
-        for kernel, features in zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True):
-            if isinstance(kernel, BatchedTieredEmbedding):
-                kernel.emb_module.prefetch(features.values(), features.offsets(), forward_stream)
+        for kernel, features in self.tiered_features(sparse_features):
+            kernel.emb_module.prefetch(features.values(), features.offsets(), forward_stream)
 
 
 class _Lookups:

@@ -1,0 +1,75 @@
+"""How many coming batches a pipeline holds beyond those that it prefetches: the lookahead window.
+
+Input dist is a collective, so every rank must start as many of them in every step. What one rank wishes depends on its own
+batches and pools; the window is the smallest wish of all ranks. They agree on the window of a step while the step before trains.
+
+A rank wishes for what was asked for, or else for what its pools can use (``TieredTBE.window``); but for no more batches than fit in
+``limit_bytes``, and for at most one more than it has: a window fills while the job trains, not before its first step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import ConfigurationError
+
+MOST_BATCHES = 64
+"""As many as a slot pool keeps in mind: one bit a batch in the window of a row."""
+
+
+class Lookahead:
+    """The window of one pipeline, in batches. ``asked`` None: what the pools can use."""
+
+    def __init__(self, asked: int | None, limit_bytes: int) -> None:
+        if asked is not None and not 0 <= asked <= MOST_BATCHES:
+            raise ConfigurationError(f"lookahead must be 0 to {MOST_BATCHES} batches, or None for what the pools can use, got {asked}")
+        if limit_bytes < 0:
+            raise ConfigurationError(f"lookahead_bytes must be at least 0, got {limit_bytes}")
+        self.asked, self.limit_bytes = asked, limit_bytes
+        self.batches = 0
+        self._agreeing: tuple[torch.Tensor, Any] | None = None
+        self._warned = False
+
+    def propose(self, held_bytes: Sequence[int], wish: int, pg: dist.ProcessGroup | None, device: torch.device) -> None:
+        """Begin to agree on the next step's window. Called in every step, by all ranks of ``pg``.
+
+        ``held_bytes``: of the batches in the window, the next one first. ``wish``: the batches that this rank would have in it.
+        """
+        wish = self._affordable(held_bytes, min(wish, len(held_bytes) + 1))
+        if pg is None or pg.size() == 1:
+            self.batches = wish
+        else:
+            smallest = torch.tensor([wish], device=device)
+            self._agreeing = smallest, dist.all_reduce(smallest, dist.ReduceOp.MIN, group=pg, async_op=True)
+
+    def agree(self) -> None:
+        """The window of this step: the end of what the step before has begun."""
+        if self._agreeing is not None:
+            smallest, work = self._agreeing
+            work.wait()
+            self.batches, self._agreeing = int(smallest.item()), None
+
+    def _affordable(self, held_bytes: Sequence[int], wish: int) -> int:
+        largest, taken = max(held_bytes, default=0), 0
+        for count in range(wish):
+            taken += held_bytes[count] if count < len(held_bytes) else largest
+            if taken > self.limit_bytes:
+                self._say(count, largest)
+                return count
+        return wish
+
+    def _say(self, count: int, largest: int) -> None:
+        if not self._warned:
+            self._warned = True
+            asked = "as many batches as the pools can use" if self.asked is None else f"{self.asked} batches"
+            warnings.warn(
+                f"lookahead: {count} batches instead of {asked}: those in the window have up to {largest:,} bytes each, and together may have "
+                f"lookahead_bytes={self.limit_bytes:,}; the job trains the same bits, with more misses",
+                RuntimeWarning,
+                stacklevel=2,
+            )
