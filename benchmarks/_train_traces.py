@@ -24,6 +24,7 @@ from torchrec_mtrains.data.scatter import hash32, stream_key
 DRIFT = 0.001
 COPIES = 128
 USERS, ITEMS = 943, 1682  # of ml-100k
+ZIPFS = {f"zipf {e}{how}": (e, bool(how)) for e in (1.05, 0.9) for how in ("", ", drifting")}
 SHARE = 0.9  # of the mixture's lookups that one population has
 
 
@@ -60,14 +61,16 @@ def drift(zipf: ZipfIds, share: float) -> None:
     zipf.row_of_rank[ranks] = zipf.row_of_rank[ranks[torch.randperm(len(ranks), generator=zipf.generator)]]
 
 
-def zipf_trace(exponent: float, drifting: bool, rows: int, lookups: int, stretch: Stretch, table: int) -> Trace:
+def zipf_trace(name: str, rows: int, lookups: int, stretch: Stretch, table: int) -> Trace:
+    """One of ``ZIPFS``. They share their scatter, and drifting ones begin where the others stay."""
+    exponent, drifting = ZIPFS[name]
     zipf = ZipfIds(rows, exponent, _seeded(table, 0))
     ids = zipf.ranks(stretch.batches * lookups).view(stretch.batches, lookups).numpy()
     for b in range(stretch.batches):
         ids[b] = zipf.row_of_rank.numpy()[ids[b]]
         if drifting:
             drift(zipf, DRIFT)
-    return Trace(f"zipf {exponent}" + (", drifting" if drifting else ""), rows, ids)
+    return Trace(name, rows, ids)
 
 
 def mixture_trace(rows: int, lookups: int, stretch: Stretch, table: int) -> Trace:
@@ -96,10 +99,7 @@ def movielens_trace(file: Path, column: str, copies: int, lookups: int, stretch:
 
 def traces(rows: int, lookups: int, stretch: Stretch, movielens: Path | None, copies: int, table: int) -> dict[str, Callable[[], Trace]]:
     """The traces by name, each made when it is called for. ``table``: of a kind's tables which; ml-100k has one of each."""
-    made: dict[str, Callable[[], Trace]] = {}
-    for exponent in (1.05, 0.9):
-        made[f"zipf {exponent}"] = lambda e=exponent: zipf_trace(e, False, rows, lookups, stretch, table)
-        made[f"zipf {exponent}, drifting"] = lambda e=exponent: zipf_trace(e, True, rows, lookups, stretch, table)
+    made: dict[str, Callable[[], Trace]] = {name: lambda n=name: zipf_trace(n, rows, lookups, stretch, table) for name in ZIPFS}
     made["mixture"] = lambda: mixture_trace(rows, lookups, stretch, table)
     if movielens:
         for column in ("users", "items"):
