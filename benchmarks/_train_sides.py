@@ -135,9 +135,14 @@ class Side:
         sharders: list[Any],
         prefetch_depth: int,
         lookahead: int | None,
+        zeros: bool = False,
     ) -> None:
+        """``zeros``: what tables begin with instead of the values that are made for each row, which takes a while for all of them."""
         self.name, self.shape = name, shape
         model = build_model(shape.tables, DENSE_FEATURES, shape.model_options)
+        if zeros:
+            for config in model.model.sparse_arch.embedding_bag_collection.embedding_bag_configs():
+                config.init_fn = nn.init.zeros_
         model.model.over_arch = self.tops = Tops(shape.top_inputs, widths)
         self.dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders, init_data_parallel=False)
         self.optimizer = CombinedOptimizer([self.dmp.fused_optimizer, dense_optimizer(self.dmp, shape.model_options)])
@@ -199,7 +204,9 @@ class Side:
 def in_memory(shape: Shape, widths: dict[str, int], values_of: Side) -> Side:
     """Stock FUSED, with the rows that another side has now."""
     plan = _plan(shape, lambda _, where: ParameterSharding(**where, compute_kernel="fused"))
-    side = Side("memory", shape, widths, plan, [EmbeddingBagCollectionSharder(fused_params=fused_params(shape.model_options))], 0, 0)
+    side = Side(
+        "memory", shape, widths, plan, [EmbeddingBagCollectionSharder(fused_params=fused_params(shape.model_options))], 0, 0, zeros=True
+    )
     (group,) = values_of.groups
     for i, table in enumerate(shape.tables):
         (shard,) = side.dmp.state_dict()[f"{EBC_PATH}.embedding_bags.{table.name}.weight"].local_shards()

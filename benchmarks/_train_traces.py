@@ -65,6 +65,7 @@ def zipf_trace(name: str, rows: int, lookups: int, stretch: Stretch, table: int)
     """One of ``ZIPFS``. They share their scatter, and drifting ones begin where the others stay."""
     exponent, drifting = ZIPFS[name]
     zipf = ZipfIds(rows, exponent, _seeded(table, 0))
+    zipf.generator = _seeded(table, 10 + list(ZIPFS).index(name))
     ids = zipf.ranks(stretch.batches * lookups).view(stretch.batches, lookups).numpy()
     for b in range(stretch.batches):
         ids[b] = zipf.row_of_rank.numpy()[ids[b]]
