@@ -74,7 +74,7 @@ class PooledTable:
     def begin(self, ids: torch.Tensor, train: bool = True) -> tuple[int, torch.Tensor]:
         """Its ticket and its slots, which are filled after ``wait``."""
         offsets, slots = torch.tensor([0, len(ids)]), torch.empty(len(ids), dtype=torch.int64)
-        seq = self.pool.begin(ids.data_ptr(), False, len(ids), offsets.data_ptr(), False, 1, slots.data_ptr(), True, train)
+        seq = self.pool.begin(_core.Batch(ids.data_ptr(), False, len(ids), offsets.data_ptr()), slots.data_ptr(), train)
         return seq, slots
 
     def train(self, ids: torch.Tensor) -> None:

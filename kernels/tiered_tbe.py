@@ -37,6 +37,9 @@ from .homes import open_home, open_table, volume_of
 BATCH_LIMIT = (1 << 31) - 2
 """Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
 
+ANNOUNCED_LIMIT = 64
+"""Batches that can be announced and not begun: a slot's state has one bit for each."""
+
 WAITING_LIMIT = 64
 """Prefetched batches that wait for their forward before those that were revoked meanwhile are forgotten."""
 
@@ -81,13 +84,23 @@ class TieredTable:
         return [len(r) for r in column_ranges(self.columns)]
 
 
+class _Ids:
+    """The ids of one batch, as the slot pool reads them: it needs them until the batch has begun or was withdrawn."""
+
+    __slots__ = ("given", "native", "read", "starts")
+
+    def __init__(self, given: Tensor, read: Tensor, starts: Tensor) -> None:
+        self.given, self.read, self.starts = given, read, starts
+        self.native = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr())
+
+
 class _Ticket:
     """One batch on its way: its number, its slots, and whether its rows are already marked as to be changed."""
 
-    __slots__ = ("__weakref__", "abandon", "dirty", "indices", "seq", "slots")
+    __slots__ = ("__weakref__", "abandon", "dirty", "ids", "seq", "slots")
 
-    def __init__(self, seq: int, slots: Tensor, indices: Tensor, dirty: bool) -> None:
-        self.seq, self.slots, self.indices, self.dirty = seq, slots, indices, dirty
+    def __init__(self, seq: int, slots: Tensor, ids: _Ids, dirty: bool) -> None:
+        self.seq, self.slots, self.ids, self.dirty = seq, slots, ids, dirty
         self.abandon: weakref.finalize[Any, _Ticket] | None = None  # releases a ticket that nobody claims
 
 
@@ -146,6 +159,7 @@ class TieredTBE(nn.Module):
         self._feature_rows = torch.tensor([self.tables[t].rows for t in self._tables_of_features], dtype=torch.int64)
         self._warning = torch.zeros(1, dtype=torch.int64)
         self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
+        self._announced: dict[tuple[int, int], deque[tuple[int, _Ids]]] = {}  # by number
         self._make_tbe()
         self._open(rank)
         self._make_pool()
@@ -270,32 +284,68 @@ class TieredTBE(nn.Module):
             starts = offsets[::stride] if stride else offsets.expand(self._features + 1)
         return starts.long().contiguous()
 
-    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
-        narrow = indices.dtype is _INT32
-        if not (narrow or indices.dtype is _INT64) or offsets.dtype not in (_INT32, _INT64):
+    def _ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> _Ids:
+        if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
             raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
         starts = self._feature_starts(offsets, batch_sizes)
-        ids = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
-        ids = ids.contiguous()
-        count = ids.numel()
-        slots = torch.empty(count, dtype=_INT64)
-        seq = self._pool.begin(ids.data_ptr(), narrow, count, starts.data_ptr(), False, 1, slots.data_ptr(), hard, dirty)
-        return _Ticket(seq, slots, indices, dirty) if seq else None
+        read = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
+        return _Ids(indices, read.contiguous(), starts)
 
-    def _begin_inline(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
+    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
+        number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_sizes))
+        slots = torch.empty(ids.read.numel(), dtype=_INT64)
         try:
-            ticket = self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+            seq = self._pool.begin(ids.native, slots.data_ptr(), dirty, number)
         except errors.PoolTooSmallError:
-            self._collect_dead_graphs()
-            ticket = self._begin(indices, offsets, batch_sizes, hard=True, dirty=dirty)
-        assert ticket is not None
-        return ticket
+            if not self._collect_dead_graphs():
+                raise
+            seq = self._pool.begin(ids.native, slots.data_ptr(), dirty)
+        return _Ticket(seq, slots, ids, dirty)
 
-    def _collect_dead_graphs(self) -> None:
+    def _collect_dead_graphs(self) -> bool:
         """A graph whose backward never ran (activation recomputation makes them) may be garbage that Python has not collected yet:
-        TorchRec's requests between ranks and their autograd nodes refer to each other."""
-        if self._pool.outstanding:
+        TorchRec's requests between ranks and their autograd nodes refer to each other. Whether there was anything to look for."""
+        if outstanding := self._pool.outstanding > 0:
             gc.collect()
+        return outstanding
+
+    def announce(self, indices: Tensor, offsets: Tensor, batch_size_per_feature_per_rank: BatchSizes | None = None) -> bool:
+        """Tells which rows a coming batch will use; its prefetch or forward must get the same ``indices`` tensor.
+
+        Rows that announced batches use are evicted after all others, those used last first, and come along where that costs no I/O.
+        Advice alone: it changes no result. Batches are expected to begin in the order in which they were announced. Shapes: as ``forward``.
+        Returns False, and does nothing, when ``ANNOUNCED_LIMIT`` batches are announced and not begun.
+        Raises: IdOutOfRangeError.
+        """
+        ids = self._ids(indices, offsets, batch_size_per_feature_per_rank)
+        number = self._pool.announce(ids.native)
+        if number:
+            self._announced.setdefault(_key(indices), deque()).append((number, ids))
+        return bool(number)
+
+    def withdraw(self, indices: Tensor) -> None:
+        """The announced batch with these ids will not come after all; nothing, if there is none."""
+        if announced := self._take_announced(indices):
+            self._pool.withdraw(announced[0])
+
+    def _take_announced(self, indices: Tensor) -> tuple[int, _Ids] | None:
+        queue = self._announced.get(_key(indices))
+        if queue is None:
+            return None
+        announced = queue.popleft()
+        if not queue:
+            del self._announced[_key(indices)]
+        return announced
+
+    @property
+    def useful_lookahead(self) -> int:
+        """How many batches to announce: what the smallest pool holds of as many rows as batches had on average, within the limit."""
+        held = [
+            pool_rows * stats["batches"] / stats["unique_rows"]
+            for pool_rows, stats in zip(self.pool_rows, map(self._pool.stats, range(len(self.tables))), strict=True)
+            if stats["unique_rows"]
+        ]
+        return max(1, min(ANNOUNCED_LIMIT, math.ceil(min(held)))) if held else 1
 
     def prefetch(
         self,
@@ -304,30 +354,37 @@ class TieredTBE(nn.Module):
         forward_stream: Any = None,
         batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> None:
-        """Starts bringing a batch's rows into slots; its forward must get the same ``indices`` tensor.
+        """Starts bringing a batch's rows into slots, on a native thread; its forward must get the same ``indices`` tensor.
 
         Shapes: as ``forward``. When there is no room, nothing happens and forward does the work.
         Raises: IdOutOfRangeError.
         """
         del forward_stream
-        ticket = self._begin(indices, offsets, batch_size_per_feature_per_rank, hard=False, dirty=torch.is_grad_enabled())
-        if ticket is not None:
-            if len(self._waiting) >= WAITING_LIMIT:
-                self._forget_revoked()
-            ticket.abandon = weakref.finalize(ticket, self._pool.release, ticket.seq)
-            self._waiting.setdefault((indices.data_ptr(), indices.numel()), deque()).append(ticket)
+        number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
+        slots, dirty = torch.empty(ids.read.numel(), dtype=_INT64), torch.is_grad_enabled()
+        ticket = _Ticket(self._pool.prefetch(ids.native, slots.data_ptr(), dirty, number), slots, ids, dirty)
+        if len(self._waiting) >= WAITING_LIMIT:
+            self._forget_revoked()
+        ticket.abandon = weakref.finalize(ticket, _abandon, self._pool, ticket.seq, slots, ids)
+        self._waiting.setdefault(_key(indices), deque()).append(ticket)
 
     def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
-        key = (indices.data_ptr(), indices.numel())
-        queue = self._waiting.get(key)
+        queue = self._waiting.get(_key(indices))
         if queue is None:
             return None
         ticket = queue.popleft()
         if not queue:
-            del self._waiting[key]
+            del self._waiting[_key(indices)]
         assert ticket.abandon is not None
         ticket.abandon.detach()
         return ticket if self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
+
+    def _forget_coming(self) -> None:
+        """Lets go of what was prefetched and announced."""
+        self._waiting.clear()
+        for number, _ in [a for queue in self._announced.values() for a in queue]:
+            self._pool.withdraw(number)
+        self._announced.clear()
 
     def _forget_revoked(self) -> None:
         for key, queue in list(self._waiting.items()):
@@ -353,7 +410,7 @@ class TieredTBE(nn.Module):
         """
         batch_sizes = batch_size_per_feature_per_rank
         dirty = torch.is_grad_enabled()
-        ticket = self._claim(indices, dirty) or self._begin_inline(indices, offsets, batch_sizes, dirty)
+        ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, dirty)
         try:
             self._pool.wait(ticket.seq)
             output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
@@ -384,7 +441,7 @@ class TieredTBE(nn.Module):
         token = _Token()
         node.metadata["mtrains"] = token
         # The finalizer keeps the slots alive for as long as the pool may ask which of them the ticket pins.
-        weakref.finalize(token, _release_and_forget, pool, seq, slots)
+        weakref.finalize(token, _abandon, pool, seq, slots, ticket.ids)
 
     # -- rows, as users see them
 
@@ -468,7 +525,7 @@ class TieredTBE(nn.Module):
 
     def forget(self) -> None:
         """Empties the pools and caches, unwritten. Raises: TicketError while forward passes await their backward."""
-        self._waiting.clear()
+        self._forget_coming()
         self._collect_dead_graphs()
         self._pool.forget()
         for cached in self._cached.values():
@@ -498,7 +555,7 @@ class TieredTBE(nn.Module):
         Raises: TicketError while forward passes await their backward.
         """
         resident, learning_rate = self.resident_rows(), self.tbe.get_learning_rate()
-        self._waiting.clear()
+        self._forget_coming()
         self.flush()
         self._collect_dead_graphs()
         self._pool.forget()  # unwritten: the homes have every change
@@ -560,7 +617,7 @@ class TieredTBE(nn.Module):
 
     def close(self) -> None:
         """Flushes, closes the caches, and lets go of the homes (a home closes with the last table in it)."""
-        self._waiting.clear()
+        self._forget_coming()
         self.flush()
         self.close_caches()
 
@@ -578,6 +635,12 @@ def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     return order, [(int(in_order[a]), b - a) for a, b in itertools.pairwise(starts)]
 
 
-def _release_and_forget(pool: Any, seq: int, slots: Tensor) -> None:
-    del slots
+def _key(indices: Tensor) -> tuple[int, int]:
+    """The identity of a batch's ids, whatever they are cast to later."""
+    return indices.data_ptr(), indices.numel()
+
+
+def _abandon(pool: Any, seq: int, slots: Tensor, ids: _Ids) -> None:
+    """Releases a ticket. The pool may use its slots and ids until then."""
     pool.release(seq)
+    del slots, ids

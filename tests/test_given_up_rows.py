@@ -36,7 +36,7 @@ class Pool:
     def batch(self, rows: torch.Tensor, train: bool = True) -> torch.Tensor:
         """The rows' values before the step."""
         slots, offsets = torch.empty_like(rows), torch.tensor([0, len(rows)])
-        seq = self.pool.begin(rows.data_ptr(), False, len(rows), offsets.data_ptr(), False, 1, slots.data_ptr(), True, train)
+        seq = self.pool.begin(_core.Batch(rows.data_ptr(), False, len(rows), offsets.data_ptr()), slots.data_ptr(), train)
         self.pool.wait(seq)
         values = self.memory[slots].clone()
         if train:
@@ -118,7 +118,7 @@ def test_cleaning_copies_no_row_that_is_in_training(folder: str) -> None:
             pool = _core.SlotPool([native], [0], BATCH_LIMIT)
             ids, slots = torch.arange(half) * 2, torch.empty(half, dtype=torch.int64)  # every second row of every block
             offsets = torch.tensor([0, half])
-            pool.release(pool.begin(ids.data_ptr(), False, half, offsets.data_ptr(), False, 1, slots.data_ptr(), True, train))
+            pool.release(pool.begin(_core.Batch(ids.data_ptr(), False, half, offsets.data_ptr()), slots.data_ptr(), train))
             generator = torch.Generator().manual_seed(0)
             for _ in range(200):
                 churned = torch.randperm(half, generator=generator)[:100] * 2 + 1

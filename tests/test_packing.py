@@ -41,7 +41,7 @@ class Pool:
 
     def train(self, rows: torch.Tensor) -> None:
         slots, offsets = torch.empty_like(rows), torch.tensor([0, len(rows)])
-        seq = self.pool.begin(rows.data_ptr(), False, len(rows), offsets.data_ptr(), False, 1, slots.data_ptr(), True, True)
+        seq = self.pool.begin(_core.Batch(rows.data_ptr(), False, len(rows), offsets.data_ptr()), slots.data_ptr(), True)
         self.pool.wait(seq)
         self.pool.release(seq)
 

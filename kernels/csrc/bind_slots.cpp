@@ -21,9 +21,11 @@ Part make_part(uintptr_t address, uint64_t stride_bytes, uint32_t bytes) {
 nb::dict stats_of(const SlotPool& pool, size_t table) {
   const SlotPoolStats s = pool.stats(table);
   nb::dict d;
+  d["batches"] = s.batches;
   d["lookups"] = s.lookups;
   d["unique_rows"] = s.unique_rows;
   d["misses"] = s.misses;
+  d["admitted_rows"] = s.admitted_rows;
   d["evictions"] = s.evictions;
   d["write_backs"] = s.write_backs;
   d["flushed_rows"] = s.flushed_rows;
@@ -47,17 +49,36 @@ void bind_slots(nb::module_& m) {
            },
            nb::keep_alive<1, 3>());
 
+  nb::class_<Batch>(m, "Batch").def(
+      "__init__",
+      [](Batch* self, uintptr_t ids, bool ids_are_int32, int64_t id_count, uintptr_t offsets, bool offsets_are_int32, int64_t stride) {
+        new (self) Batch{reinterpret_cast<const void*>(ids), ids_are_int32, reinterpret_cast<const void*>(offsets),
+                         offsets_are_int32, stride, id_count};
+      },
+      "ids"_a, "ids_are_int32"_a, "id_count"_a, "offsets"_a, "offsets_are_int32"_a = false, "stride"_a = 1);
+
   nb::class_<SlotPool>(m, "SlotPool")
       .def(nb::init<std::vector<SlotPoolTable>, std::vector<int32_t>, uint32_t>(), "tables"_a, "table_of_feature"_a,
            "batch_limit"_a, nb::keep_alive<1, 2>())
-      .def("begin",
-           [](SlotPool& self, uintptr_t ids, bool ids_are_int32, int64_t id_count, uintptr_t offsets,
-              bool offsets_are_int32, int64_t stride, uintptr_t slots, bool hard, bool dirty) {
-             const Batch batch{reinterpret_cast<const void*>(ids), ids_are_int32,
-                               reinterpret_cast<const void*>(offsets), offsets_are_int32, stride, id_count};
+      .def("announce",
+           [](SlotPool& self, const Batch& batch) {
              nb::gil_scoped_release unlocked;
-             return self.begin(batch, reinterpret_cast<int64_t*>(slots), hard, dirty);
-           })
+             return self.announce(batch);
+           },
+           "batch"_a)
+      .def("withdraw", &SlotPool::withdraw, "announced"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("prefetch",
+           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced) {
+             nb::gil_scoped_release unlocked;
+             return self.prefetch(batch, reinterpret_cast<int64_t*>(slots), dirty, announced);
+           },
+           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
+      .def("begin",
+           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced) {
+             nb::gil_scoped_release unlocked;
+             return self.begin(batch, reinterpret_cast<int64_t*>(slots), dirty, announced);
+           },
+           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
       .def("acquire", &SlotPool::acquire, "seq"_a, "dirty"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("wait", &SlotPool::wait, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &SlotPool::release, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
@@ -83,6 +104,7 @@ void bind_slots(nb::module_& m) {
            nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &stats_of, "table"_a)
       .def("slot_of_row", &SlotPool::slot_of_row, "table"_a, "row"_a)
+      .def_prop_ro("announced", &SlotPool::announced)
       .def_prop_ro("revoked", &SlotPool::revoked)
       .def_prop_ro("declined", &SlotPool::declined)
       .def_prop_ro("outstanding", &SlotPool::outstanding)

@@ -105,7 +105,7 @@ void CachedVolume::read_cached(Table& table, GetRequest& request, std::vector<Ta
   }
 }
 
-uint64_t CachedVolume::submit_get(std::vector<GetRequest> requests) {
+uint64_t CachedVolume::submit_get(std::vector<GetRequest> requests, std::function<void()> ready) {
   Pending pending{0, {}, {}};
   {
     std::lock_guard lock(mutex_);
@@ -118,7 +118,7 @@ uint64_t CachedVolume::submit_get(std::vector<GetRequest> requests) {
     }
   }
   const bool all_here = std::all_of(requests.begin(), requests.end(), [](const GetRequest& r) { return r.rows.empty(); });
-  if (!all_here) pending.below_token = below_.submit_get(std::move(requests));
+  if (!all_here) pending.below_token = below_.submit_get(std::move(requests), std::move(ready));
   std::lock_guard lock(mutex_);
   if (pending.below_token == 0) {
     release(pending.taken);

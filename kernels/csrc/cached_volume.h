@@ -39,7 +39,7 @@ class CachedVolume final : public Volume {
            std::span<const Part> parts) override;
   void evict(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts,
              bool dirty) override;
-  uint64_t submit_get(std::vector<GetRequest> requests) override;
+  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready) override;
   Neighbours wait(uint64_t token) override;
   void flush() override;
   void checkpoint(uint64_t epoch) override;

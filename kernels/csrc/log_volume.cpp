@@ -363,7 +363,7 @@ const std::byte* LogVolume::in_memory(const Segment& segment, uint32_t block) co
   return nullptr;
 }
 
-uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
+uint64_t LogVolume::submit_get(std::vector<GetRequest> requests, std::function<void()> ready) {
   Lock lock(mutex_);
   require_loaded();
   for (const GetRequest& r : requests) require_rows(tables_.at(r.table).spec, r.rows);
@@ -423,6 +423,7 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
   std::vector<IoJob> jobs;
   plan_reads(*batch, jobs);
   batch->left = jobs.size();
+  if (!jobs.empty()) batch->ready = std::move(ready);
   uint64_t token;
   {
     std::lock_guard guard(batch_mutex_);
@@ -430,6 +431,7 @@ uint64_t LogVolume::submit_get(std::vector<GetRequest> requests) {
     batches_[token] = std::move(batch);
   }
   if (!jobs.empty()) queue_->submit(std::move(jobs));  // a mapped medium has no queue
+  else if (ready) ready();
   return token;
 }
 
@@ -487,10 +489,13 @@ void LogVolume::on_read(Batch& batch, const Batch::Read& read, const std::byte* 
     scatter_record(record + kRecordHeaderBytes, request.parts, request.slots[item.at]);
   }
   if (error == 0) keep_wanted(batch, read, data, bytes);
+  std::function<void()> ready;  // before the last read is counted: whoever waits takes the batch away then
+  if (batch.left == 1) ready = std::move(batch.ready);
   if (batch.left.fetch_sub(1) == 1) {
     std::lock_guard lock(batch_mutex_);
     batch_done_.notify_all();
   }
+  if (ready) ready();
 }
 
 void LogVolume::keep_wanted(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes) const {

@@ -106,7 +106,7 @@ class LogVolume final : public Volume {
   TableId table(const TableSpec& spec, const Initializer& init) override;
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
-  uint64_t submit_get(std::vector<GetRequest> requests) override;
+  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready) override;
   Neighbours wait(uint64_t token) override;
   void flush() override;
   void checkpoint(uint64_t epoch) override;
@@ -193,7 +193,8 @@ class LogVolume final : public Volume {
     std::vector<Read> reads;
     Neighbours neighbours;             // that were newest when they were written
     std::vector<uint64_t> neighbour_places;
-    std::atomic<size_t> left{0};
+    std::atomic<size_t> left{0};       // reads
+    std::function<void()> ready;       // for the last of them to call
     std::string error;  // the first one
     ErrorKind error_kind{};
     void fail(ErrorKind kind, std::string what) {

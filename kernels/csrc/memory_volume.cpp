@@ -35,7 +35,7 @@ void MemoryVolume::put(TableId table, std::span<const int64_t> rows, std::span<c
   stats_.put_rows += rows.size();
 }
 
-uint64_t MemoryVolume::submit_get(std::vector<GetRequest> requests) {
+uint64_t MemoryVolume::submit_get(std::vector<GetRequest> requests, std::function<void()>) {
   std::lock_guard lock(mutex_);
   require_open(closed_, "memory");
   for (const GetRequest& r : requests) require_rows(tables_.at(r.table).spec, r.rows);

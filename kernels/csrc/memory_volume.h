@@ -18,7 +18,7 @@ class MemoryVolume final : public Volume {
   TableId table(const TableSpec& spec, const Initializer& init) override;
   void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots,
            std::span<const Part> parts) override;
-  uint64_t submit_get(std::vector<GetRequest> requests) override;
+  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready) override;
   Neighbours wait(uint64_t) override { return {}; }
   void flush() override {}
   void checkpoint(uint64_t epoch) override;

@@ -59,7 +59,7 @@ void RecordCache::insert_some(std::span<const int64_t> rows, std::span<const int
                               const Below& below) {
   const Stamp stamp = next_stamp(dirty);
   places_.resize(rows.size());
-  directory_.lookup(rows.data(), 0, static_cast<int64_t>(rows.size()), stamp, places_.data());
+  directory_.lookup(rows.data(), 0, static_cast<int64_t>(rows.size()), stamp, 0, places_.data());
   try {
     if (!directory_.reserve(UINT32_MAX, stamp, nullptr)) throw std::logic_error("record cache: no room for fewer rows than it has");
     evict(true, below);

@@ -10,15 +10,15 @@
 namespace mtrains {
 
 namespace {
-// Ids between the prefetch of a row's map entry, that of its slot's stamp (which needs the map entry), and their use.
+// Ids between the prefetch of a row's map entry, that of its slot's state (which needs the map entry), and their use.
 // Measured on an AMD EPYC with benchmarks/hit_path.py, 2026-11-24, ns an id: 48/16 8.2, 64/32 7.0, 96/32 6.0, 64/48 9.5,
 // 128/64 5.3, 192/96 5.0, 256/128 4.4. The distance between the two matters as much as the distance to the use.
 constexpr int64_t kMapAhead = 192;
-constexpr int64_t kStampAhead = 96;
+constexpr int64_t kStateAhead = 96;
 }  // namespace
 
 SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
-    : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), stamp_(static_cast<size_t>(pool_rows)), free_(pool_rows) {
+    : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), order_(pool_rows), wanted_(rows), free_(pool_rows) {
   if (rows > INT32_MAX - 1) {
     throw Error(ErrorKind::kConfiguration, "a slot pool or cache serves tables of at most " + std::to_string(INT32_MAX - 1) +
                                                " rows, got " + std::to_string(rows) + "; shard the table by rows");
@@ -27,108 +27,206 @@ SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
 }
 
 template <class Index>
-int64_t SlotDirectory::lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, int64_t* slots) {
+int64_t SlotDirectory::lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots) {
   int32_t* const map = slot_of_row_.data();
-  uint64_t* const stamps = stamp_.data();
+  SlotState* const states = order_.states();
   const uint32_t batch = stamp.batch();
   int64_t first_seen = 0;
   for (int64_t i = begin; i < end; ++i) {
     if (i + kMapAhead < end) __builtin_prefetch(&map[ids[i + kMapAhead]]);
-    if (i + kStampAhead < end) {
-      const int32_t ahead = map[ids[i + kStampAhead]];
-      __builtin_prefetch(&stamps[ahead > 0 ? ahead - 1 : 0], 1);
+    if (i + kStateAhead < end) {
+      const int32_t ahead = map[ids[i + kStateAhead]];
+      __builtin_prefetch(&states[ahead > 0 ? ahead - 1 : 0], 1);
     }
-    int32_t entry = map[ids[i]];
+    const int32_t entry = map[ids[i]];
     if (entry > 0) [[likely]] {
-      const uint64_t old = stamps[entry - 1];
-      stamps[entry - 1] = stamp.at(i).as_dirty_as(old).value;
-      first_seen += Stamp{old}.batch() != batch;
+      SlotState& s = states[entry - 1];
+      const uint64_t old = s.stamp;
+      const bool first = Stamp{old}.batch() != batch;
+      const uint64_t use = first & ((old & Stamp::kUses) != Stamp::kUses) ? Stamp::kOneUse : 0;
+      s.stamp = stamp.at(i).value | ((old & Stamp::kFlags) + use);
+      first_seen += first;
       slots[i] = entry - 1;
+      if (s.window & announced) {
+        s.window &= ~announced;
+        if (!s.window) settled_.push_back(entry - 1);
+      }
       continue;
     }
-    if (entry == 0) {
-      missed_rows_.push_back(static_cast<int64_t>(ids[i]));
-      entry = -static_cast<int32_t>(missed_rows_.size());
-      map[ids[i]] = entry;
-    }
-    slots[i] = entry;
+    if (!is_absent(entry) || absent_[place(entry)].miss == 0) miss(static_cast<int64_t>(ids[i]));
+    AbsentRow& row = absent_[place(map[ids[i]])];
+    row.window &= ~announced;
+    slots[i] = -row.miss;
     miss_positions_.push_back(i);
   }
+  for (const int32_t slot : settled_) order_.settle(slot);
+  settled_.clear();
   return first_seen;
 }
 
-template int64_t SlotDirectory::lookup<int32_t>(const int32_t*, int64_t, int64_t, Stamp, int64_t*);
-template int64_t SlotDirectory::lookup<int64_t>(const int64_t*, int64_t, int64_t, Stamp, int64_t*);
+template int64_t SlotDirectory::lookup<int32_t>(const int32_t*, int64_t, int64_t, Stamp, uint64_t, int64_t*);
+template int64_t SlotDirectory::lookup<int64_t>(const int64_t*, int64_t, int64_t, Stamp, uint64_t, int64_t*);
 
-void SlotDirectory::collect_candidates(uint32_t limit_batch, size_t wanted) {
-  candidates_.clear();
-  uint32_t oldest = UINT32_MAX;
-  for (int32_t s = 0; s < pool_rows(); ++s) {
-    if (row_of_slot_[s] >= 0) oldest = std::min(oldest, batch_of_slot(s));
+void SlotDirectory::miss(int64_t row) {
+  missed_rows_.push_back(row);
+  absent_[absent_entry(row)].miss = static_cast<int32_t>(missed_rows_.size());
+}
+
+int32_t SlotDirectory::absent_entry(int64_t row) {
+  int32_t& entry = slot_of_row_[static_cast<size_t>(row)];
+  if (!is_absent(entry)) entry = static_cast<int32_t>(kAbsentBit | static_cast<uint32_t>(absent_.add(0, entry)));
+  return place(entry);
+}
+
+void SlotDirectory::forget_absent(int64_t row, int32_t at) {
+  slot_of_row_[static_cast<size_t>(row)] = absent_[at].entry;
+  absent_.remove(at);
+  if (wants(row)) wanted_.remove(row);
+}
+
+template <class Index>
+void SlotDirectory::announce(const Index* ids, int64_t begin, int64_t end, uint64_t bit) {
+  const int32_t* const map = slot_of_row_.data();
+  SlotState* const states = order_.states();
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kMapAhead < end) __builtin_prefetch(&map[ids[i + kMapAhead]]);
+    if (i + kStateAhead < end) {
+      const int32_t ahead = map[ids[i + kStateAhead]];
+      __builtin_prefetch(ahead > 0 ? static_cast<const void*>(&states[ahead - 1]) : absent_.data() + place(ahead), 1);
+    }
+    const int32_t entry = map[ids[i]];
+    if (entry > 0) [[likely]] {
+      states[entry - 1].window |= bit;
+    } else if (is_absent(entry)) {
+      absent_[place(entry)].window |= bit;
+    } else {
+      absent_[absent_entry(static_cast<int64_t>(ids[i]))].window = bit;
+      wanted_.add(static_cast<int64_t>(ids[i]));
+    }
   }
-  if (oldest >= limit_batch) return;
-  constexpr uint32_t kBuckets = 1024;
-  const uint32_t width = (limit_batch - oldest) / kBuckets + 1;
-  std::array<uint32_t, kBuckets> histogram{};
-  for (int32_t s = 0; s < pool_rows(); ++s) {
-    const uint32_t batch = batch_of_slot(s);
-    if (batch < limit_batch && row_of_slot_[s] >= 0) ++histogram[(batch - oldest) / width];
+}
+
+template void SlotDirectory::announce<int32_t>(const int32_t*, int64_t, int64_t, uint64_t);
+template void SlotDirectory::announce<int64_t>(const int64_t*, int64_t, int64_t, uint64_t);
+
+template <class Index>
+void SlotDirectory::withdraw(const Index* ids, int64_t begin, int64_t end, uint64_t bit) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t entry = slot_of_row_[static_cast<size_t>(ids[i])];
+    if (entry > 0) {
+      SlotState& s = order_.state(entry - 1);
+      if (!(s.window & bit)) continue;
+      s.window &= ~bit;
+      order_.settle(entry - 1);
+    } else if (is_absent(entry)) {
+      AbsentRow& row = absent_[place(entry)];
+      row.window &= ~bit;
+      if (!row.window) forget_absent(static_cast<int64_t>(ids[i]), place(entry));
+    }
   }
-  uint32_t threshold = 0;
-  for (size_t seen = 0; threshold < kBuckets && seen < wanted; ++threshold) seen += histogram[threshold];
-  for (int32_t s = 0; s < pool_rows(); ++s) {
-    const uint32_t batch = batch_of_slot(s);
-    if (batch < limit_batch && row_of_slot_[s] >= 0 && (batch - oldest) / width < threshold) candidates_.push_back({stamp_[s], s});
-  }
-  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
-    return (a.stamp | 1) != (b.stamp | 1) ? a.stamp > b.stamp : a.slot > b.slot;
-  });
+}
+
+template void SlotDirectory::withdraw<int32_t>(const int32_t*, int64_t, int64_t, uint64_t);
+template void SlotDirectory::withdraw<int64_t>(const int64_t*, int64_t, int64_t, uint64_t);
+
+void SlotDirectory::take_free(size_t needed) {
+  reserved_free_ = std::min(needed, free_.size());
+  reserved_.assign(free_.rbegin(), free_.rbegin() + static_cast<std::ptrdiff_t>(reserved_free_));
 }
 
 bool SlotDirectory::reserve(uint32_t oldest_outstanding_batch, Stamp stamp, const std::vector<uint8_t>* pinned) {
-  reserved_.clear();
   const size_t needed = missed_rows_.size();
-  reserved_free_ = std::min(needed, free_.size());
-  reserved_.assign(free_.rbegin(), free_.rbegin() + static_cast<std::ptrdiff_t>(reserved_free_));
+  take_free(needed);
   if (reserved_.size() == needed) return true;
   if (pinned) {  // rare: the stamps were too conservative
-    for (int32_t s = 0; s < pool_rows() && reserved_.size() < needed; ++s) {
-      if (row_of_slot_[s] >= 0 && !(*pinned)[s]) reserved_.push_back(s);
+    for (const bool awaited : {false, true}) {
+      for (int32_t s = 0; s < pool_rows() && reserved_.size() < needed; ++s) {
+        if (row_of_slot_[s] >= 0 && !(*pinned)[s] && order_.state(s).awaited() == awaited) reserved_.push_back(s);
+      }
     }
-    candidates_.clear();
-    return reserved_.size() == needed;
+    if (reserved_.size() == needed) {
+      for (size_t k = reserved_free_; k < needed; ++k) order_.leave(reserved_[k]);
+      return true;
+    }
+    reserved_.clear();
+    return false;
   }
   const uint32_t limit = std::min(oldest_outstanding_batch, stamp.batch());
-  bool collected = false;
+  order_.begin_round(needed);
   while (reserved_.size() < needed) {
-    if (candidates_.empty()) {
-      if (collected) return false;
-      collected = true;
-      collect_candidates(limit, std::max(needed, stamp_.size() / 8));
-      continue;
+    const int32_t slot = order_.next(limit, first_announced_, 0);
+    if (slot < 0) {
+      for (size_t k = reserved_free_; k < reserved_.size(); ++k) order_.put_back(reserved_[k]);
+      reserved_.clear();
+      return false;
     }
-    const Candidate c = candidates_.back();
-    candidates_.pop_back();
-    if ((stamp_[c.slot] | 1) != (c.stamp | 1) || Stamp{c.stamp}.batch() >= limit || row_of_slot_[c.slot] < 0) continue;
-    touch(c.slot, stamp.batch());  // so that it is not collected again
-    reserved_.push_back(c.slot);
+    reserved_.push_back(slot);
   }
+  sort_victims();
   return true;
+}
+
+void SlotDirectory::reserve_for_wanted(std::span<const int64_t> rows, uint32_t oldest_outstanding_batch) {
+  struct Wanted {
+    uint64_t use;
+    int64_t row;
+  };
+  std::vector<Wanted> soonest;
+  for (const int64_t row : rows) {
+    if (wants(row)) soonest.push_back({next_use(absent_[place(slot_of_row_[row])].window, first_announced_), row});
+  }
+  std::sort(soonest.begin(), soonest.end(), [](const Wanted& a, const Wanted& b) { return a.use != b.use ? a.use < b.use : a.row < b.row; });
+  take_free(soonest.size());
+  order_.begin_round(soonest.size());
+  for (size_t k = 0; k < soonest.size(); ++k) {
+    if (k == reserved_.size()) {
+      const int32_t slot = order_.next(oldest_outstanding_batch, first_announced_, soonest[k].use);
+      if (slot < 0) break;
+      reserved_.push_back(slot);
+    }
+    miss(soonest[k].row);
+  }
+  sort_victims();
+}
+
+void SlotDirectory::sort_victims() { sort_by_use(std::span(reserved_).subspan(reserved_free_)); }
+
+bool SlotDirectory::left_lately(int32_t entry) const {
+  if (!is_ghost(entry)) return false;
+  const uint32_t since = (ghost_clock_ - static_cast<uint32_t>(place(entry))) & kPlace;
+  return since <= row_of_slot_.size();
+}
+
+void SlotDirectory::leave(int32_t slot, int32_t entry) {
+  const int64_t row = row_of_slot_[slot];
+  const uint64_t window = order_.state(slot).window;
+  slot_of_row_[row] = entry;
+  if (window) {
+    absent_[absent_entry(row)].window = window;
+    wanted_.add(row);
+  }
 }
 
 void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
   free_.resize(free_.size() - reserved_free_);
   evictions_ += static_cast<int64_t>(reserved_.size() - reserved_free_);
+  std::vector<uint8_t> seen_lately(missed_rows_.size());
   for (size_t k = 0; k < missed_rows_.size(); ++k) {
     const int32_t slot = reserved_[k];
-    if (row_of_slot_[slot] >= 0) slot_of_row_[row_of_slot_[slot]] = 0;
-    row_of_slot_[slot] = static_cast<int32_t>(missed_rows_[k]);
-    slot_of_row_[missed_rows_[k]] = slot + 1;
+    const int64_t row = missed_rows_[k];
+    const AbsentRow absent = absent_[place(slot_of_row_[row])];
+    if (row_of_slot_[slot] >= 0) leave(slot, order_.state(slot).main() ? 0 : ghost());
+    forget_absent(row, place(slot_of_row_[row]));
+    row_of_slot_[slot] = static_cast<int32_t>(row);
+    slot_of_row_[row] = slot + 1;
+    order_.state(slot) = {stamp.value, absent.window};
+    seen_lately[k] = left_lately(absent.entry);
   }
   for (const int64_t i : miss_positions_) {
     slots[i] = reserved_[-slots[i] - 1];
-    stamp_[slots[i]] = stamp.at(i).value;
+    order_.state(static_cast<int32_t>(slots[i])).stamp = stamp.at(i).value;
   }
+  for (size_t k = 0; k < missed_rows_.size(); ++k) order_.enter(reserved_[k], seen_lately[k]);
   missed_rows_.clear();
   miss_positions_.clear();
   reserved_.clear();
@@ -136,29 +234,33 @@ void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
 }
 
 void SlotDirectory::rollback() {
-  for (const int64_t row : missed_rows_) slot_of_row_[row] = 0;
+  for (size_t k = reserved_free_; k < reserved_.size(); ++k) order_.put_back(reserved_[k]);
+  for (const int64_t row : missed_rows_) {
+    const int32_t at = place(slot_of_row_[row]);
+    absent_[at].miss = 0;
+    if (!absent_[at].window) forget_absent(row, at);
+  }
   missed_rows_.clear();
   miss_positions_.clear();
   reserved_.clear();
   reserved_free_ = 0;
-  candidates_.clear();
 }
 
 void SlotDirectory::drop(int32_t slot) {
-  slot_of_row_[row_of_slot_[slot]] = 0;
+  leave(slot, 0);
+  order_.leave(slot);
+  order_.state(slot) = {0, 0};
   row_of_slot_[slot] = -1;
-  stamp_[slot] = 0;
   free_.push_back(slot);
 }
 
 void SlotDirectory::age(uint32_t batches) {
   for (int32_t s = 0; s < pool_rows(); ++s) touch(s, batch_of_slot(s) > batches ? batch_of_slot(s) - batches : 0);
-  candidates_.clear();
 }
 
-void SlotDirectory::sort_by_use(std::vector<int32_t>& slots) const {
+void SlotDirectory::sort_by_use(std::span<int32_t> slots) const {
   std::sort(slots.begin(), slots.end(), [this](int32_t a, int32_t b) {
-    const uint64_t of_a = stamp_[a] | 1, of_b = stamp_[b] | 1;
+    const uint64_t of_a = Stamp{order_.state(a).stamp}.order(), of_b = Stamp{order_.state(b).stamp}.order();
     return of_a != of_b ? of_a < of_b : a < b;
   });
 }
@@ -186,23 +288,29 @@ std::vector<int32_t> SlotDirectory::by_age() const {
 
 void SlotDirectory::check() const {
   auto fail = [](const char* what) { throw std::logic_error(what); };
-  if (!missed_rows_.empty()) fail("slot directory: a batch is half looked up");
-  size_t free_slots = 0, mapped = 0;
+  if (!missed_rows_.empty() || !reserved_.empty()) fail("slot directory: a batch is half looked up");
+  size_t free_slots = 0, mapped = 0, absent = 0;
   for (int32_t s = 0; s < pool_rows(); ++s) {
     const int64_t row = row_of_slot_[s];
     if (row < 0) {
       ++free_slots;
-      if (stamp_[s] & 1) fail("slot directory: a free slot is dirty");
+      if (order_.state(s).stamp || order_.state(s).window) fail("slot directory: the state of a free slot is not zero");
     } else if (slot_of_row_[row] != s + 1) {
       fail("slot directory: a slot's row does not point back");
     }
   }
   if (free_slots != free_.size()) fail("slot directory: free list and free slots differ");
   for (size_t row = 0; row < slot_of_row_.size(); ++row) {
-    if (slot_of_row_[row] < 0) fail("slot directory: a provisional entry was left");
-    mapped += slot_of_row_[row] > 0;
+    const int32_t entry = slot_of_row_[row];
+    mapped += entry > 0;
+    absent += is_absent(entry);
+    if (is_absent(entry) && absent_[place(entry)].miss) fail("slot directory: a miss was left");
+    if (is_absent(entry) && !absent_[place(entry)].window) fail("slot directory: nothing is awaited of an absent row");
+    if (wants(static_cast<int64_t>(row)) != is_absent(entry)) fail("slot directory: the rows wanted are not those absent and awaited");
   }
   if (mapped + free_slots != row_of_slot_.size()) fail("slot directory: rows and slots are not one to one");
+  if (absent != absent_.count()) fail("slot directory: an absent row is known that no entry names");
+  order_.check(resident());
 }
 
 }  // namespace mtrains

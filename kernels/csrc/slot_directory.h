@@ -1,21 +1,26 @@
 // SlotDirectory: which row of one table shard sits in which slot of its pool.
 //
-//   slot_of_row_[row]   0: not resident; s + 1: in slot s; -(k + 1): the k-th miss of the batch being looked up.
+//   slot_of_row_[row]   > 0: in slot s - 1.  0: nothing is known of the row.  < 0 with bit 30: not here; the rest is when it left
+//                       the eviction order's small list (ghost).  < 0 without: not here; the rest is its place in absent_.
 //                       4 bytes a row, mapped lazily: rows never touched cost nothing.
 //   row_of_slot_[slot]  the row in the slot, or -1 while the slot is free.
-//   stamp_[slot]        batch (31 bits) | position (32) | dirty (1): the last batch that used the slot, and where in that
-//                       batch's ids it did so last. One store on the hit path records recency, counts uniqueness, remembers
-//                       whom a row was used beside, and pins: a slot is pinned while its batch is not older than the oldest
-//                       one still outstanding. That is conservative when batches finish out of order; the exact answer
-//                       (from the tickets' own slot lists) is asked for only when the quick one finds no room.
+//   order_              the state of every slot (slot_state.h), and who goes first (eviction_order.h).
+//   absent_             what is known of rows that are not here (absent_rows.h).
+//   wanted_             the absent rows that announced batches will use: one bit a row. Volumes bring them along.
+//
+// A slot is pinned while its stamp's batch is not older than the oldest one still outstanding. That is conservative when batches
+// finish out of order; the exact answer (from the tickets' own slot lists) is asked for only when the quick one finds no room.
+//
+// A batch may be announced before it is looked up: its bit is set in the window of each of its rows, and cleared by its lookup, or
+// by withdraw. All that follows from it is advice: a wrong future costs misses.
 //
 // Invariants between batches (check() verifies them):
-//   - slot_of_row_ and row_of_slot_ are inverse to each other, and no row is provisional;
-//   - free slots are exactly those with row -1, they are clean, and stamp_ never exceeds the newest batch.
+//   - slot_of_row_ and row_of_slot_ are inverse to each other, and no row is missed;
+//   - free slots are exactly those with row -1, their state is zero, and no stamp exceeds the newest batch;
+//   - absent_ has just the rows that are not here and awaited, and wanted_ the same.
 //
-// Eviction order: oldest stamp first, so LRU by the batch, and within a batch the order of its ids. Rows that a sample used
-// side by side leave side by side, and a log that takes them in that order has them in one block. One histogram pass over
-// the batches collects the oldest eighth of the pool as candidates, sorted; a candidate touched since is skipped.
+// Victims leave in the order of their last use, by batch and then position: rows that a sample used side by side leave side by
+// side, and a log that takes them in that order has them in one block.
 //
 // A batch goes through lookup (per feature) -> reserve -> commit, or rollback. Not thread-safe: SlotPool locks.
 #pragma once
@@ -25,22 +30,13 @@
 #include <span>
 #include <vector>
 
+#include "absent_rows.h"
+#include "eviction_order.h"
 #include "lazy_array.h"
+#include "row_set.h"
+#include "slot_state.h"
 
 namespace mtrains {
-
-struct Stamp {
-  static constexpr int kPositionShift = 1, kBatchShift = 33;
-
-  uint64_t value;
-
-  static Stamp of(uint32_t batch, bool dirty) { return {uint64_t{batch} << kBatchShift | (dirty ? 1u : 0u)}; }  // position 0
-  // Of more than 2^32 ids in a batch the order is that of their low bits.
-  Stamp at(int64_t position) const { return {value | uint64_t{static_cast<uint32_t>(position)} << kPositionShift}; }
-  Stamp as_dirty_as(uint64_t old) const { return {value | (old & 1)}; }
-  Stamp where(uint64_t old) const { return {value | (old & ((uint64_t{1} << kBatchShift) - 1))}; }  // its position and dirty bit
-  uint32_t batch() const { return static_cast<uint32_t>(value >> kBatchShift); }
-};
 
 class SlotDirectory {
  public:
@@ -50,53 +46,79 @@ class SlotDirectory {
   int32_t pool_rows() const { return static_cast<int32_t>(row_of_slot_.size()); }
 
   // Turns ids[begin, end) of a batch into slots[begin, end). Misses are collected: their slots are -(k + 1) until commit().
-  // ids must be in range. Returns the number of distinct rows that this call saw first for this stamp, misses left out.
+  // ids must be in range. `announced`: the batch's bit in windows, or 0. Returns the number of distinct rows that this call saw
+  // first for this stamp, misses left out.
   template <class Index>
-  int64_t lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, int64_t* slots);
+  int64_t lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots);
+
+  // A batch with this bit will use ids[begin, end); or will not after all.
+  template <class Index>
+  void announce(const Index* ids, int64_t begin, int64_t end, uint64_t bit);
+  template <class Index>
+  void withdraw(const Index* ids, int64_t begin, int64_t end, uint64_t bit);
+  void set_first_announced(uint64_t batch) { first_announced_ = batch; }  // that has not begun; its bit is batch % 64
+  const RowSet& wanted() const { return wanted_; }
+  bool awaits_absent_rows() const { return absent_.count() > 0; }
+  bool wants(int64_t row) const { return wanted_.contains(row); }
 
   std::span<const int64_t> missed_rows() const { return missed_rows_; }
 
   // Finds a slot for every missed row: free ones, then victims that no batch in [oldest_outstanding, ...] uses.
   // With `pinned` (one flag a slot) that exact answer replaces the stamps. False when there is no room: nothing changed.
   bool reserve(uint32_t oldest_outstanding_batch, Stamp stamp, const std::vector<uint8_t>* pinned);
+  // Instead of a lookup and reserve: `rows` are wanted and could come now. Those for which there is a free slot, or a victim used
+  // later than they are, become missed rows with a reserved slot.
+  void reserve_for_wanted(std::span<const int64_t> rows, uint32_t oldest_outstanding_batch);
   std::span<const int32_t> reserved_slots() const { return reserved_; }
   int64_t row_of_slot(int32_t slot) const { return row_of_slot_[slot]; }
-  bool dirty(int32_t slot) const { return stamp_[slot] & 1; }
+  bool dirty(int32_t slot) const { return order_.state(slot).dirty(); }
 
   // Gives the reserved slots to the missed rows, and patches the positions that lookup left open.
   void commit(Stamp stamp, int64_t* slots);
   void rollback();
 
-  int32_t slot_of_row(int64_t row) const { return slot_of_row_[row] - 1; }  // -1: not resident
+  int32_t slot_of_row(int64_t row) const { return slot_of_row_[row] > 0 ? slot_of_row_[row] - 1 : -1; }  // -1: not resident
   void prefetch(int64_t row) const { __builtin_prefetch(&slot_of_row_[static_cast<size_t>(row)]); }
-  void touch(int32_t slot, uint32_t batch) { stamp_[slot] = Stamp::of(batch, false).where(stamp_[slot]).value; }
-  void mark_dirty(int32_t slot) { stamp_[slot] |= 1; }
-  void mark_clean(int32_t slot) { stamp_[slot] &= ~uint64_t{1}; }
-  uint32_t batch_of_slot(int32_t slot) const { return Stamp{stamp_[slot]}.batch(); }
+  void touch(int32_t slot, uint32_t batch) { order_.state(slot).set_batch(batch); }
+  void mark_dirty(int32_t slot) { order_.state(slot).stamp |= Stamp::kDirty; }
+  void mark_clean(int32_t slot) { order_.state(slot).stamp &= ~Stamp::kDirty; }
+  uint32_t batch_of_slot(int32_t slot) const { return order_.state(slot).batch(); }
   void drop(int32_t slot);  // the row leaves without being written: its fill failed
   void age(uint32_t batches);  // subtract from every stamp, so that batch numbers never run out
-  void sort_by_use(std::vector<int32_t>& slots) const;  // into the order in which they would be evicted
-  std::vector<int32_t> by_age() const;  // occupied slots, oldest first, at the grain of 1/1024 of the ages there are
+  void sort_by_use(std::span<int32_t> slots) const;  // into the order of their last use
+  std::vector<int32_t> by_age() const;  // occupied slots, the one used last at the end, at the grain of 1/1024 of the ages there are
   int32_t resident() const { return pool_rows() - static_cast<int32_t>(free_.size()); }
   int64_t evictions() const { return evictions_; }
   void check() const;  // tests: throws std::logic_error at a broken invariant
 
  private:
-  void collect_candidates(uint32_t limit_batch, size_t wanted);
+  void miss(int64_t row);
+  int32_t absent_entry(int64_t row);        // of a row that is not here; makes one
+  void forget_absent(int64_t row, int32_t at);  // nothing is awaited of it any more
+  void leave(int32_t slot, int32_t entry);  // the row is not here any more; `entry` is what remains to be known of it
+  void take_free(size_t needed);
+  void sort_victims();
+  int32_t ghost() { return static_cast<int32_t>(kAbsentBit | kGhostBit | (ghost_clock_++ & kPlace)); }
+  bool left_lately(int32_t entry) const;
+
+  static constexpr uint32_t kAbsentBit = 1u << 31, kGhostBit = 1u << 30, kPlace = kGhostBit - 1;
+  static bool is_ghost(int32_t entry) { return entry < 0 && (static_cast<uint32_t>(entry) & kGhostBit); }
+  static bool is_absent(int32_t entry) { return entry < 0 && !(static_cast<uint32_t>(entry) & kGhostBit); }
+  static int32_t place(int32_t entry) { return static_cast<int32_t>(static_cast<uint32_t>(entry) & kPlace); }
 
   LazyArray<int32_t> slot_of_row_;
   std::vector<int32_t> row_of_slot_;
-  LazyArray<uint64_t> stamp_;
+  EvictionOrder order_;
+  AbsentRows absent_;
+  RowSet wanted_;
   std::vector<int32_t> free_;
-  struct Candidate {
-    uint64_t stamp;
-    int32_t slot;
-  };
-  std::vector<Candidate> candidates_;  // oldest last
   std::vector<int64_t> missed_rows_;
   std::vector<int64_t> miss_positions_;
   std::vector<int32_t> reserved_;
+  std::vector<int32_t> settled_;  // slots whose last announced use this lookup is
   size_t reserved_free_ = 0;  // the first of reserved_ came off free_
+  uint32_t ghost_clock_ = 0;
+  uint64_t first_announced_ = 0;
   int64_t evictions_ = 0;
 };
 

@@ -16,9 +16,13 @@ SlotPool::SlotPool(std::vector<SlotPoolTable> tables, std::vector<int32_t> table
 }
 
 SlotPool::~SlotPool() {
-  try {
-    drain(last_seq_);
-  } catch (const Error&) {  // the rows of a failed fill are not lost: they are still in their home
+  tasks_->close();
+  std::lock_guard lock(mutex_);
+  while (!fills_.empty()) {
+    try {
+      finish_oldest_fill();
+    } catch (const Error&) {  // the rows of a failed fill are not lost: they are still in their home
+    }
   }
 }
 
@@ -76,68 +80,221 @@ void SlotPool::check_ids(const Batch& batch, const std::vector<int64_t>& bounds)
   }
 }
 
-uint32_t SlotPool::oldest_outstanding() const {
-  return tickets_.empty() ? UINT32_MAX : static_cast<uint32_t>(tickets_.begin()->first - base_);
+std::vector<int64_t> SlotPool::checked(const Batch& batch) const {
+  std::vector<int64_t> bounds = bounds_of(batch);
+  check_ids(batch, bounds);
+  return bounds;
 }
 
-uint64_t SlotPool::next_seq() {
-  if (last_seq_ + 1 - base_ >= batch_limit_) {
-    const uint64_t oldest = tickets_.empty() ? last_seq_ + 1 : tickets_.begin()->first;
-    const uint64_t shift = oldest - base_ - 1;
-    if (shift == 0) {
-      throw Error(ErrorKind::kTicket, "a batch has been outstanding for " + std::to_string(batch_limit_) +
-                                          " batches; release its output");
-    }
-    for (SlotDirectory& d : directories_) d.age(static_cast<uint32_t>(shift));
-    base_ += shift;
-  }
-  return ++last_seq_;
-}
-
-uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool hard, bool dirty) {
-  std::lock_guard lock(mutex_);
-  Ticket ticket{hard, slots, bounds_of(batch)};
-  check_ids(batch, ticket.bounds);
-  const uint64_t seq = next_seq();
-  const Stamp stamp = stamp_of(seq, dirty);
-  std::vector<int64_t> unique(tables_.size(), 0);
+template <class Do>
+void SlotPool::by_feature(const Batch& batch, const std::vector<int64_t>& bounds, Do&& with_ids) const {
   for (size_t f = 0; f < table_of_feature_.size(); ++f) {
-    const int32_t t = table_of_feature_[f];
-    const int64_t begin = ticket.bounds[f], end = ticket.bounds[f + 1];
-    unique[t] += batch.ids_are_int32 ? directories_[t].lookup(static_cast<const int32_t*>(batch.ids), begin, end, stamp, slots)
-                                     : directories_[t].lookup(static_cast<const int64_t*>(batch.ids), begin, end, stamp, slots);
+    const auto t = static_cast<size_t>(table_of_feature_[f]);
+    if (batch.ids_are_int32) {
+      with_ids(t, static_cast<const int32_t*>(batch.ids), bounds[f], bounds[f + 1]);
+    } else {
+      with_ids(t, static_cast<const int64_t*>(batch.ids), bounds[f], bounds[f + 1]);
+    }
+  }
+}
+
+std::unique_lock<std::mutex> SlotPool::idle() const {
+  while (true) {
+    tasks_->drain();
+    std::unique_lock lock(mutex_);
+    std::lock_guard guard(tickets_mutex_);
+    const auto queued = [](const auto& ticket) { return ticket.second.stage == Stage::kQueued; };
+    if (std::none_of(tickets_.begin(), tickets_.end(), queued)) return lock;
+  }
+}
+
+uint32_t SlotPool::oldest_outstanding() const {
+  std::lock_guard lock(tickets_mutex_);
+  for (const auto& [seq, ticket] : tickets_) {
+    if (ticket.stage == Stage::kBegun) return static_cast<uint32_t>(seq - base_);
+  }
+  return UINT32_MAX;
+}
+
+void SlotPool::renumber_if_due(uint64_t seq) {
+  if (seq - base_ < batch_limit_) return;
+  const uint32_t oldest = oldest_outstanding();
+  const uint64_t shift = (oldest == UINT32_MAX ? seq - base_ : oldest) - 1;
+  if (shift == 0) {
+    throw Error(ErrorKind::kTicket, "a batch has been outstanding for " + std::to_string(batch_limit_) + " batches; release its output");
+  }
+  for (SlotDirectory& d : directories_) d.age(static_cast<uint32_t>(shift));
+  base_ += shift;
+}
+
+// -- the future
+
+uint64_t SlotPool::announce(const Batch& batch) {
+  std::vector<int64_t> bounds = checked(batch);
+  std::lock_guard lock(tickets_mutex_);
+  if (!announced_.empty() && last_announced_ + 1 - announced_.begin()->first >= 64) return 0;
+  const uint64_t number = ++last_announced_;
+  announced_.emplace(number, Announced{batch, std::move(bounds)});
+  tasks_->post([this, number] {
+    std::lock_guard rows(mutex_);
+    const Announced* mine;
+    {
+      std::lock_guard guard(tickets_mutex_);
+      const auto at = announced_.find(number);
+      if (at == announced_.end()) return;  // withdrawn
+      mine = &at->second;
+    }
+    by_feature(mine->batch, mine->bounds,
+               [&](size_t t, const auto* ids, int64_t begin, int64_t end) { directories_[t].announce(ids, begin, end, bit_of(number)); });
+    set_first_announced();
+  });
+  return number;
+}
+
+uint64_t SlotPool::bit_of(uint64_t announced) const { return announced ? uint64_t{1} << (announced % 64) : 0; }
+
+void SlotPool::set_first_announced() {
+  uint64_t first;
+  {
+    std::lock_guard lock(tickets_mutex_);
+    first = announced_.empty() ? last_announced_ + 1 : announced_.begin()->first;
+  }
+  for (SlotDirectory& d : directories_) d.set_first_announced(first);
+}
+
+void SlotPool::end_announced(uint64_t announced) {
+  {
+    std::lock_guard lock(tickets_mutex_);
+    announced_.erase(announced);
+  }
+  set_first_announced();
+}
+
+void SlotPool::withdraw(uint64_t announced) {
+  const auto lock = idle();
+  withdraw_locked(announced);
+}
+
+void SlotPool::withdraw_locked(uint64_t announced) {
+  Announced mine;
+  {
+    std::lock_guard lock(tickets_mutex_);
+    const auto at = announced_.find(announced);
+    if (at == announced_.end()) return;
+    mine = at->second;
+  }
+  by_feature(mine.batch, mine.bounds,
+             [&](size_t t, const auto* ids, int64_t begin, int64_t end) { directories_[t].withdraw(ids, begin, end, bit_of(announced)); });
+  end_announced(announced);
+}
+
+// -- batches
+
+uint64_t SlotPool::add_ticket(Ticket ticket) {
+  const uint64_t seq = ++last_seq_;
+  tickets_.emplace(seq, std::move(ticket));
+  return seq;
+}
+
+uint64_t SlotPool::prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced) {
+  Ticket ticket{Stage::kQueued, false, batch, slots, checked(batch), dirty, announced, {}};
+  std::lock_guard lock(tickets_mutex_);
+  const uint64_t seq = add_ticket(std::move(ticket));
+  tasks_->post([this, seq] { begin_queued(seq); });
+  return seq;
+}
+
+void SlotPool::begin_queued(uint64_t seq) {
+  std::lock_guard lock(mutex_);
+  Ticket* mine;
+  {
+    std::lock_guard guard(tickets_mutex_);
+    const auto at = tickets_.find(seq);
+    if (at == tickets_.end()) return;  // released
+    mine = &at->second;
+    mine->stage = Stage::kBeginning;
+  }
+  const uint64_t announced = mine->announced;
+  bool begun = false;
+  try {
+    begun = look_up(seq, *mine);
+    if (!begun) ++declined_;
+  } catch (const Error&) {  // the forward does the work, and meets the error where it can be told
+    withdraw_locked(announced);
+  }
+  {
+    std::lock_guard guard(tickets_mutex_);
+    if (!begun) tickets_.erase(seq);
+  }
+  stage_changed_.notify_all();
+}
+
+uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced) {
+  Ticket ticket{Stage::kBeginning, true, batch, slots, checked(batch), dirty, announced, {}};
+  const auto lock = idle();
+  uint64_t seq;
+  Ticket* mine;
+  {
+    std::lock_guard guard(tickets_mutex_);
+    seq = add_ticket(std::move(ticket));
+    mine = &tickets_.at(seq);
   }
   try {
-    if (!reserve_all(ticket, stamp, hard)) {
+    look_up(seq, *mine);
+  } catch (...) {
+    withdraw_locked(announced);
+    std::lock_guard guard(tickets_mutex_);
+    tickets_.erase(seq);
+    throw;
+  }
+  return seq;
+}
+
+bool SlotPool::look_up(uint64_t seq, Ticket& ticket) {
+  renumber_if_due(seq);
+  const Stamp stamp = stamp_of(seq, ticket.dirty);
+  const uint64_t bit = bit_of(ticket.announced);
+  std::vector<int64_t> unique(tables_.size(), 0);
+  by_feature(ticket.batch, ticket.bounds, [&](size_t t, const auto* ids, int64_t begin, int64_t end) {
+    unique[t] += directories_[t].lookup(ids, begin, end, stamp, bit, ticket.slots);
+  });
+  if (ticket.announced) end_announced(ticket.announced);
+  try {
+    if (!reserve_all(ticket, stamp)) {
       rollback();
-      ++declined_;
-      return 0;
+      return false;
     }
-    evict_victims();
+    for (size_t t = 0; t < tables_.size(); ++t) evict_victims(t);
   } catch (...) {
     rollback();
     throw;
   }
   for (size_t f = 0; f < table_of_feature_.size(); ++f) stats_[table_of_feature_[f]].lookups += ticket.bounds[f + 1] - ticket.bounds[f];
   for (size_t t = 0; t < tables_.size(); ++t) {
+    ++stats_[t].batches;
     stats_[t].unique_rows += unique[t] + static_cast<int64_t>(directories_[t].missed_rows().size());
     stats_[t].misses += static_cast<int64_t>(directories_[t].missed_rows().size());
   }
-  tickets_.emplace(seq, std::move(ticket));
-  start_fills(seq, stamp, slots, dirty);
-  return seq;
+  {
+    std::lock_guard guard(tickets_mutex_);
+    ticket.stage = Stage::kBegun;
+  }
+  begun_seq_ = seq;
+  start_fills(seq, ticket, stamp);
+  set_filled();
+  return true;
 }
 
 void SlotPool::rollback() {
   for (SlotDirectory& d : directories_) d.rollback();
 }
 
-bool SlotPool::reserve_all(const Ticket& mine, Stamp stamp, bool hard) {
+bool SlotPool::reserve_all(const Ticket& mine, Stamp stamp) {
   for (size_t t = 0; t < tables_.size(); ++t) {
     if (directories_[t].missed_rows().empty()) continue;
     if (directories_[t].reserve(oldest_outstanding(), stamp, nullptr)) continue;
     while (!reserve_exactly(t, mine, stamp)) {
-      if (!hard) return false;
+      if (!mine.hard) return false;
       if (!revoke_youngest()) refuse(t, mine);
     }
   }
@@ -155,7 +312,10 @@ void SlotPool::mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_
 
 size_t SlotPool::pinned_by_others(size_t table, const Ticket&, std::vector<uint8_t>& pinned) const {
   pinned.assign(tables_[table].pool_rows, 0);
-  for (const auto& [seq, ticket] : tickets_) mark_slots(table, ticket, pinned);
+  std::lock_guard lock(tickets_mutex_);  // a ticket's slots array is there while the ticket is
+  for (const auto& [seq, ticket] : tickets_) {
+    if (ticket.stage == Stage::kBegun) mark_slots(table, ticket, pinned);
+  }
   return static_cast<size_t>(std::count(pinned.begin(), pinned.end(), 1));
 }
 
@@ -175,65 +335,75 @@ void SlotPool::refuse(size_t table, const Ticket& mine) const {
   throw Error(ErrorKind::kPoolTooSmall,
               "table '" + tables_[table].name + "': this batch has " + std::to_string(needed) +
                   " distinct rows, its slot pool has " + std::to_string(tables_[table].pool_rows) + " (pool_rows), and " +
-                  std::to_string(others) + " slots are pinned by " + std::to_string(tickets_.size()) +
+                  std::to_string(others) + " slots are pinned by " + std::to_string(outstanding() - 1) +
                   " forward passes whose backward has not run. Nothing was changed. Raise pool_rows to at least " +
                   std::to_string(needed + others) + ", use smaller batches, or drop outputs that need no backward");
 }
 
 bool SlotPool::revoke_youngest() {
-  for (auto it = tickets_.rbegin(); it != tickets_.rend(); ++it) {
-    if (it->second.hard) continue;
-    drain(it->first);
-    tickets_.erase(std::next(it).base());
-    ++revoked_;
-    return true;
+  uint64_t youngest = 0;
+  {
+    std::lock_guard lock(tickets_mutex_);
+    for (const auto& [seq, ticket] : tickets_) {
+      if (!ticket.hard && ticket.stage == Stage::kBegun) youngest = seq;
+    }
   }
-  return false;
+  if (youngest == 0) return false;
+  drain(youngest);
+  std::lock_guard lock(tickets_mutex_);
+  const auto at = tickets_.find(youngest);
+  if (at == tickets_.end() || at->second.hard) return true;  // released or acquired meanwhile
+  tickets_.erase(at);
+  ++revoked_;
+  return true;
 }
 
-void SlotPool::evict_victims() {
+void SlotPool::evict_victims(size_t table) {
   std::vector<int64_t> rows[2];
   std::vector<int32_t> slots[2];
-  for (size_t t = 0; t < tables_.size(); ++t) {
-    for (const bool dirty : {false, true}) {
-      rows[dirty].clear();
-      slots[dirty].clear();
-    }
-    for (const int32_t slot : directories_[t].reserved_slots()) {
-      const int64_t row = directories_[t].row_of_slot(slot);
-      if (row < 0) continue;
-      rows[directories_[t].dirty(slot)].push_back(row);
-      slots[directories_[t].dirty(slot)].push_back(slot);
-    }
-    for (const bool dirty : {false, true}) {
-      if (!rows[dirty].empty()) tables_[t].volume->evict(tables_[t].id, rows[dirty], slots[dirty], tables_[t].parts, dirty);
-    }
-    stats_[t].write_backs += static_cast<int64_t>(rows[true].size());
+  const SlotPoolTable& t = tables_[table];
+  const SlotDirectory& d = directories_[table];
+  for (const int32_t slot : d.reserved_slots()) {
+    if (d.row_of_slot(slot) < 0) continue;
+    rows[d.dirty(slot)].push_back(d.row_of_slot(slot));
+    slots[d.dirty(slot)].push_back(slot);
   }
+  for (const bool dirty : {false, true}) {
+    if (!rows[dirty].empty()) t.volume->evict(t.id, rows[dirty], slots[dirty], t.parts, dirty);
+  }
+  stats_[table].write_backs += static_cast<int64_t>(rows[true].size());
 }
 
-void SlotPool::start_fills(uint64_t seq, Stamp stamp, int64_t* slots, bool dirty) {
+void SlotPool::start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp) {
   std::vector<std::vector<GetRequest>> requests;
-  Fill fill{seq, {}};
+  Fill fill{seq, {}, nullptr};
   for (size_t t = 0; t < tables_.size(); ++t) {
-    const auto missed = directories_[t].missed_rows();
+    SlotDirectory& d = directories_[t];
+    const auto missed = d.missed_rows();
     if (missed.empty()) continue;
-    const auto reserved = directories_[t].reserved_slots();
+    const auto reserved = d.reserved_slots();
     size_t v = 0;
     while (v < fill.reads.size() && fill.reads[v].volume != tables_[t].volume) ++v;
     if (v == fill.reads.size()) {
       fill.reads.push_back({tables_[t].volume, 0, {}});
       requests.emplace_back();
     }
-    requests[v].push_back({tables_[t].id, {missed.begin(), missed.end()}, {reserved.begin(), reserved.end()}, tables_[t].parts, dirty});
+    requests[v].push_back({tables_[t].id, {missed.begin(), missed.end()}, {reserved.begin(), reserved.end()}, tables_[t].parts, ticket.dirty});
     fill.reads[v].slots.emplace_back(t, std::vector<int32_t>(reserved.begin(), reserved.end()));
-    directories_[t].commit(stamp, slots);
+    d.commit(stamp, ticket.slots);
+    if (d.awaits_absent_rows()) requests[v].back().wanted = &d.wanted();
   }
   if (fill.reads.empty()) return;
+  fill.unready = std::make_shared<std::atomic<size_t>>(fill.reads.size());
+  const auto ready = [this, unready = fill.unready, tasks = tasks_] {
+    if (unready->fetch_sub(1) == 1) tasks->post([this] { finish_ready_fills(); });
+  };
   size_t submitted = 0;
   try {
     for (; submitted < fill.reads.size(); ++submitted) {
-      fill.reads[submitted].token = fill.reads[submitted].volume->submit_get(std::move(requests[submitted]));
+      Fill::Read& read = fill.reads[submitted];
+      read.token = read.volume->submit_get(std::move(requests[submitted]), ready);
+      if (read.token == 0) ready();
     }
   } catch (...) {
     const std::exception_ptr cause = std::current_exception();
@@ -246,7 +416,10 @@ void SlotPool::start_fills(uint64_t seq, Stamp stamp, int64_t* slots, bool dirty
       } catch (...) {  // its rows have left the pool; this batch fails with its own error
       }
     }
-    tickets_.erase(seq);
+    {
+      std::lock_guard lock(tickets_mutex_);
+      tickets_.erase(seq);
+    }
     std::rethrow_exception(cause);
   }
   fills_.push_back(std::move(fill));
@@ -256,14 +429,56 @@ std::exception_ptr SlotPool::finish(const Fill& fill) {
   std::exception_ptr first;
   for (const Fill::Read& read : fill.reads) {
     try {
-      read.volume->wait(read.token);
+      const Neighbours neighbours = read.volume->wait(read.token);
+      if (!neighbours.rows.empty()) admit(read, neighbours);
     } catch (...) {
       if (!first) first = std::current_exception();
       abandon(read);
     }
   }
-  if (first) std::erase_if(tickets_, [&](const auto& t) { return !t.second.hard && t.first >= fill.seq; });
+  if (!first) return first;
+  std::lock_guard lock(tickets_mutex_);
+  for (auto at = tickets_.lower_bound(fill.seq); at != tickets_.end();) {
+    Ticket& ticket = at->second;
+    if (ticket.hard && !ticket.error) ticket.error = first;
+    at = ticket.hard || ticket.stage != Stage::kBegun ? std::next(at) : tickets_.erase(at);
+  }
   return first;
+}
+
+void SlotPool::admit(const Fill::Read& read, const Neighbours& neighbours) {
+  struct Came {
+    int64_t row;
+    const std::byte* payload;
+    bool operator<(const Came& other) const { return row < other.row; }
+  };
+  const uint32_t newest = static_cast<uint32_t>(begun_seq_ - base_), oldest = std::min(oldest_outstanding(), newest + 1);
+  std::vector<std::vector<Came>> came(read.slots.size());
+  for (const Neighbour& n : neighbours.rows) came[n.request].push_back({n.row, neighbours.payloads.data() + n.at});
+  for (size_t r = 0; r < came.size(); ++r) {
+    if (came[r].empty()) continue;
+    std::sort(came[r].begin(), came[r].end());
+    std::vector<int64_t> rows;
+    for (const Came& c : came[r]) {
+      if (rows.empty() || rows.back() != c.row) rows.push_back(c.row);
+    }
+    const size_t t = read.slots[r].first;
+    SlotDirectory& d = directories_[t];
+    d.reserve_for_wanted(rows, oldest);
+    try {
+      evict_victims(t);
+    } catch (const Error&) {  // nobody asked for these rows: whoever needs room next meets the error
+      d.rollback();
+      return;
+    }
+    const auto missed = d.missed_rows();
+    for (size_t k = 0; k < missed.size(); ++k) {
+      const Came& c = *std::lower_bound(came[r].begin(), came[r].end(), Came{missed[k], nullptr});
+      scatter_record(c.payload, tables_[t].parts, d.reserved_slots()[k]);
+    }
+    stats_[t].admitted_rows += static_cast<int64_t>(missed.size());
+    d.commit(Stamp::of(std::min(oldest - 1, newest), false), nullptr);
+  }
 }
 
 void SlotPool::abandon(const Fill::Read& read) {
@@ -275,55 +490,106 @@ void SlotPool::abandon(const Fill::Read& read) {
 void SlotPool::finish_oldest_fill() {
   const Fill fill = std::move(fills_.front());
   fills_.pop_front();
-  if (const std::exception_ptr cause = finish(fill)) std::rethrow_exception(cause);
+  const std::exception_ptr cause = finish(fill);
+  set_filled();
+  if (cause) std::rethrow_exception(cause);
 }
+
+void SlotPool::finish_ready_fills() {
+  std::lock_guard lock(mutex_);
+  while (!fills_.empty() && *fills_.front().unready == 0) {
+    try {
+      finish_oldest_fill();
+    } catch (const Error&) {  // the tickets that need it have it
+    }
+  }
+}
+
+void SlotPool::set_filled() { filled_seq_ = fills_.empty() ? begun_seq_ : fills_.front().seq - 1; }
 
 void SlotPool::drain(uint64_t up_to_seq) {
   while (!fills_.empty() && fills_.front().seq <= up_to_seq) finish_oldest_fill();
 }
 
 bool SlotPool::acquire(uint64_t seq, bool dirty) {
-  std::lock_guard lock(mutex_);
-  const auto it = tickets_.find(seq);
-  if (it == tickets_.end()) return false;
-  it->second.hard = true;
+  const Ticket* mine;
+  {
+    std::unique_lock lock(tickets_mutex_);
+    auto at = tickets_.find(seq);
+    stage_changed_.wait(lock, [&] {
+      at = tickets_.find(seq);
+      return at == tickets_.end() || at->second.stage == Stage::kBegun;
+    });
+    if (at == tickets_.end()) return false;
+    at->second.hard = true;
+    mine = &at->second;
+  }
   if (dirty) {
+    std::lock_guard lock(mutex_);
     for (size_t f = 0; f < table_of_feature_.size(); ++f) {
       SlotDirectory& d = directories_[table_of_feature_[f]];
-      for (int64_t i = it->second.bounds[f]; i < it->second.bounds[f + 1]; ++i) d.mark_dirty(static_cast<int32_t>(it->second.slots[i]));
+      for (int64_t i = mine->bounds[f]; i < mine->bounds[f + 1]; ++i) d.mark_dirty(static_cast<int32_t>(mine->slots[i]));
     }
   }
   return true;
 }
 
 void SlotPool::wait(uint64_t seq) {
-  std::lock_guard lock(mutex_);
-  try {
-    drain(seq);
-  } catch (...) {
-    tickets_.erase(seq);
-    throw;
+  std::exception_ptr cause;
+  if (filled_seq_ < seq) {
+    std::lock_guard lock(mutex_);
+    try {
+      drain(seq);
+    } catch (...) {
+      cause = std::current_exception();
+    }
   }
+  std::lock_guard lock(tickets_mutex_);
+  const auto at = tickets_.find(seq);
+  if (at == tickets_.end()) return;
+  if (!cause) cause = at->second.error;
+  if (!cause) return;
+  tickets_.erase(at);
+  std::rethrow_exception(cause);
 }
 
 void SlotPool::release(uint64_t seq) noexcept {
-  std::lock_guard lock(mutex_);
-  if (!tickets_.contains(seq)) return;
-  try {
-    drain(seq);
-  } catch (...) {  // its rows have left the pool; whoever needs them reads them again and gets the error
+  std::unique_lock lock(tickets_mutex_);
+  auto at = tickets_.find(seq);
+  if (at != tickets_.end() && at->second.stage == Stage::kQueued) {
+    const uint64_t announced = at->second.announced;
+    tickets_.erase(at);
+    lock.unlock();
+    if (!announced) return;
+    std::lock_guard rows(mutex_);
+    withdraw_locked(announced);
+    return;
   }
+  stage_changed_.wait(lock, [&] {
+    at = tickets_.find(seq);
+    return at == tickets_.end() || at->second.stage == Stage::kBegun;
+  });
+  if (at == tickets_.end()) return;
+  lock.unlock();
+  if (filled_seq_ < seq) {
+    std::lock_guard rows(mutex_);
+    try {
+      drain(seq);
+    } catch (...) {  // its rows have left the pool; whoever needs them reads them again and gets the error
+    }
+  }
+  lock.lock();
   tickets_.erase(seq);
 }
 
 bool SlotPool::alive(uint64_t seq) const {
-  std::lock_guard lock(mutex_);
+  std::lock_guard lock(tickets_mutex_);
   return tickets_.contains(seq);
 }
 
 void SlotPool::flush() {
-  std::lock_guard lock(mutex_);
-  drain(last_seq_);
+  const auto lock = idle();
+  drain(begun_seq_);
   const uint32_t oldest = oldest_outstanding();
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
@@ -348,7 +614,7 @@ void SlotPool::flush() {
 int64_t SlotPool::trickle(size_t table, uint32_t min_age, uint32_t looks) {
   std::lock_guard lock(mutex_);
   SlotDirectory& d = directories_.at(table);
-  const auto newest = static_cast<uint32_t>(last_seq_ - base_);
+  const auto newest = static_cast<uint32_t>(begun_seq_ - base_);
   if (newest < min_age) return 0;
   const uint32_t youngest = std::min(newest - min_age, oldest_outstanding() - 1);
   looks = std::min(looks, static_cast<uint32_t>(d.pool_rows()));
@@ -388,9 +654,9 @@ void copy_record(const std::vector<Part>& from, int64_t i, const std::vector<Par
 }  // namespace
 
 void SlotPool::read(size_t table, int64_t first_row, int64_t count, const std::vector<Part>& to) {
-  std::lock_guard lock(mutex_);
+  const auto lock = idle();
   require_rows(table, first_row, count);
-  drain(last_seq_);
+  drain(begun_seq_);
   SlotPoolTable& t = tables_[table];
   std::vector<GetRequest> requests(1);
   requests[0] = {t.id, {}, {}, to};
@@ -421,9 +687,9 @@ void SlotPool::write(size_t table, int64_t first_row, int64_t count, const std::
       if (from[p].base) record[p] = from[p];
     }
   }
-  std::lock_guard lock(mutex_);
+  const auto lock = idle();
   require_rows(table, first_row, count);
-  drain(last_seq_);
+  drain(begun_seq_);
   SlotPoolTable& t = tables_[table];
   std::vector<int64_t> rows;
   std::vector<int32_t> slots;
@@ -441,14 +707,14 @@ void SlotPool::write(size_t table, int64_t first_row, int64_t count, const std::
 }
 
 void SlotPool::forget() {
-  std::lock_guard lock(mutex_);
+  const auto lock = idle();
   while (revoke_youngest()) {
   }
-  if (!tickets_.empty()) {
-    throw Error(ErrorKind::kTicket, std::to_string(tickets_.size()) + " forward passes of tiered tables have not run their "
+  if (const int64_t held = outstanding(); held > 0) {
+    throw Error(ErrorKind::kTicket, std::to_string(held) + " forward passes of tiered tables have not run their "
                                         "backward; run it or drop their outputs before the tables are restored");
   }
-  drain(last_seq_);
+  drain(begun_seq_);
   for (SlotDirectory& d : directories_) {
     for (int32_t s = 0; s < d.pool_rows(); ++s) {
       if (d.row_of_slot(s) >= 0) d.drop(s);
@@ -457,7 +723,7 @@ void SlotPool::forget() {
 }
 
 std::vector<int64_t> SlotPool::resident_rows(size_t table) const {
-  std::lock_guard lock(mutex_);
+  const auto lock = idle();
   const std::vector<int32_t> slots = directories_.at(table).by_age();
   std::vector<int64_t> rows;
   rows.reserve(slots.size());
@@ -467,7 +733,7 @@ std::vector<int64_t> SlotPool::resident_rows(size_t table) const {
 
 int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
   constexpr size_t kMostBatchRows = 16384, kBatches = 32;  // guesses: reads for the deepest queue; the grain of the order
-  std::lock_guard lock(mutex_);
+  const auto lock = idle();
   SlotDirectory& d = directories_.at(table);
   for (const int64_t row : rows) require_rows(table, row, 1);
   const auto room = static_cast<size_t>(d.pool_rows() - d.resident());
@@ -477,13 +743,18 @@ int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
   int64_t read = 0;
   while (!rows.empty()) {
     const auto batch = rows.first(std::min(rows.size(), batch_rows));
-    const uint64_t seq = next_seq();
-    const Stamp stamp = stamp_of(seq, false);
-    d.lookup(batch.data(), 0, static_cast<int64_t>(batch.size()), stamp, slots.data());
+    {
+      std::lock_guard guard(tickets_mutex_);
+      begun_seq_ = ++last_seq_;
+    }
+    renumber_if_due(begun_seq_);
+    const Stamp stamp = stamp_of(begun_seq_, false);
+    Ticket ticket{Stage::kBeginning, false, {}, slots.data(), {}, false, 0, {}};
+    d.lookup(batch.data(), 0, static_cast<int64_t>(batch.size()), stamp, 0, slots.data());
     read += static_cast<int64_t>(d.missed_rows().size());
     d.reserve(0, stamp, nullptr);  // free slots alone: there are enough
-    start_fills(seq, stamp, slots.data(), false);
-    drain(seq);
+    start_fills(begun_seq_, ticket, stamp);
+    drain(begun_seq_);
     rows = rows.subspan(batch.size());
   }
   return read;
@@ -497,8 +768,9 @@ SlotPoolStats SlotPool::stats(size_t table) const {
 }
 
 void SlotPool::check() const {
-  std::lock_guard lock(mutex_);
+  const auto lock = idle();
   for (const SlotDirectory& d : directories_) d.check();
+  std::lock_guard guard(tickets_mutex_);
   for (const auto& [seq, ticket] : tickets_) {
     for (size_t f = 0; f < table_of_feature_.size(); ++f) {
       const SlotDirectory& d = directories_[table_of_feature_[f]];

@@ -1,30 +1,44 @@
 // SlotPool: the slot pools of all tables of one TBE, and the tickets that move batches through them.
 //
 // A ticket is one batch: its ids turned into slots, its missing rows on their way into slots. It is
-//   soft      from prefetch to forward: the youngest are revoked when a forward needs room;
+//   queued    from prefetch until the task thread (task_queue.h) has looked it up: it holds nothing yet;
+//   soft      from then to forward: the youngest are revoked when a forward needs room;
 //   hard      from forward to the end of its backward: never revoked, its slots are never victims;
 //   released  gone. Releasing twice is harmless.
-// Tickets are numbered by `seq`, which grows by one a batch; 0 is no ticket. The slots array that a ticket was begun
-// with belongs to the caller and must outlive the ticket: it is the exact list of what the ticket pins.
+// Tickets are numbered by `seq`, which grows by one a batch; 0 is no ticket. The ids that a ticket was begun with, and its slots
+// array, belong to the caller and must outlive the ticket: the array is the exact list of what the ticket pins.
+//
+// A batch may be announced long before that: at most 64 are, announced and not begun. What for: eviction_order.h. Rows that
+// announced batches will use and that come along with a read (Neighbours in volume.h) are admitted when the read completes, where
+// that drives out none that is used sooner.
 //
 // What always holds:
 //   - a failed begin (id out of range, no room, volume full) changes nothing that a reader or trainer can see;
+//   - batches are looked up in the order of prefetch and begin;
 //   - a victim is evicted into its volume before its slot is given away;
 //   - fills complete in the order of begin; a slot whose fill is pending is pinned by the ticket that asked for it;
-//   - if a fill fails, the rows of the volume that failed leave the pool again, and every soft ticket that could have used
-//     them is revoked.
+//   - if a fill fails, the rows of the volume that failed leave the pool again, every soft ticket that could have used them is
+//     revoked, and every hard one gets the error from its wait;
+//   - between the completion of a read and the admission of what came along, no other row comes or goes: so what came is current.
+//
+// Two locks, in this order: mutex_ for rows, slots and fills, held by the task thread for the whole of a lookup; tickets_mutex_, always
+// short, for tickets, so that a training thread whose rows are there need not wait for the lookup of a coming batch.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <exception>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "slot_directory.h"
+#include "task_queue.h"
 #include "volume.h"
 
 namespace mtrains {
@@ -39,9 +53,11 @@ struct SlotPoolTable {
 };
 
 struct SlotPoolStats {
+  int64_t batches = 0;
   int64_t lookups = 0;      // ids looked up
   int64_t unique_rows = 0;  // distinct rows, batch by batch
   int64_t misses = 0;       // of these, not resident when their batch began
+  int64_t admitted_rows = 0;  // that came along with others' reads
   int64_t evictions = 0;
   int64_t write_backs = 0;  // of these, dirty: put into the home
   int64_t flushed_rows = 0;
@@ -63,10 +79,17 @@ class SlotPool {
   SlotPool(std::vector<SlotPoolTable> tables, std::vector<int32_t> table_of_feature, uint32_t batch_limit);
   ~SlotPool();
 
-  // Prefetch: returns 0 when there is no room now; the forward will then do the work. Forward: revokes soft tickets,
-  // the youngest first, and throws kPoolTooSmall when hard tickets alone leave no room.
-  uint64_t begin(const Batch& batch, int64_t* slots, bool hard, bool dirty);
-  bool acquire(uint64_t seq, bool dirty);  // soft -> hard; false when it was revoked
+  // The rows of a coming batch: advice for evictions. Returns its number, or 0: 64 are announced, and nothing was done. Ids
+  // must stay until the batch begins or is withdrawn.
+  uint64_t announce(const Batch& batch);
+  void withdraw(uint64_t announced);  // it will not come after all
+
+  // Starts a batch on the task thread. Where it finds no room, acquire says so, and the forward does the work.
+  uint64_t prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced);
+  // Starts a batch for a forward, after all that were prefetched: revokes soft tickets, the youngest first, and throws
+  // kPoolTooSmall when hard tickets alone leave no room.
+  uint64_t begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced);
+  bool acquire(uint64_t seq, bool dirty);  // soft -> hard; false when there was no room, or it was revoked
   void wait(uint64_t seq);                 // every fill up to this ticket's is in its slots
   void release(uint64_t seq) noexcept;
   bool alive(uint64_t seq) const;
@@ -86,44 +109,70 @@ class SlotPool {
 
   SlotPoolStats stats(size_t table) const;
   int32_t resident(size_t table) const { std::lock_guard lock(mutex_); return directories_[table].resident(); }
-  int64_t revoked() const { std::lock_guard lock(mutex_); return revoked_; }
-  int64_t declined() const { std::lock_guard lock(mutex_); return declined_; }
-  int64_t outstanding() const { std::lock_guard lock(mutex_); return static_cast<int64_t>(tickets_.size()); }
+  int64_t announced() const { std::lock_guard lock(tickets_mutex_); return static_cast<int64_t>(announced_.size()); }
+  int64_t revoked() const { const auto lock = idle(); return revoked_; }
+  int64_t declined() const { const auto lock = idle(); return declined_; }
+  int64_t outstanding() const { std::lock_guard lock(tickets_mutex_); return static_cast<int64_t>(tickets_.size()); }
   int32_t slot_of_row(size_t table, int64_t row) const { std::lock_guard lock(mutex_); return directories_[table].slot_of_row(row); }
   void check() const;
 
  private:
+  enum class Stage { kQueued, kBeginning, kBegun };
   struct Ticket {
+    Stage stage;
     bool hard;
-    const int64_t* slots;
+    Batch batch;
+    int64_t* slots;
     std::vector<int64_t> bounds;  // by feature, into slots
+    bool dirty;
+    uint64_t announced;
+    std::exception_ptr error;  // of a fill that it needs
+  };
+  struct Announced {
+    Batch batch;
+    std::vector<int64_t> bounds;
   };
   struct Fill {
     struct Read {
       Volume* volume;
       uint64_t token;
-      std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table
+      std::vector<std::pair<size_t, std::vector<int32_t>>> slots;  // by table, in the order of the requests
     };
     uint64_t seq;
     std::vector<Read> reads;  // one a volume
+    std::shared_ptr<std::atomic<size_t>> unready;  // reads in flight
   };
 
   std::vector<int64_t> bounds_of(const Batch& batch) const;
   void check_ids(const Batch& batch, const std::vector<int64_t>& bounds) const;
   Stamp stamp_of(uint64_t seq, bool dirty) const { return Stamp::of(static_cast<uint32_t>(seq - base_), dirty); }
+  std::vector<int64_t> checked(const Batch& batch) const;
+  template <class Do>
+  void by_feature(const Batch& batch, const std::vector<int64_t>& bounds, Do&& with_ids) const;
+  std::unique_lock<std::mutex> idle() const;  // what was prefetched has begun
   uint32_t oldest_outstanding() const;
-  uint64_t next_seq();
-  bool reserve_all(const Ticket& mine, Stamp stamp, bool hard);
+  void renumber_if_due(uint64_t seq);
+  uint64_t add_ticket(Ticket ticket);
+  void begin_queued(uint64_t seq);
+  bool look_up(uint64_t seq, Ticket& ticket);
+  uint64_t bit_of(uint64_t announced) const;
+  void end_announced(uint64_t announced);
+  void set_first_announced();
+  void withdraw_locked(uint64_t announced);
+  bool reserve_all(const Ticket& mine, Stamp stamp);
   bool reserve_exactly(size_t table, const Ticket& mine, Stamp stamp);
   [[noreturn]] void refuse(size_t table, const Ticket& mine) const;
   size_t pinned_by_others(size_t table, const Ticket& mine, std::vector<uint8_t>& pinned) const;
   void mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_t>& flags) const;
   bool revoke_youngest();
-  void evict_victims();
-  void start_fills(uint64_t seq, Stamp stamp, int64_t* slots, bool dirty);
+  void evict_victims(size_t table);
+  void start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp);
   std::exception_ptr finish(const Fill& fill);  // the first error, if any
+  void admit(const Fill::Read& read, const Neighbours& neighbours);
   void abandon(const Fill::Read& read);         // its rows leave the pool
   void finish_oldest_fill();
+  void finish_ready_fills();
+  void set_filled();
   void drain(uint64_t up_to_seq);
   void rollback();
   void require_rows(size_t table, int64_t first_row, int64_t count) const;
@@ -134,12 +183,20 @@ class SlotPool {
   std::vector<SlotDirectory> directories_;
   std::vector<SlotPoolStats> stats_;
   std::vector<int32_t> hands_;  // by table: the slot where trickle goes on
-  std::map<uint64_t, Ticket> tickets_;  // outstanding
   std::deque<Fill> fills_;              // pending, oldest first
-  uint64_t last_seq_ = 0;
-  uint64_t base_ = 0;  // batch numbers in stamps count from here
+  uint64_t begun_seq_ = 0;              // the last one that was looked up
+  uint64_t base_ = 0;                   // batch numbers in stamps count from here
   int64_t revoked_ = 0, declined_ = 0;
+  std::atomic<uint64_t> filled_seq_{0};  // every fill up to this one's is in its slots
   mutable std::mutex mutex_;
+
+  std::map<uint64_t, Ticket> tickets_;  // outstanding
+  std::map<uint64_t, Announced> announced_;  // and not begun
+  uint64_t last_seq_ = 0, last_announced_ = 0;
+  std::condition_variable stage_changed_;
+  mutable std::mutex tickets_mutex_;
+
+  const std::shared_ptr<TaskQueue> tasks_ = std::make_shared<TaskQueue>();
 };
 
 }  // namespace mtrains

@@ -17,6 +17,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -110,8 +111,9 @@ class Volume {
   }
 
   // Starts reads of many tables as one batch and returns a token; wait(token) returns when every part is filled.
-  // Every token must be waited for once. wait(0) is a no-op.
-  virtual uint64_t submit_get(std::vector<GetRequest> requests) = 0;
+  // Every token must be waited for once. wait(0) is a no-op. `ready` is called once, on any thread, when wait would not block for
+  // long; not at all if the token is 0.
+  virtual uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready = {}) = 0;
   virtual Neighbours wait(uint64_t token) = 0;
 
   virtual void flush() = 0;                      // everything put so far is handed to the device
