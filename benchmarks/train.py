@@ -1,7 +1,8 @@
 """Training from tiers in one run: misses, step times against the same model in memory, a table, JSON and a picture.
 
-Sections: misses (our eviction against LRU and an optimum), steps (8 alike tables), criteo (26 tables of Criteo's cardinalities). The
-modules ``benchmarks/_train_misses.py`` and ``_train_steps.py`` say how they measure; docs/benchmarks.md says what the figures mean.
+Sections: misses (our eviction against LRU and an optimum), directory (what announced batches cost), steps (8 alike tables), criteo (26
+tables of Criteo's cardinalities). ``benchmarks/_train_misses.py``, ``_train_directory.py`` and ``_train_steps.py`` say how they measure;
+docs/benchmarks.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+import _train_directory
 import _train_misses
 import _train_steps
 from _common import Figure, finish, options, print_figures, print_machine
@@ -22,7 +24,7 @@ from _train_steps import Dense, Part, Turns
 from _train_traces import COPIES, Stretch, zipf_trace
 from torchrec_mtrains.data.fetch import fetch_ml_100k
 
-MODULES: dict[str, Any] = {"misses": _train_misses, "steps": _train_steps, "criteo": _train_steps}
+MODULES: dict[str, Any] = {"misses": _train_misses, "directory": _train_directory, "steps": _train_steps, "criteo": _train_steps}
 
 CRITEO_ROWS = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547,
@@ -62,7 +64,10 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
             "criteo": dict(dense=dense[1:3], parts=(Part("zipf 1.05", ("40 ms", "120 ms")),)),
         }
     trained = {name: dict(shape=shape, share=0.1, turns=turns, trace=zipf_trace, **of_section[name]) for name, shape in shapes.items()}
-    return {"misses": dict(tables=1 if args.quick else args.miss_tables, movielens=movielens, only=args.traces, **misses), **trained}
+    small = dict(rows=20_000, dim=16, batch_size=32, batches=80, rounds=1)
+    directory = dict(tables=8, pooling=4, **(small if args.quick else dict(rows=args.rows, dim=64, batch_size=1024, batches=160, rounds=4)))
+    misses |= dict(tables=1 if args.quick else args.miss_tables, movielens=movielens, only=args.traces)
+    return {"misses": misses, "directory": directory, **trained}
 
 
 def main() -> None:
