@@ -114,7 +114,6 @@ def optimum(uses: Uses, rows: int, pool_rows: int) -> np.ndarray:
 def ours(trace: Trace, pool_rows: int, lookahead: int, volume: MemoryVolume | SsdVolume, record_bytes: int) -> np.ndarray:
     """Misses by batch of a slot pool that knows the ``lookahead`` batches that come next."""
     pooled = PooledTable(volume, trace.rows, record_bytes, pool_rows)
-    coming: deque[AnnouncedIds] = deque()
     ids = [torch.from_numpy(of_batch) for of_batch in trace.ids]
     announced: deque[AnnouncedIds] = deque()
     counts = np.zeros(len(ids) + 1, np.int64)
