@@ -91,9 +91,9 @@ def optimum(uses: Uses, rows: int, pool_rows: int) -> np.ndarray:
         misses[b] = np.count_nonzero(~resident[used])
         free -= misses[b]
         while free < 0:
-            while not waiting[furthest]:
+            while furthest > b and not waiting[furthest]:
                 furthest -= 1
-            if furthest <= b:
+            if furthest == b:
                 raise ValueError(f"a pool of {pool_rows} rows cannot hold batch {b}, which uses {len(used)}")
             piece = waiting[furthest].pop()
             leave, stay = piece[:-free], piece[-free:]

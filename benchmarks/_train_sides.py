@@ -194,6 +194,11 @@ class Side:
             self.pipeline.detach()
         durability.close(self.groups)
 
+    def table(self, number: int) -> torch.Tensor:
+        """The weights of a table in memory."""
+        (shard,) = self.dmp.state_dict()[f"{EBC_PATH}.embedding_bags.{self.shape.tables[number].name}.weight"].local_shards()
+        return shard.tensor
+
     def warm(self, batches: Sequence[Batch]) -> None:
         """Has the pools see batches without training."""
         with torch.no_grad():
@@ -209,9 +214,9 @@ def in_memory(shape: Shape, widths: dict[str, int], values_of: Side) -> Side:
     )
     (group,) = values_of.groups
     for i, table in enumerate(shape.tables):
-        (shard,) = side.dmp.state_dict()[f"{EBC_PATH}.embedding_bags.{table.name}.weight"].local_shards()
+        weights = side.table(i)
         for first in range(0, table.rows, ROWS_AT_ONCE):
-            rows = shard.tensor[first : first + ROWS_AT_ONCE]
+            rows = weights[first : first + ROWS_AT_ONCE]
             rows.copy_(group.read_rows(i, first, len(rows))[0])
     return side
 

@@ -17,6 +17,7 @@ import torch
 
 import _train_directory
 import _train_misses
+import _train_picture
 import _train_steps
 from _common import Figure, finish, options, print_figures, print_machine
 from _train_sides import Shape
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--traces", nargs="+", help="traces whose misses are counted; all without")
     parser.add_argument("--movielens", type=Path, default=Path(".cache/movielens"), help="where ml-100k is, or is downloaded to")
     parser.add_argument("--no-movielens", action="store_true", help="leave the real trace out")
+    parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")
     args = parser.parse_args()
     facts = print_machine()
     sections: dict[str, Any] = {}
@@ -96,6 +98,10 @@ def main() -> None:
         lines += [replace(f, goal="") if args.quick else f for f in MODULES[name].figures(sections[name])]
     print(f"== figures, after {perf_counter() - start:,.0f} s")
     print_figures(lines)
+    assert len({f.name for f in lines}) == len(lines), "two figures of one name"
+    if args.picture:
+        _train_picture.draw(args.picture, sections, facts)
+        print(f"drawn: {args.picture}")
     finish(args, facts, {"sections": sections, "figures": {f.name: {"value": f.value, "goal": f.goal, "met": f.met} for f in lines}})
 
 

@@ -284,7 +284,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         """What the slot pools of this rank can use; a rank without any takes what the others say."""
         if not any(collection.tiered_tables() for collection in tiered_collections(self._model)):
             return 0
-        return min((group.window for group in tiered_groups(self._model)), default=MOST_BATCHES)
+        return min((group.useful_lookahead for group in tiered_groups(self._model)), default=MOST_BATCHES)
 
     # -- the model
 
