@@ -40,7 +40,7 @@ def _steps(axes: Any, f: dict[str, Any]) -> None:
         places = [i + (k - 1.5) * 0.2 for i in range(len(parts))]
         axes.barh(places, [p["step_ms"][side] for p in parts], height=0.18, color=colour, label=label)
     for i, p in enumerate(parts):
-        bound = max(p["compute_bound_ms"], p["device_bound_ms"])
+        bound = p[f"{p['bound_by']}_bound_ms"]
         axes.plot([bound, bound], [i - 0.42, i + 0.42], color=LIMIT, linewidth=2, label=None if i else "bound of 10% in pools")
     axes.set_yticks(range(len(parts)), [f"{p['trace']}, {p['top']}" for p in parts])
     axes.set_title(f"Step of a DLRM, {len(f['shape']['rows'])} tables", loc="left", fontsize=10)

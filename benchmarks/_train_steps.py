@@ -16,7 +16,8 @@ A step cannot be faster than either of
     compute + misses × CPU a miss   the step in memory, and what the process spends beyond that side's processor time, ÷ misses
     blocks ÷ IOPS                   what was read of the SSD, ÷ what the device does with nothing above it
 
-Reads go around the page cache (O_DIRECT). Pools see ``warm`` batches before the first is trained.
+Where the second is more than the step in memory, the figures take the device as what bounds the step. CPU a miss counts what torch's
+threads spend on waiting for work, too, and they do where a step waits. Reads go around the page cache (O_DIRECT).
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Part:
-    """A kind of trace and the top MLPs that are measured on it."""
+    """A kind of trace, batches of it that pools see before the first is trained, and the top MLPs that are measured on it."""
 
     trace: str
+    warm: int
     tops: tuple[str, ...]
 
 
@@ -65,7 +67,6 @@ class Part:
 class Turns:
     """How long each side's turn is, and how often it comes."""
 
-    warm: int
     rounds: int
     steps: int
     uncounted: int
@@ -112,11 +113,11 @@ def measure(
         print(f"top {name}: 3 × {c['width']} wide, {c['dense_ms']:.1f} ms on {c['threads']} threads", flush=True)
     batches, warms = Batches(shape), []
     for part in parts:
-        stretch = Stretch(turns.warm, turns.batches(len(part.tops)), IN_FLIGHT if part is parts[-1] else 0)
+        stretch = Stretch(part.warm, turns.batches(len(part.tops)), IN_FLIGHT if part is parts[-1] else 0)
         made = [trace(part.trace, rows, shape.lookups, stretch, t) for t, rows in enumerate(shape.rows)]
         warms.append(Batches(shape))
-        warms[-1].append([Trace(m.name, m.rows, m.ids[: turns.warm]) for m in made])
-        batches.append(made, first=turns.warm)
+        warms[-1].append([Trace(m.name, m.rows, m.ids[: part.warm]) for m in made])
+        batches.append(made, first=part.warm)
     f: dict[str, Any] = {
         "shape": asdict(shape),
         "pool_rows": shape.pool_rows(share),
@@ -205,7 +206,7 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         "over_compute_bound": over_rounds(lambda r, _: step("pools")(r) / compute_bound(r)),
         "over_device_bound": over_rounds(lambda r, rate: step("pools")(r) / max(1e-9, device_bound(r, rate))),
     }
-    return f | {"bound_by": "device" if f["device_bound_ms"] > f["compute_bound_ms"] else "compute"}
+    return f | {"bound_by": "device" if f["device_bound_ms"] > f["step_ms"]["memory"] else "compute"}
 
 
 def print_part(p: dict[str, Any]) -> None:

@@ -50,19 +50,19 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
         misses = dict(rows=20_000, lookups=64, stretch=Stretch(40, 20, 20), pools=(0.02, 0.1), copies=2)
         shapes = {"steps": Shape((20_000,) * 2, 16, 32, 2), "criteo": Shape((3, 40, 5_000, 10_000), 16, 32, 2)}
         dense = (Dense("1 ms", 1.0, cores), Dense("1 ms on 1 thread", 1.0, 1))
-        parts = (Part("zipf 1.05", ("1 ms", "1 ms on 1 thread")), Part("zipf 0.9, drifting", ("1 ms",)))
-        turns = Turns(warm=20, rounds=2, steps=3, uncounted=1, probe_seconds=0.02)
-        of_section = {"steps": dict(dense=dense, parts=parts), "criteo": dict(dense=dense[:1], parts=(Part("zipf 1.05", ("1 ms",)),))}
+        parts = (Part("zipf 1.05", 20, ("1 ms", "1 ms on 1 thread")), Part("zipf 0.9, drifting", 10, ("1 ms",)))
+        turns = Turns(rounds=2, steps=3, uncounted=1, probe_seconds=0.02)
+        of_section = {"steps": dict(dense=dense, parts=parts), "criteo": dict(dense=dense[:1], parts=(Part("zipf 1.05", 20, ("1 ms",)),))}
     else:
         misses = dict(rows=args.rows, lookups=4096, stretch=Stretch(*args.miss_batches), pools=(0.02, 0.05, 0.1), copies=COPIES)
         shapes = {"steps": Shape((args.rows,) * 8, 64, 1024, 4), "criteo": Shape(criteo_rows(6 * args.rows), 64, 1024, 4)}
         dense = (*(Dense(f"{ms} ms", ms, cores) for ms in (5, 40, 120)), Dense(SPARE_CORE, 120, max(1, cores - 1)))
-        still = Part("zipf 1.05", tuple(d.name for d in dense))
-        parts = (still, *(Part(name, ("40 ms",)) for name in ("zipf 1.05, drifting", "zipf 0.9", "zipf 0.9, drifting")))
-        turns = Turns(args.warm, args.rounds, args.steps, uncounted=4, probe_seconds=1.0)
+        still = Part("zipf 1.05", args.warm, tuple(d.name for d in dense))
+        parts = (still, *(Part(name, args.warm // 4, ("40 ms",)) for name in ("zipf 1.05, drifting", "zipf 0.9", "zipf 0.9, drifting")))
+        turns = Turns(args.rounds, args.steps, uncounted=4, probe_seconds=1.0)
         of_section = {
             "steps": dict(dense=dense, parts=parts),
-            "criteo": dict(dense=dense[1:3], parts=(Part("zipf 1.05", ("40 ms", "120 ms")),)),
+            "criteo": dict(dense=dense[1:3], parts=(Part("zipf 1.05", args.warm, ("40 ms", "120 ms")),)),
         }
     trained = {name: dict(shape=shape, share=0.1, turns=turns, trace=zipf_trace, **of_section[name]) for name, shape in shapes.items()}
     small = dict(rows=20_000, dim=16, batch_size=32, batches=80, rounds=1)
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000, help="of a table")
     parser.add_argument("--miss-tables", type=int, default=1, help="of the 8 alike tables those whose misses are counted")
     parser.add_argument("--miss-batches", nargs=3, type=int, default=[2000, 600, 400], help="before those counted, these, after them")
-    parser.add_argument("--warm", type=int, default=400, help="batches that pools see before training")
+    parser.add_argument("--warm", type=int, default=400, help="batches that pools see before training; a quarter before each later trace")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=16, help="of each side's turn")
     parser.add_argument("--traces", nargs="+", help="traces whose misses are counted; all without")
