@@ -6,6 +6,7 @@ Rows of a tiered side's home are put before training, so that a row that is miss
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from torchrec_mtrains.kernels import durability
 from torchrec_mtrains.kernels.tiered_tbe import TieredTBE
 
 import torchrec_mtrains as mtrains
-from _common import cpu_seconds
 from _train_dense import Tops
 from _train_traces import Trace
 from torchrec_mtrains.data import TableShape
@@ -105,13 +105,29 @@ class Batches:
             yield self.made[number] if number in self.made else self._batch(number)
 
 
+class Processor:
+    """Processor time by who spent it: the main thread, torch's workers (those that were there when this was made), all others."""
+
+    def __init__(self) -> None:
+        self.workers = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
+
+    def seconds(self) -> dict[str, float]:
+        """Since the threads began, in ticks of 10 ms; those that have ended are forgotten."""
+        spent = {"main": 0.0, "workers": 0.0, "native": 0.0}
+        for thread in os.listdir("/proc/self/task"):
+            user, system = Path("/proc/self/task", thread, "stat").read_text().rsplit(")", 1)[1].split()[11:13]
+            who = "main" if thread == str(os.getpid()) else "workers" if thread in self.workers else "native"
+            spent[who] += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return spent
+
+
 @dataclass
 class Steps:
     """What a side did in a stretch of steps. Counters are of the whole stretch; a side in memory has none."""
 
     losses: torch.Tensor
     seconds: list[float]
-    cpu_seconds: float
+    cpu_seconds: dict[str, float]
     counters: dict[str, int]
 
 
@@ -166,17 +182,18 @@ class Side:
         assert self.source is not None
         return self.pipeline.progress(self.source)[0] if self.pipeline else self._plain_step(self.source)
 
-    def run(self, batches: Batches, top: str, steps: int, uncounted: int) -> Steps:
+    def run(self, batches: Batches, top: str, steps: int, uncounted: int, processor: Processor) -> Steps:
         """Trains the next batches; the first ``uncounted`` of them are left out of times and counters."""
         self.source = self.source or batches.from_number(0)
         self.tops.current = top
         losses, times = [self.step() for _ in range(uncounted)], []
-        before, cpu = self.counters(), cpu_seconds()
+        before, cpu = self.counters(), processor.seconds()
         for _ in range(steps):
             start = perf_counter()
             losses.append(self.step())
             times.append(perf_counter() - start)
-        return Steps(torch.stack(losses), times, cpu_seconds() - cpu, {k: v - before[k] for k, v in self.counters().items()})
+        spent = {who: now - cpu[who] for who, now in processor.seconds().items()}
+        return Steps(torch.stack(losses), times, spent, {k: v - before[k] for k, v in self.counters().items()})
 
     def counters(self) -> dict[str, int]:
         """Sums over tables and volumes."""

@@ -13,11 +13,11 @@ Figures are medians over rounds of what a round's mean step took; ratios are of 
 
 A step cannot be faster than either of
 
-    compute + misses × CPU a miss   the step in memory, and what the process spends beyond that side's processor time, ÷ misses
+    compute + misses × CPU a miss   the step in memory, and per miss: what native threads spend, and the main thread beyond that side's
     blocks ÷ IOPS                   what was read of the SSD, ÷ what the device does with nothing above it
 
-Where the second is more than the step in memory, the figures take the device as what bounds the step. CPU a miss counts what torch's
-threads spend on waiting for work, too, and they do where a step waits. Reads go around the page cache (O_DIRECT).
+Where the second is more than the step in memory, the figures take the device as what bounds the step. Torch's workers are
+left out of CPU a miss: they spin where the main thread waits. Reads go around the page cache (O_DIRECT).
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from torchrec_mtrains.kernels import _core
 from _common import Figure
 from _store_reads import PAGE_BYTES, write_file
 from _train_dense import calibrated_width
-from _train_sides import Batches, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
+from _train_sides import Batches, Processor, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
 from _train_traces import Stretch, Trace
 from torchrec_mtrains.process_group import process_group
 from torchrec_mtrains.twins import TwinsDifferError
+
+UNREST = 1.15
+"""Longest ÷ shortest round of the side in memory, beyond which something else ran on the machine. A guess."""
 
 IN_FLIGHT = 80
 """Batches beyond the one that trains that a pipeline may ask for."""
@@ -130,6 +133,7 @@ def measure(
     with process_group():
         start = perf_counter()
         torch.set_num_threads(max(d.threads for d in dense))
+        processor = Processor()
         sides = _sides(root, shape, share, {name: c["width"] for name, c in calibrated.items()}, warms[0])
         raw = root / "raw"
         write_file(raw, max(1 << 20, min(4 << 30, sum(shape.rows) * shape.dim * 4)))
@@ -148,7 +152,7 @@ def measure(
                     turn = {}
                     for k in range(len(sides)):
                         side = sides[(round_ + k) % len(sides)]
-                        turn[side.name] = side.run(batches, top, turns.steps, turns.uncounted)
+                        turn[side.name] = side.run(batches, top, turns.steps, turns.uncounted, processor)
                     _same(turn, f"{part.trace}, top {top}, round {round_}")
                     number += turns.steps + turns.uncounted
                     rounds.append(turn)
@@ -176,7 +180,14 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         return lambda r: statistics.mean(r[side].seconds)
 
     def cpu_per_miss(r: dict[str, Steps]) -> float:
-        return (r["pools"].cpu_seconds - r["memory"].cpu_seconds) / max(1, r["pools"].counters["misses"])
+        pools, memory = r["pools"].cpu_seconds, r["memory"].cpu_seconds
+        return (pools["native"] + pools["main"] - memory["main"]) / max(1, r["pools"].counters["misses"])
+
+    def native_per_miss(r: dict[str, Steps]) -> float:
+        return r["pools"].cpu_seconds["native"] / max(1, r["pools"].counters["misses"])
+
+    def workers_per_miss(r: dict[str, Steps]) -> float:
+        return (r["pools"].cpu_seconds["workers"] - r["memory"].cpu_seconds["workers"]) / max(1, r["pools"].counters["misses"])
 
     def per_step(r: dict[str, Steps], counter: str) -> float:
         return r["pools"].counters[counter] / len(r["pools"].seconds)
@@ -200,6 +211,9 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         "misses_without_look": over_rounds(lambda r, _: r["no look"].counters["misses"] / len(r["no look"].seconds)),
         "blocks_per_step": over_rounds(lambda r, _: per_step(r, "read_ios")),
         "cpu_us_per_miss": 1e6 * over_rounds(lambda r, _: cpu_per_miss(r)),
+        "native_us_per_miss": 1e6 * over_rounds(lambda r, _: native_per_miss(r)),
+        "workers_us_per_miss": 1e6 * over_rounds(lambda r, _: workers_per_miss(r)),
+        "unrest": max(map(step("memory"), rounds)) / min(map(step("memory"), rounds)),
         "iops": statistics.median(iops),
         "compute_bound_ms": 1e3 * over_rounds(lambda r, _: compute_bound(r)),
         "device_bound_ms": 1e3 * over_rounds(device_bound),
@@ -213,11 +227,14 @@ def print_part(p: dict[str, Any]) -> None:
     ms = ", ".join(f"{name} {x:.1f}" for name, x in p["step_ms"].items())
     print(
         f"{p['trace']}, top {p['top']}: ms a step: {ms}; {p['unique_rows_per_step']:,.0f} unique, {p['misses_per_step']:,.0f} missing "
-        f"({p['misses_without_look']:,.0f} without look), {p['blocks_per_step']:,.0f} blocks; CPU a miss {p['cpu_us_per_miss']:.2f} µs; "
+        f"({p['misses_without_look']:,.0f} without look), {p['blocks_per_step']:,.0f} blocks; CPU a miss {p['cpu_us_per_miss']:.2f} µs "
+        f"({p['native_us_per_miss']:.2f} on native threads; torch's workers {p['workers_us_per_miss']:.2f} besides); "
         f"bounds: compute {p['compute_bound_ms']:.1f}, device {p['device_bound_ms']:.1f} ({p['iops']:,.0f} IOPS); all ÷ memory "
         f"{p['all_over_memory']:.3f}, pools ÷ memory {p['pools_over_memory']:.3f}, no look ÷ pools {p['speed_up']:.2f}",
         flush=True,
     )
+    if p["unrest"] > UNREST:
+        print(f"… the machine was not idle: rounds in memory differ by {p['unrest'] - 1:.0%}, so these say little", flush=True)
 
 
 def show(f: dict[str, Any]) -> None:

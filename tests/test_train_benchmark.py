@@ -143,7 +143,7 @@ def test_copies_of_movielens_keep_the_order_of_events_and_have_rows_of_their_own
 
 def test_a_side_with_other_losses_is_found() -> None:
     def steps(*losses: float) -> _train_sides.Steps:
-        return _train_sides.Steps(torch.tensor(losses), [], 0.0, {})
+        return _train_sides.Steps(torch.tensor(losses), [], {}, {})
 
     _train_steps._same({"memory": steps(1.0, 2.0), "pools": steps(1.0, 2.0)}, "here")
     with pytest.raises(TwinsDifferError, match=r"here: side 'pools' .* at step 1"):
@@ -165,7 +165,7 @@ def test_pools_of_a_fiftieth_over_an_ssd_give_stock_fused_s_bits(steps: int) -> 
         sides = [ahead, memory, plain]
         for side in (ahead, plain):
             _train_sides.put_every_row(side)
-        losses = [side.run(batches, "top", steps, 0).losses for side in sides]
+        losses = [side.run(batches, "top", steps, 0, _train_sides.Processor()).losses for side in sides]
         assert torch.equal(losses[0], losses[1])
         assert torch.equal(losses[2], losses[1])
         assert losses[1].unique().numel() > steps // 2
