@@ -65,8 +65,12 @@ class ZipfIds:
 
     def draw(self, count: int) -> torch.Tensor:
         """Shape (count,) int64."""
+        return self.row_of_rank[self.ranks(count)]
+
+    def ranks(self, count: int) -> torch.Tensor:
+        """Shape (count,) int64."""
         draws = torch.rand(count, dtype=torch.float64, generator=self.generator) * self.cdf[-1]
-        return self.row_of_rank[torch.searchsorted(self.cdf, draws).clamp_(max=len(self.cdf) - 1)]
+        return torch.searchsorted(self.cdf, draws).clamp_(max=len(self.cdf) - 1)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ Rows of a block are no neighbours at first, and batches of any rows leave the po
 once, group by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they
 are no I/O. *At most* is rows missed ÷ groups missed, as if every group lay in one block.
 
-*possible* is what admission of neighbours could do: block neighbours of missed rows that one of the next ``WINDOW`` batches wants
-come into the pool with the read. The volume is the same one; the pool is a model of ours, in numpy, that admits them.
+Then again with the next ``WINDOW`` batches announced: block neighbours of missed rows that one of them wants come into the pool with the
+read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchrec_mtrains.kernels import SsdVolume, VolumeTable, _core
+from torchrec_mtrains.kernels import SsdVolume
 
 from _common import Figure, ZipfIds
-from _store_writes import LOOKUPS_PER_ROW, POOL_SHARE, ZIPF_EXPONENT, PooledTable, filled
+from _store_writes import LOOKUPS_PER_ROW, POOL_SHARE, ZIPF_EXPONENT, AnnouncedIds, PooledTable, filled
 
 DRIFT = 0.001
 GROUP = range(2, 15)  # equally likely sizes; of one size, a group would take the very slots of another
@@ -76,59 +76,6 @@ class Reads:
         return self._since("get_rows") - self._since("get_rows_initial") - self._since("get_rows_buffered")
 
 
-class AdmittingPool:
-    """Which rows are in a slot pool that evicts as ours does and takes in the neighbours that the coming batches want."""
-
-    def __init__(self, table: VolumeTable, pool_rows: int, window: int) -> None:
-        self.table, self.free, self.window = table, pool_rows, window
-        self.stamp = np.full(table.row_count, -1, np.int64)  # batch and position of the last use; -1: not resident
-        self.dirty = np.zeros(table.row_count, bool)
-        self.coming: deque[np.ndarray] = deque()  # batches not trained yet
-        self.uses = np.zeros(table.row_count, np.int32)  # in these
-        self.wanted = _core.RowSet(table.row_count)
-        self.batch = self.misses = self.admitted = 0
-
-    def train(self, ids: np.ndarray) -> None:
-        """Hands in the next batch of the trace; trains the one that is ``window`` batches older."""
-        unique = np.unique(ids)
-        self.coming.append(ids)
-        self.uses[unique] += 1
-        self.wanted.add(unique)
-        if len(self.coming) > self.window:
-            self._train(self.coming.popleft())
-
-    def _train(self, ids: np.ndarray) -> None:
-        self.batch += 1
-        unique, from_end = np.unique(ids[::-1], return_index=True)
-        self.uses[unique] -= 1
-        self.wanted.remove(unique[self.uses[unique] == 0])
-        missing = unique[self.stamp[unique] < 0]
-        self.stamp[unique] = (self.batch << 32) + len(ids) - from_end
-        self.stamp[missing] = -1
-        self._make_room(len(missing))
-        out, native = np.empty((len(missing), self.table.record_bytes), np.uint8), self.table.volume._native
-        found, _payloads = native.wait(native.submit_get(self.table._id, missing, out, self.wanted, True))
-        self.stamp[unique] = (self.batch << 32) + len(ids) - from_end
-        self.dirty[unique] = True
-        self.misses += len(missing)
-        new = np.array([row for row in found if self.stamp[row] < 0], np.int64)
-        self._make_room(len(new))
-        self.stamp[new] = (self.batch << 32) + len(ids) + 1 + np.arange(len(new))
-        self.dirty[new] = False
-        self.admitted += len(new)
-
-    def _make_room(self, count: int) -> None:
-        self.free -= count
-        if self.free < 0:
-            resident = np.flatnonzero(self.stamp >= 0)
-            victims = resident[np.argpartition(self.stamp[resident], -self.free - 1)[: -self.free]]
-            victims = victims[np.argsort(self.stamp[victims])]
-            back = victims[self.dirty[victims]]
-            self.table.put(back, np.zeros((len(back), self.table.record_bytes), np.uint8))
-            self.stamp[victims] = -1
-            self.free = 0
-
-
 def through_the_pool(volume: SsdVolume, trace: Trace, record_bytes: int, steps: int) -> dict[str, float]:
     pooled = PooledTable(volume, trace.rows, record_bytes, int(trace.rows * POOL_SHARE))
     first = torch.from_numpy(trace.every_row())
@@ -151,15 +98,21 @@ def through_the_pool(volume: SsdVolume, trace: Trace, record_bytes: int, steps: 
     return {"miss_ratio": misses / lookups, **result}
 
 
-def with_admission(volume: SsdVolume, trace: Trace, record_bytes: int, steps: int) -> dict[str, float]:
-    table = volume.table("t", row_count=trace.rows, record_bytes=record_bytes)
-    pool = AdmittingPool(table, int(trace.rows * POOL_SHARE), WINDOW)
+def with_lookahead(volume: SsdVolume, trace: Trace, record_bytes: int, steps: int) -> dict[str, float]:
+    pooled, coming = PooledTable(volume, trace.rows, record_bytes, int(trace.rows * POOL_SHARE)), deque[AnnouncedIds]()
+
+    def train() -> None:
+        while len(coming) < WINDOW:
+            coming.append(pooled.announce(torch.from_numpy(trace.draw())))
+        pooled.train(coming[0].ids, coming.popleft().number)
+
     for _ in range(WINDOW + steps):
-        pool.train(trace.draw())
-    reads, admitted = Reads(volume), pool.admitted
+        train()
+    reads, admitted = Reads(volume), pooled.pool.stats(0)["admitted_rows"]
     for _ in range(steps):
-        pool.train(trace.draw())
-    return {"rows_per_io": (reads.rows + pool.admitted - admitted) / reads.ios, "ios_per_batch": reads.ios / steps}
+        train()
+    admitted = pooled.pool.stats(0)["admitted_rows"] - admitted
+    return {"rows_per_io": (reads.rows + admitted) / reads.ios, "ios_per_batch": reads.ios / steps}
 
 
 def measure(root: Path, *, rows: int, record_bytes: int, steps: int) -> dict[str, Any]:
@@ -170,7 +123,7 @@ def measure(root: Path, *, rows: int, record_bytes: int, steps: int) -> dict[str
         volume = filled(root / kind, rows, record_bytes, rows * (record_bytes + 64) * 3 + (256 << 20))
         trace = Trace(kind, rows, batch)
         now = through_the_pool(volume, trace, record_bytes, steps)
-        f["traces"][kind] = {**now, "possible": with_admission(volume, trace, record_bytes, steps)}
+        f["traces"][kind] = {**now, "ahead": with_lookahead(volume, trace, record_bytes, steps)}
         volume.close()
     return f
 
@@ -180,7 +133,7 @@ def show(f: dict[str, Any]) -> None:
     print(f"{'':<14}{'':>17}{'':>9}{'':>13}{'':>14}{'with neighbours admitted':>28}")
     print(f"{'':<14}{'misses a lookup':>17}{'at most':>9}" + f"{'rows an I/O':>13}{'I/Os a batch':>14}" * 2)
     for kind, t in f["traces"].items():
-        columns = "".join(f"{x['rows_per_io']:>13.2f}{x['ios_per_batch']:>14,.0f}" for x in (t, t["possible"]))
+        columns = "".join(f"{x['rows_per_io']:>13.2f}{x['ios_per_batch']:>14,.0f}" for x in (t, t["ahead"]))
         print(f"{kind:<14}{t['miss_ratio']:>17.3f}{t['at_most']:>9.2f}{columns}")
 
 
@@ -190,5 +143,5 @@ def figures(f: dict[str, Any]) -> list[Figure]:
         lines.append(Figure(f"rows an I/O: {kind}", t["rows_per_io"]))
         if kind == "co-accessed":
             lines.append(Figure("… at most, were every group in one block", t["at_most"]))
-        lines.append(Figure(f"… {kind}, neighbours of the next {WINDOW} batches admitted", t["possible"]["rows_per_io"]))
+        lines.append(Figure(f"… {kind}, neighbours of the next {WINDOW} batches admitted", t["ahead"]["rows_per_io"]))
     return lines

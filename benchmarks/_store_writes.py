@@ -28,11 +28,11 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torchrec_mtrains.kernels import SsdVolume, _core
+from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, _core
 from torchrec_mtrains.kernels.tiered_tbe import BATCH_LIMIT
 from torchrec_mtrains.planner.charges import live_bytes
 
@@ -60,10 +60,18 @@ def uniform_write_amplification(fill: float) -> float:
     return 1 / (1 - s)
 
 
+class AnnouncedIds(NamedTuple):
+    """What the pool reads until the batch begins, and the batch's number."""
+
+    ids: torch.Tensor
+    offsets: torch.Tensor
+    number: int
+
+
 class PooledTable:
     """A slot pool over one table of a volume. Batches are looked up and read, used, and released."""
 
-    def __init__(self, volume: SsdVolume, rows: int, record_bytes: int, pool_rows: int) -> None:
+    def __init__(self, volume: SsdVolume | MemoryVolume, rows: int, record_bytes: int, pool_rows: int) -> None:
         self.volume = volume
         self.home = volume.table("t", row_count=rows, record_bytes=record_bytes)
         self.memory = torch.zeros(pool_rows, record_bytes, dtype=torch.uint8)
@@ -71,14 +79,19 @@ class PooledTable:
         table = _core.SlotPoolTable("t", volume._native, self.home._id, rows, pool_rows, [part])
         self.pool = _core.SlotPool([table], [0], BATCH_LIMIT)
 
-    def begin(self, ids: torch.Tensor, train: bool = True) -> tuple[int, torch.Tensor]:
+    def announce(self, ids: torch.Tensor) -> AnnouncedIds:
+        """The ids of a coming batch, for ``train``."""
+        offsets = torch.tensor([0, len(ids)])
+        return AnnouncedIds(ids, offsets, self.pool.announce(_core.Batch(ids.data_ptr(), False, len(ids), offsets.data_ptr())))
+
+    def begin(self, ids: torch.Tensor, train: bool = True, announced: int = 0) -> tuple[int, torch.Tensor]:
         """Its ticket and its slots, which are filled after ``wait``."""
         offsets, slots = torch.tensor([0, len(ids)]), torch.empty(len(ids), dtype=torch.int64)
-        seq = self.pool.begin(_core.Batch(ids.data_ptr(), False, len(ids), offsets.data_ptr()), slots.data_ptr(), train)
+        seq = self.pool.begin(_core.Batch(ids.data_ptr(), False, len(ids), offsets.data_ptr()), slots.data_ptr(), train, announced)
         return seq, slots
 
-    def train(self, ids: torch.Tensor) -> None:
-        seq, _slots = self.begin(ids)
+    def train(self, ids: torch.Tensor, announced: int = 0) -> None:
+        seq, _slots = self.begin(ids, announced=announced)
         self.pool.wait(seq)
         self.pool.release(seq)
 

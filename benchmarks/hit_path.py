@@ -53,15 +53,13 @@ def step(module: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], grad
 
 def bookkeeping(tbe: TieredTBE, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     """What a TieredTBE adds to a stock step whose rows are resident: lookup, ticket, release."""
-    ticket = tbe._begin(*batch, None, hard=True, dirty=True)
-    assert ticket is not None
+    ticket = tbe._begin(*batch, None, dirty=True)
     tbe._pool.wait(ticket.seq)
     tbe._pool.release(ticket.seq)
 
 
 def slots_of(tbe: TieredTBE, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    ticket = tbe._begin(*batch, None, hard=True, dirty=False)
-    assert ticket is not None
+    ticket = tbe._begin(*batch, None, dirty=False)
     tbe._pool.wait(ticket.seq)
     tbe._pool.release(ticket.seq)
     return ticket.slots
