@@ -28,7 +28,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from .. import errors
-from ..tiers import DdrHome, TierChain
+from ..tiers import Cache, DdrHome, TierChain
 from . import _core
 from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
@@ -106,6 +106,8 @@ class TieredTBE(nn.Module):
     Raises: UnsupportedError for an optimizer outside the allow-list; ConfigurationError for a shape that cannot work.
     """
 
+    optimizers = STATES
+
     def __init__(
         self,
         tables: Sequence[TieredTable],
@@ -119,15 +121,15 @@ class TieredTBE(nn.Module):
         **tbe_kwargs: Any,
     ) -> None:
         super().__init__()
-        if optimizer not in STATES:
+        if optimizer not in self.optimizers:
             raise errors.UnsupportedError(
-                f"optimizer {optimizer.name} is not supported on tiered tables: its per-row state must be able to travel "
-                f"with the row. Use one of {', '.join(o.name for o in STATES)}"
+                f"optimizer {optimizer.name} is not supported on tiered tables here: its per-row state must be able to travel "
+                f"with the row. Use one of {', '.join(o.name for o in self.optimizers)}"
             )
         if weights_precision not in (SparseType.FP32, SparseType.FP16):
             raise errors.UnsupportedError(f"weights_precision must be FP32 or FP16 on tiered tables, got {weights_precision}")
         self.tables = list(tables)
-        self.state_names = [name for name, _ in STATES[optimizer]]
+        self.state_names = [name for name, _ in self.optimizers[optimizer]]
         self._optimizer, self._bounds_check_mode = optimizer, bounds_check_mode
         # FATAL and NONE leave bad ids to the slot pool, which refuses them.
         self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
@@ -191,7 +193,7 @@ class TieredTBE(nn.Module):
             below = home
             if cached := self._cached.get(id(home.volume)):
                 below = cached.cached_table(
-                    home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=t.chain.caches
+                    home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=self._native_caches(t)
                 )
             self._below_pools.append(below)
 
@@ -212,8 +214,12 @@ class TieredTBE(nn.Module):
 
     def _cached_volumes(self) -> dict[int, CachedVolume]:
         """Caches by the identity of the volume below them: one object for all tables over it, so that their reads stay one batch."""
-        cached = {id(volume_of(h)) for t, h in zip(self.tables, self._homes, strict=True) if t.chain.caches}
+        cached = {id(volume_of(h)) for t, h in zip(self.tables, self._homes, strict=True) if self._native_caches(t)}
         return {key: CachedVolume(volume) for key, volume in {id(volume_of(h)): volume_of(h) for h in self._homes}.items() if key in cached}
+
+    def _native_caches(self, table: TieredTable) -> tuple[Cache, ...]:
+        """Those of the chain's caches that stand in front of the table's home."""
+        return table.chain.caches
 
     def _pool_parts(self) -> list[list[Tensor]]:
         """The pool's arrays per shard: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
@@ -415,9 +421,13 @@ class TieredTBE(nn.Module):
                     f"table {self.tables[table].name!r}: rows of shape {(count, *pool.shape[1:])} expected, got {tuple(part.shape)}"
                 )
             fixed.append(None if part is None else part.detach().to("cpu", pool.dtype).contiguous())
+        self._write_record(table, first_row, count, [fixed[i] if s == shard else None for s, i in self._record(table)])
+
+    def _write_record(self, table: int, first_row: int, count: int, record: list[Tensor | None]) -> None:
+        """Replaces parts of consecutive records; None keeps that part."""
         addresses = []
-        for s, i in self._record(table):
-            row_bytes, part = self._parts[s][i].nbytes // self.pool_rows[table], fixed[i] if s == shard else None
+        for (s, i), part in zip(self._record(table), record, strict=True):
+            row_bytes = self._parts[s][i].nbytes // self.pool_rows[table]
             addresses.append(_core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes))
         self._pool.write(table, first_row, count, addresses)
 
@@ -545,14 +555,19 @@ class TieredTBE(nn.Module):
         counters = {"hits": hits, "misses": misses, "evictions": pool["evictions"], "write_backs": pool["write_backs"]}
         moved = {"read_bytes": hits * record_bytes, "written_bytes": misses * record_bytes}
         tiers = [{"tier": "pool", "rows": self.pool_rows[table], "resident_rows": pool["resident_rows"], **counters, **moved}]
-        if cached := self._cached.get(id(self._home_tables[table].volume)):
-            for tier, stats in zip(chain.caches, cached.cache_stats(below), strict=True):
-                flushed += stats.pop("flushed_rows")
-                tiers.append({"tier": type(tier).__name__, **stats})
+        for tier in self._cache_tiers_of(table):
+            flushed += tier.pop("flushed_rows")
+            tiers.append(tier)
         last = tiers[-1]
         home = {"tier": type(chain.home).__name__, "rows": self.tables[table].rows, "hits": last["misses"]}
         moved = {"read_bytes": last["misses"] * record_bytes, "written_bytes": (last["write_backs"] + flushed) * record_bytes}
         return [*tiers, {**home, **moved}]
+
+    def _cache_tiers_of(self, table: int) -> list[dict[str, Any]]:
+        """The tiers between the pool and the home, the fastest first; with the rows that a flush has put past them."""
+        cached = self._cached.get(id(self._home_tables[table].volume))
+        stats = cached.cache_stats(self._below_pools[table]) if cached else []
+        return [{"tier": type(c).__name__, **s} for c, s in zip(self._native_caches(self.tables[table]), stats, strict=bool(cached))]
 
     def volume_stats(self) -> list[dict[str, Any]]:
         """One dict per volume below this group."""
