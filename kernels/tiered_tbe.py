@@ -107,6 +107,7 @@ class TieredTBE(nn.Module):
     """
 
     optimizers = STATES
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -587,7 +588,7 @@ class TieredTBE(nn.Module):
 
 def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     """The order that sorts rows, and the runs of consecutive ones as (first row, count)."""
-    in_order, order = rows.sort()
+    in_order, order = rows.cpu().sort()
     breaks = (in_order.diff() != 1).nonzero().flatten() + 1
     starts = [0, *breaks.tolist(), rows.numel()] if rows.numel() else [0]
     return order, [(int(in_order[a]), b - a) for a, b in itertools.pairwise(starts)]
