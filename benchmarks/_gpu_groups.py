@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +103,13 @@ def tiered(shape: Shape, optimizer: EmbOptimType, pool_rows: int, *below: Cache 
 
 
 class Loop:
-    """Training steps with the next batch prefetched on a stream of its own, as TorchRec's prefetch pipeline does."""
+    """Training steps with the next batch prefetched between a batch's forward and its backward, on a stream of its own, as TorchRec's
+    prefetch pipeline does; with ``threaded`` on a thread of its own too, beside the backward."""
 
-    def __init__(self, tbe: Any, batches: Batches, prefetch: bool) -> None:
+    def __init__(self, tbe: Any, batches: Batches, prefetch: bool, threaded: bool = False) -> None:
         self.tbe, self.batches, self.prefetch, self.at = tbe, batches, prefetch, 0
         self.stream = torch.cuda.Stream()
+        self.thread = ThreadPoolExecutor(1) if threaded else None
         self.gradient: torch.Tensor | None = None
         if prefetch:
             self._prefetch(0)
@@ -119,12 +122,16 @@ class Loop:
         """One forward and backward; returns the output."""
         if self.prefetch:
             torch.cuda.current_stream().wait_stream(self.stream)
-            self._prefetch(self.at + 1)
         output = self.tbe(*self.batches[self.at])
         self.at += 1
+        done = None
+        if self.prefetch:
+            done = self.thread.submit(self._prefetch, self.at) if self.thread else self._prefetch(self.at)
         if self.gradient is None:
             self.gradient = torch.randn(output.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
         output.backward(self.gradient)
+        if done is not None:
+            done.result()
         return output.detach()
 
     def milliseconds(self, steps: int) -> float:

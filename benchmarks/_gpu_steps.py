@@ -34,9 +34,9 @@ def counts(tbe: DeviceTBE) -> dict[str, int]:
     return {**sums, "misses_to_home": sum(tiers[1]["misses"] for tiers in tbe.tier_stats())}
 
 
-def measure(tbe: Any, batches: Batches, warm_up: int, steps: int, prefetch: bool) -> dict[str, Any]:
+def measure(tbe: Any, batches: Batches, warm_up: int, steps: int, prefetch: bool, threaded: bool = False) -> dict[str, Any]:
     """Milliseconds a step, and the rows that moved."""
-    loop = Loop(tbe, batches, prefetch)
+    loop = Loop(tbe, batches, prefetch, threaded)
     for _ in range(warm_up):
         loop.step()
     torch.cuda.synchronize()

@@ -16,19 +16,20 @@ The last element of each is a sink, for elements that take no part in an operati
 Invariants between batches (``check`` verifies them): ``place_of_row`` and ``row_of_place`` are inverse to each other, no claim is
 left, exactly the free places have stamp -1, and every place is one of its row's table.
 
-Candidates for eviction are queues, one for the slots and one for the host places: the oldest eighth of each table's places, free ones
+Candidates for eviction are queues, one for the slots and one for the host places: the oldest sixteenth of each table's places, free ones
 first, collected in one pass over the stamps by histogram. A candidate whose stamp has changed since is skipped; so taking one is
 stamping it.
 
 Everything is deterministic: claims and bins are integers, of several positions with one row the first one's claim wins, and queues
-are in the order of places. A batch goes through ``lookup`` → ``touch`` → (``claim`` → ``choose`` → ``commit``, or ``unclaim``). Hits
-need no more than the first two, and one copy of three numbers to the host. Not thread-safe: ``DevicePool`` locks.
+are in the order of places. A batch goes through ``lookup`` → (``claim`` → ``choose`` → ``commit`` → ``settle``, or ``unclaim``). Hits
+need no more than the first, and one copy of a few numbers to the host. Not thread-safe: ``DevicePool`` locks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ SLOT, HOST = 0, 1
 BUCKETS = 1024
 """Ages that one pass over the stamps tells apart; a queue's last bucket is filled in the order of places."""
 
-QUEUE_SHARE = 8
+QUEUE_SHARE = 16
 """A queue is at most this part of a table's places: how often the pass runs against how exact the order is. A guess."""
 
 _INT32, _INT64 = torch.int32, torch.int64
@@ -51,11 +52,14 @@ _INT32, _INT64 = torch.int32, torch.int64
 class Lookup:
     """One batch of ids, by position. Shapes: (n,)."""
 
-    feature: Tensor
-    row: Tensor  # counted through the group
-    place: Tensor  # int64; of a position that misses: the host place, or -1
-    missing: Tensor
+    ids: Tensor
+    starts: Tensor  # (features + 1,)
+    place: Tensor  # int64, through the group; of a position that misses: the host place, or -1
+    slot: Tensor  # int64, within the table: what the TBE looks up; of a position that misses nothing yet
+    missing: Tensor  # bool
     missing_count: int
+    hits: list[int]  # by table: distinct rows
+    lookups: list[int]  # by feature
 
 
 @dataclass
@@ -67,6 +71,8 @@ class Misses:
 
     most: int
     at: Tensor  # the positions that miss, repeated rows included
+    row_at: Tensor  # their rows, through the group
+    feature_at: Tensor
     row: Tensor
     was: Tensor  # the host place, or -1
     table: Tensor
@@ -152,29 +158,58 @@ class DeviceDirectory:
 
     # -- one batch
 
-    def lookup(self, ids: Tensor, starts: Tensor) -> Lookup:
-        """Where the rows of a batch are. Shapes: ids (n,) int32 or int64; starts (features + 1,) int64, where each feature's ids begin.
+    def lookup(self, ids: Tensor, starts: Tensor, seq: int, dirty: bool) -> Lookup:
+        """Where the rows of a batch are; those in slots are stamped. Shapes: ids (n,) int32 or int64, starts (features + 1,) int64.
 
-        Raises: IdOutOfRangeError, ConfigurationError for starts that do not fit; nothing was changed.
+        Raises: IdOutOfRangeError, ConfigurationError for starts that do not fit; some slots may have been stamped.
         """
         count = ids.numel()
-        feature = torch.searchsorted(starts[1:], self._count_up(count), right=True).clamp_max_(self._feature_row.numel() - 1)
+        place, slot = (torch.empty(count, dtype=_INT64, device=self.device) for _ in range(2))
+        missing = torch.empty(count, dtype=torch.bool, device=self.device)
+        summary = torch.zeros(2 + self.tables + starts.numel(), dtype=_INT64, device=self.device)
+        summary[2 + self.tables :] = starts
+        self._search(ids, starts, seq, dirty, place, slot, missing, summary)
+        bad, missing_count, *rest = summary.tolist()
+        hits, begins = rest[: self.tables], rest[self.tables :]
+        lookups = [b - a for a, b in pairwise(begins)]
+        if begins[0] != 0 or begins[-1] != count or min(lookups) < 0:
+            raise errors.ConfigurationError(
+                f"offsets must not decrease, begin at 0 and end at the number of ids, {count}; features begin at {begins}"
+            )
+        if bad:
+            self._refuse_id(ids, starts)
+        return Lookup(ids, starts, place, slot, missing, missing_count, hits, lookups)
+
+    def _search(
+        self, ids: Tensor, starts: Tensor, seq: int, dirty: bool, place: Tensor, slot: Tensor, missing: Tensor, summary: Tensor
+    ) -> None:
+        """Fills place, slot and missing; adds to the summary bad ids, positions that miss, and by table the distinct rows in slots."""
+        if self.device.type == "cuda":
+            from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
+
+            of_feature = (self._feature_row, self._feature_rows, self._feature_slot, self._feature_table)
+            device_kernels.lookup(
+                ids, starts, of_feature, self.place_of_row, self.stamp, self.slots, seq, dirty, place, slot, missing, summary
+            )  # fmt: skip
+            return
+        feature = self._features_at(starts, self._count_up(ids.numel()))
         bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
         row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
-        place = self.place_of_row.index_select(0, row).long()
-        missing = (place < 0) | (place >= self.slots)
-        uneven = (starts[0] != 0) | (starts[-1] != count) | (starts.diff() < 0).any()
-        any_bad, any_uneven, missing_count = torch.stack([bad.any().long(), uneven.long(), missing.sum()]).tolist()
-        if any_uneven:
-            raise errors.ConfigurationError(
-                f"offsets must not decrease, begin at 0 and end at the number of ids, {count}; features begin at {starts.tolist()}"
-            )
-        if any_bad:
-            self._refuse_id(ids, feature, starts, bad)
-        return Lookup(feature, row, place, missing, missing_count)
+        place.copy_(torch.where(bad, -1, self.place_of_row.index_select(0, row)))
+        slot.copy_(place - self._feature_slot.index_select(0, feature))
+        hit = (place >= 0) & (place < self.slots)
+        missing.copy_(~hit & ~bad)
+        self.stamp_places(torch.where(hit, place, self._sink_place), seq, dirty)
+        summary[0] = bad.sum()
+        summary[1] = missing.sum()
+        summary[2 : 2 + self.tables] = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
 
-    def _refuse_id(self, ids: Tensor, feature: Tensor, starts: Tensor, bad: Tensor) -> None:
-        position = int(bad.nonzero()[0])
+    def _features_at(self, starts: Tensor, positions: Tensor) -> Tensor:
+        return torch.searchsorted(starts[1:], positions, right=True).clamp_max_(self._feature_row.numel() - 1)
+
+    def _refuse_id(self, ids: Tensor, starts: Tensor) -> None:
+        feature = self._features_at(starts, self._count_up(ids.numel()))
+        position = int(((ids < 0) | (ids >= self._feature_rows.index_select(0, feature))).nonzero()[0])
         f = int(feature[position])
         table = int(self._feature_table[f])
         raise errors.IdOutOfRangeError(
@@ -182,11 +217,6 @@ class DeviceDirectory:
             f"outside [0, {self.rows[table]}). Nothing was changed. Fix the input, hash ids into range, or set bounds_check_mode to WARNING "
             "to have them read row 0"
         )
-
-    def touch(self, found: Lookup, seq: int, dirty: bool) -> Tensor:
-        """Stamps the slots of the rows that are in one, and counts them, each once. Shapes: → (tables,)."""
-        self.stamp_places(torch.where(found.missing, self._sink_place, found.place) if found.missing_count else found.place, seq, dirty)
-        return _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
 
     def stamp_places(self, places: Tensor, seq: int, dirty: bool) -> None:
         """Marks places as last used by a batch; they stay dirty where they are. Of equal places any number may be given."""
@@ -199,29 +229,25 @@ class DeviceDirectory:
         """The rows in these slots will be changed; their stamps stay."""
         self.stamp[slots] = self.stamp.index_select(0, slots) | 1
 
-    def slots_of(self, found: Lookup) -> Tensor:
-        """The slot of each position, counted within its table: what the TBE looks up. Of misses, after commit. Shapes: (n,) int64."""
-        return found.place - self._feature_slot.index_select(0, found.feature)
-
     def claim(self, found: Lookup, seq: int) -> Misses:
         """The distinct rows that a batch misses. Those in host places are stamped, so that they are no candidates."""
         most = found.missing_count
         at = torch.nonzero_static(found.missing, size=most).squeeze(1)
-        row = found.row.index_select(0, at)
+        feature_at = self._features_at(found.starts, at)
+        row_at = row = self._feature_row.index_select(0, feature_at) + found.ids.index_select(0, at)
         claims = (self._count_up(most) - (most + 1)).int()  # -(most + 1) … -2: the first position has the smallest
         self.place_of_row.scatter_reduce_(0, row, claims, "amin")
         wins = self.place_of_row.index_select(0, row) == claims
         winner = torch.nonzero_static(wins, size=most, fill_value=0).squeeze(1)
         there = self._count_up(most) < wins.sum()
-        position = at.index_select(0, winner)
         row = torch.where(there, row.index_select(0, winner), self._sink_row)
-        was = found.place.index_select(0, position)
-        table = torch.where(there, self._feature_table.index_select(0, found.feature.index_select(0, position)), self.tables)
+        was = found.place.index_select(0, at.index_select(0, winner))
+        table = torch.where(there, self._feature_table.index_select(0, feature_at.index_select(0, winner)), self.tables)
         below = there & (was < 0)
         in_host = torch.where(there & ~below, was, self._sink_place)
         self.stamp_places(in_host, seq, False)
         bounds = torch.searchsorted(table, self._table_numbers)
-        return Misses(most, at, row, was, table, below, bounds.diff(), _before(below).index_select(0, bounds).diff())
+        return Misses(most, at, row_at, feature_at, row, was, table, below, bounds.diff(), _before(below).index_select(0, bounds).diff())
 
     def unclaim(self, misses: Misses) -> None:
         """Takes ``claim`` back: the rows are where they were."""
@@ -296,8 +322,9 @@ class DeviceDirectory:
 
     def settle(self, found: Lookup, misses: Misses) -> None:
         """After commit: every position that missed gets its row's slot."""
-        row = found.row.index_select(0, misses.at)
-        found.place.index_copy_(0, misses.at, self.place_of_row.index_select(0, row).long())
+        place = self.place_of_row.index_select(0, misses.row_at).long()
+        found.place.index_copy_(0, misses.at, place)
+        found.slot.index_copy_(0, misses.at, place - self._feature_slot.index_select(0, misses.feature_at))
 
     def give_up(self, places: Tensor, table: Tensor) -> None:
         """The rows in these places, each once, are below from now on, and the places free. Shapes: (n,), free places among them."""

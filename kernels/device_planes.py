@@ -32,6 +32,9 @@ class _Layer:
     lower_start: Tensor
     width: Tensor
     widths: list[int]
+    elements: tuple[Tensor, Tensor, Tensor]  # the three of them in elements
+    widest: int  # in elements
+    align: int  # elements that every row of the plane begins at a multiple of
 
 
 @dataclass
@@ -70,11 +73,20 @@ class Planes:
                 [0 if s is None else starts[s] // unit for s in mine],
                 [0 if s is None else row_elements[s] // unit for s in mine],
             )
-            layers.append(_Layer(*(torch.tensor(c, device=whole.device) for c in columns), columns[-1]))
+            tensors = [torch.tensor(c, device=whole.device) for c in columns]
+            elements = (tensors[0] * unit, tensors[1] * unit, tensors[2] * unit)
+            layers.append(_Layer(*tensors, columns[-1], elements, max(columns[-1]) * unit, 4 if unit % 4 == 0 else 1))
         return _Plane(whole.view(-1, unit), lower.view(-1, unit), layers)
 
-    def exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, counts: Sequence[int]) -> None:
-        """Records change places: of a slot and of a host place. Shapes: (n,), places counted within their tables; counts by table."""
+    def exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, firsts: tuple[Tensor, Tensor], counts: Sequence[int]) -> None:
+        """Records change places: of a slot and of a host place.
+
+        Shapes: (n,), places counted through the group, of which each table's begin at ``firsts``; counts by table.
+        """
+        if slots.device.type == "cuda":
+            self.exchange_by_kernel(slots, hosts, table, firsts)
+            return
+        slots, hosts = (places - first.index_select(0, table) for places, first in zip((slots, hosts), firsts, strict=True))
         for plane in self._planes:
             for layer in plane.layers:
                 up, down = _units(layer, layer.upper_start, slots, table, counts), _units(layer, layer.lower_start, hosts, table, counts)
@@ -82,9 +94,13 @@ class Planes:
                 plane.upper.index_copy_(0, up, comes)
                 plane.lower.index_copy_(0, down, goes)
 
-    def native_parts(self, record: Sequence[tuple[int, int]]) -> list[Any]:
-        """The host places of one table as native code sees them; ``record`` lists its (shard, part)s in order."""
-        return [native_part(self.lower_parts[s][p]) for s, p in record]
+    def exchange_by_kernel(self, slots: Tensor, hosts: Tensor, table: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
+        """The same, fused: what comes and what goes are on the bus at once."""
+        from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
+
+        for plane in self._planes:
+            for layer in plane.layers:
+                device_kernels.exchange(plane.upper, plane.lower, slots, hosts, table, firsts, *layer.elements, layer.widest, layer.align)
 
     @property
     def host_bytes(self) -> int:

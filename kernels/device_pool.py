@@ -21,6 +21,7 @@ the rows that are below, where there are any. Before native code touches host pl
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class _Fill:
 class _Counts:
     """Rows since creation, of one table."""
 
+    lookups: int = 0
+    hits: int = 0
     misses: int = 0
     from_below: int = 0
     flushed_rows: int = 0
@@ -158,12 +161,13 @@ class DevicePool:
         )
         self._order = _Order(device)
         self._held: dict[int, _Held] = {}
+        self._released: deque[int] = deque()
         self._fill: _Fill | None = None
         self._moved: Any = None  # event after the last exchange
         self._last_seq = 0
         self._counts = [_Counts() for _ in tables]
-        self._lookups = torch.zeros(len(table_of_feature), dtype=_INT64, device=device)
-        self._hits, self._evictions, self._write_backs = (torch.zeros(len(tables), dtype=_INT64, device=device) for _ in range(3))
+        self._device = device
+        self._evictions, self._write_backs = (torch.zeros(len(tables), dtype=_INT64, device=device) for _ in range(2))
         self._hands = [0] * len(tables)
         self.revoked = self.declined = 0
         self._lock = threading.RLock()  # hooks run on autograd's thread
@@ -179,18 +183,19 @@ class DevicePool:
         """
         with self._lock, self._order.on_directory():
             self._order.uses(ids, starts)
+            self._let_go()
             self._finish_fill()
-            found = self.directory.lookup(ids, starts)
             seq = self._last_seq = self._last_seq + 1
-            hits = self.directory.touch(found, seq, dirty)
+            found = self.directory.lookup(ids, starts, seq, dirty)
             if found.missing_count and not self._bring(found, seq, hard, dirty):
                 self.declined += 1
                 return None
-            self._hits.add_(hits)
-            self._lookups.add_(starts.diff())
-            slots = self.directory.slots_of(found)
-            self._held[seq] = _Held(hard, slots, found.place, [self._order.now(), self._moved])
-            return seq, slots
+            for counted, hits in zip(self._counts, found.hits, strict=True):
+                counted.hits += hits
+            for table, lookups in zip(self._table_of_feature, found.lookups, strict=True):
+                self._counts[table].lookups += lookups
+            self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now(), self._moved])
+            return seq, found.slot
 
     def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool) -> bool:
         """Gives every missed row a slot, and starts bringing it there. False when there is no room."""
@@ -204,9 +209,9 @@ class DevicePool:
             slots, choice, counts, below_counts = places
             total, below_total = sum(counts), sum(below_counts)
             table, hosts = misses.table[:total], misses.was[:total]
-            from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
             reads: list[tuple[Any, int, list[int]]] = []
-            if below_total:
+            if choice is not None:
+                from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
                 hosts = hosts.index_copy(0, from_below, choice)
                 reads = self._read_below(misses, from_below, choice, below_counts, dirty)
         except BaseException:
@@ -229,12 +234,11 @@ class DevicePool:
 
     def _find_room(
         self, found: Lookup, misses: Misses, seq: int, hard: bool
-    ) -> tuple[Tensor, Tensor, list[int], list[int]] | None:
-        """Slots for all misses, host places for those from below, and the counts of both by table."""
+    ) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
+        """Slots for all misses, host places for those from below, if there are any, and the counts of both by table."""
         directory = self.directory
         slots = directory.choose(SLOT, misses.count, misses.most)
-        hosts = directory.choose(HOST, misses.below_count, misses.most)
-        counts, have, below, have_hosts = self._pull(misses.count, slots.available, misses.below_count, hosts.available)
+        counts, have, below = self._pull(misses.count, slots.available, misses.below_count)
         if _short(have, counts):
             directory.refill(SLOT, counts, min([seq, *self._held]))
             slots = directory.choose(SLOT, misses.count, misses.most)
@@ -249,19 +253,24 @@ class DevicePool:
                 return None
             if not self._revoke_youngest():
                 self._refuse(found, counts, have)
-        if _short(have_hosts, below):
+        places = slots.places[: sum(counts)]
+        if not any(below):
+            return places, None, counts, below
+        hosts = directory.choose(HOST, misses.below_count, sum(below))
+        (have,) = self._pull(hosts.available)
+        if _short(have, below):
             directory.refill(HOST, below, seq)
-            hosts = directory.choose(HOST, misses.below_count, misses.most)
-            (have_hosts,) = self._pull(hosts.available)
-            assert not _short(have_hosts, below), "a table has as many host places as slots"
-        return slots.places[: sum(counts)], hosts.places[: sum(below)], counts, below
+            hosts = directory.choose(HOST, misses.below_count, sum(below))
+            (have,) = self._pull(hosts.available)
+            assert not _short(have, below), "a table has as many host places as slots"
+        return places, hosts.places, counts, below
 
     def _pull(self, *by_table: Tensor) -> list[list[int]]:
         return torch.stack(by_table).tolist()
 
     def _pinned(self, found: Lookup | None) -> Tensor:
         """The slots that outstanding tickets use, and this batch. Shapes: (slots,) bool."""
-        pinned = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._lookups.device)
+        pinned = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._device)
         if found is not None:
             pinned[torch.where(found.missing, self.directory.slots, found.place)] = True
         for held in self._held.values():
@@ -279,7 +288,7 @@ class DevicePool:
     def _refuse(self, found: Lookup, counts: list[int], have: list[int]) -> None:
         table = next(t for t, (c, h) in enumerate(zip(counts, have, strict=True)) if h < c)
         mine = self.directory.segment(SLOT, table)
-        own = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._lookups.device)
+        own = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._device)
         own[torch.where(found.missing, self.directory.slots, found.place)] = True
         needed, others = counts[table] + int(own[mine].sum()), int(self._pinned(None)[mine].sum())
         raise errors.PoolTooSmallError(
@@ -332,9 +341,7 @@ class DevicePool:
         directory, order = self.directory, self._order
         with order.on_mover():
             order.uses(slots, hosts, table)
-            slots = slots - directory._first_place[SLOT].index_select(0, table)
-            hosts = hosts - directory._first_place[HOST].index_select(0, table)
-            self._planes.exchange(slots, hosts, table, counts)
+            self._planes.exchange(slots, hosts, table, (directory._first_place[SLOT], directory._first_place[HOST]), counts)
             self._moved = order.now()
 
     def _finish_fill(self) -> None:
@@ -374,6 +381,7 @@ class DevicePool:
     def acquire(self, seq: int, dirty: bool) -> bool:
         """Soft → hard. False when the ticket was revoked. ``dirty``: its rows will be changed, and were not marked so."""
         with self._lock:
+            self._let_go()
             held = self._held.get(seq)
             if held is None:
                 return False
@@ -399,18 +407,25 @@ class DevicePool:
 
     def release(self, seq: int) -> None:
         """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
-        with self._lock:
-            if self._held.pop(seq, None) is not None:
-                self._order.release()
+        # Without the lock: a begin on another thread may hold it while it waits for the device.
+        if seq in self._held:
+            self._order.release()
+            self._released.append(seq)
+
+    def _let_go(self) -> None:
+        while self._released:
+            self._held.pop(self._released.popleft(), None)
 
     def alive(self, seq: int) -> bool:
         """Whether a ticket is outstanding."""
-        return seq in self._held
+        return seq in self._held and seq not in self._released
 
     @property
     def outstanding(self) -> int:
         """Tickets begun and not released."""
-        return len(self._held)
+        with self._lock:
+            self._let_go()
+            return len(self._held)
 
     # -- rows, as users see them
 
@@ -447,7 +462,7 @@ class DevicePool:
         """Consecutive rows by where they are: (which of them, place within the table) in slots and in host places, and which are below."""
         if first_row < 0 or row_count < 0 or first_row + row_count > self.tables[table].rows:
             raise errors.IdOutOfRangeError(f"rows [{first_row}, {first_row + row_count}) are not all in table {self.tables[table].name!r}")
-        places, device = self.directory.places_of(table, first_row, row_count).cpu().long(), self._lookups.device
+        places, device = self.directory.places_of(table, first_row, row_count).cpu().long(), self._device
         sorted_: list[tuple[Tensor, Tensor]] = []
         for kind in (SLOT, HOST):
             mine = self.directory.segment(kind, table)
@@ -459,6 +474,7 @@ class DevicePool:
     def _quiet(self) -> Iterator[None]:
         """No read and no exchange is in flight, and what is queued on the device is done; the directory's stream is current."""
         with self._order.on_directory():
+            self._let_go()
             self._finish_fill()
             self._order.finish_all()
             yield
@@ -487,7 +503,7 @@ class DevicePool:
             size, mine = self.tables[table].pool_rows, self.directory.segment(SLOT, table)
             youngest = min(self._last_seq - min_age, min(self._held, default=self._last_seq + 1) - 1)
             looks = min(looks, size)
-            looked = (self._hands[table] + torch.arange(looks, device=self._lookups.device)) % size + mine.start
+            looked = (self._hands[table] + torch.arange(looks, device=self._device)) % size + mine.start
             stamps = self.directory.stamp.index_select(0, looked)
             old = looked[(stamps >= 0) & (stamps & 1).bool() & (stamps < 2 * (youngest + 1))]
             self._put(table, SLOT, old)
@@ -538,7 +554,7 @@ class DevicePool:
             mine = torch.arange(features + 1) > self._table_of_feature.index(table)
             before = self._counts[table].misses
             for some in rows.split(max(1, min(rows.numel() // 32, MOVE_ROWS))) if rows.numel() else ():
-                device = self._lookups.device
+                device = self._device
                 begun = self.begin(some.to(device), torch.where(mine, some.numel(), 0).to(device), True, False)
                 assert begun is not None
                 self.wait(begun[0])
@@ -551,10 +567,9 @@ class DevicePool:
         """Counters since creation: ids looked up, and rows."""
         with self._lock:
             counted = self._counts[table]
-            lookups = sum(n for n, t in zip(self._lookups.tolist(), self._table_of_feature, strict=True) if t == table)
             return {
-                "lookups": lookups,
-                "unique_rows": int(self._hits[table]) + counted.misses,
+                "lookups": counted.lookups,
+                "unique_rows": counted.hits + counted.misses,
                 "misses": counted.misses,
                 "evictions": int(self._evictions[table]),
                 "write_backs": int(self._write_backs[table]),
@@ -586,6 +601,7 @@ class DevicePool:
     def check(self) -> None:
         """Tests: raises at a broken invariant."""
         with self._lock:
+            self._let_go()
             self._order.finish_all()
             self.directory.check()
             for held in self._held.values():
