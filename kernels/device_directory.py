@@ -53,7 +53,8 @@ class Lookup:
     """One batch of ids, by position. Shapes: (n,)."""
 
     ids: Tensor
-    starts: Tensor  # (features + 1,)
+    offsets: Tensor
+    stride: int
     place: Tensor  # int64, through the group; of a position that misses: the host place, or -1
     slot: Tensor  # int64, within the table: what the TBE looks up; of a position that misses nothing yet
     missing: Tensor  # bool
@@ -132,6 +133,7 @@ class DeviceDirectory:
         self._table_numbers = torch.arange(self.tables + 1, device=device)
         self._numbers = torch.arange(0, device=device)
         self._queues = [self._empty_queue(), self._empty_queue()]
+        self.evictions, self.write_backs = (torch.zeros(self.tables, dtype=_INT64, device=device) for _ in range(2))  # rows that left slots
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=_INT64, device=self.device)
@@ -158,17 +160,17 @@ class DeviceDirectory:
 
     # -- one batch
 
-    def lookup(self, ids: Tensor, starts: Tensor, seq: int, dirty: bool) -> Lookup:
-        """Where the rows of a batch are; those in slots are stamped. Shapes: ids (n,) int32 or int64, starts (features + 1,) int64.
+    def lookup(self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool) -> Lookup:
+        """Where the rows of a batch are; those in slots are stamped.
 
-        Raises: IdOutOfRangeError, ConfigurationError for starts that do not fit; some slots may have been stamped.
+        Shapes: ids (n,); offsets, int32 or int64 as they are: feature f's ids begin at ``offsets[f * stride]``.
+        Raises: IdOutOfRangeError, ConfigurationError for offsets that do not fit; some slots may have been stamped.
         """
         count = ids.numel()
-        place, slot = (torch.empty(count, dtype=_INT64, device=self.device) for _ in range(2))
+        place, slot = torch.empty(2, count, dtype=_INT64, device=self.device).unbind(0)
         missing = torch.empty(count, dtype=torch.bool, device=self.device)
-        summary = torch.zeros(2 + self.tables + starts.numel(), dtype=_INT64, device=self.device)
-        summary[2 + self.tables :] = starts
-        self._search(ids, starts, seq, dirty, place, slot, missing, summary)
+        summary = torch.zeros(2 + self.tables + self._feature_row.numel() + 1, dtype=_INT64, device=self.device)
+        self._search(ids, offsets, stride, seq, dirty, place, slot, missing, summary)
         bad, missing_count, *rest = summary.tolist()
         hits, begins = rest[: self.tables], rest[self.tables :]
         lookups = [b - a for a, b in pairwise(begins)]
@@ -177,22 +179,15 @@ class DeviceDirectory:
                 f"offsets must not decrease, begin at 0 and end at the number of ids, {count}; features begin at {begins}"
             )
         if bad:
-            self._refuse_id(ids, starts)
-        return Lookup(ids, starts, place, slot, missing, missing_count, hits, lookups)
+            self._refuse_id(ids, begins)
+        return Lookup(ids, offsets, stride, place, slot, missing, missing_count, hits, lookups)
 
     def _search(
-        self, ids: Tensor, starts: Tensor, seq: int, dirty: bool, place: Tensor, slot: Tensor, missing: Tensor, summary: Tensor
+        self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool, place: Tensor, slot: Tensor, missing: Tensor, summary: Tensor
     ) -> None:
-        """Fills place, slot and missing; adds to the summary bad ids, positions that miss, and by table the distinct rows in slots."""
-        if self.device.type == "cuda":
-            from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
-
-            of_feature = (self._feature_row, self._feature_rows, self._feature_slot, self._feature_table)
-            device_kernels.lookup(
-                ids, starts, of_feature, self.place_of_row, self.stamp, self.slots, seq, dirty, place, slot, missing, summary
-            )  # fmt: skip
-            return
-        feature = self._features_at(starts, self._count_up(ids.numel()))
+        """Fills place, slot and missing, and the summary: bad ids, positions that miss, by table the distinct rows in slots, and where the
+        features begin."""
+        feature = self._features_at(offsets, stride, self._count_up(ids.numel()))
         bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
         row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
         place.copy_(torch.where(bad, -1, self.place_of_row.index_select(0, row)))
@@ -203,17 +198,23 @@ class DeviceDirectory:
         summary[0] = bad.sum()
         summary[1] = missing.sum()
         summary[2 : 2 + self.tables] = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
+        summary[2 + self.tables :] = self._begins(offsets, stride)
 
-    def _features_at(self, starts: Tensor, positions: Tensor) -> Tensor:
-        return torch.searchsorted(starts[1:], positions, right=True).clamp_max_(self._feature_row.numel() - 1)
+    def _begins(self, offsets: Tensor, stride: int) -> Tensor:
+        features = self._feature_row.numel()
+        return offsets[::stride][: features + 1] if stride else offsets.expand(features + 1)
 
-    def _refuse_id(self, ids: Tensor, starts: Tensor) -> None:
-        feature = self._features_at(starts, self._count_up(ids.numel()))
+    def _features_at(self, offsets: Tensor, stride: int, positions: Tensor) -> Tensor:
+        ends = self._begins(offsets, stride)[1:].long().contiguous()
+        return torch.searchsorted(ends, positions, right=True).clamp_max_(ends.numel() - 1)
+
+    def _refuse_id(self, ids: Tensor, begins: list[int]) -> None:
+        feature = self._features_at(self._tensor(begins), 1, self._count_up(ids.numel()))
         position = int(((ids < 0) | (ids >= self._feature_rows.index_select(0, feature))).nonzero()[0])
         f = int(feature[position])
         table = int(self._feature_table[f])
         raise errors.IdOutOfRangeError(
-            f"id {int(ids[position])} of table {self.names[table]!r} (feature {f} of the group, position {position - int(starts[f])}) is "
+            f"id {int(ids[position])} of table {self.names[table]!r} (feature {f} of the group, position {position - begins[f]}) is "
             f"outside [0, {self.rows[table]}). Nothing was changed. Fix the input, hash ids into range, or set bounds_check_mode to WARNING "
             "to have them read row 0"
         )
@@ -233,7 +234,7 @@ class DeviceDirectory:
         """The distinct rows that a batch misses. Those in host places are stamped, so that they are no candidates."""
         most = found.missing_count
         at = torch.nonzero_static(found.missing, size=most).squeeze(1)
-        feature_at = self._features_at(found.starts, at)
+        feature_at = self._features_at(found.offsets, found.stride, at)
         row_at = row = self._feature_row.index_select(0, feature_at) + found.ids.index_select(0, at)
         claims = (self._count_up(most) - (most + 1)).int()  # -(most + 1) … -2: the first position has the smallest
         self.place_of_row.scatter_reduce_(0, row, claims, "amin")
@@ -298,11 +299,10 @@ class DeviceDirectory:
         bounds = torch.searchsorted(table, self._table_numbers)
         self._queues[kind] = _Queue(chosen + first, stamp.index_select(0, chosen), table, bounds)
 
-    def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> tuple[Tensor, Tensor]:
+    def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
         """Exchanges places: each missed row comes into its slot, and the row that was there into the missed row's host place.
 
         A host place that gets no row is free afterwards. Shapes: slots, hosts (count,), by miss.
-        Returns whether each slot held a row, and whether that row is dirty.
         """
         count = slots.numel()
         row, table = misses.row[:count], misses.table[:count]
@@ -318,7 +318,8 @@ class DeviceDirectory:
         was_dirty = self.stamp.index_select(0, hosts).clamp_min_(0) & 1
         self.stamp.index_copy_(0, slots, (torch.ones_like(was_dirty) if dirty else was_dirty) + 2 * seq)
         self.stamp.index_copy_(0, hosts, torch.where(held, (left_stamp & 1) + 2 * seq, -1))
-        return held, held & (left_stamp & 1).bool()
+        self.evictions.index_add_(0, table, held.long())
+        self.write_backs.index_add_(0, table, (held & (left_stamp & 1).bool()).long())
 
     def settle(self, found: Lookup, misses: Misses) -> None:
         """After commit: every position that missed gets its row's slot."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from .. import errors
 from . import _core
 from .device_directory import HOST, SLOT, DeviceDirectory, Lookup, Misses
+from .device_fused import FusedDirectory
 from .device_planes import Planes, native_part
 
 MOVE_ROWS = 65536
@@ -151,7 +152,7 @@ class DevicePool:
 
     def __init__(self, tables: Sequence[DeviceTable], table_of_feature: Sequence[int], planes: Planes, device: torch.device) -> None:
         self.tables, self._planes, self._table_of_feature = list(tables), planes, list(table_of_feature)
-        self.directory = DeviceDirectory(
+        self.directory = directory_type(device)(
             [t.name for t in tables],
             [t.rows for t in tables],
             [t.pool_rows for t in tables],
@@ -167,26 +168,25 @@ class DevicePool:
         self._last_seq = 0
         self._counts = [_Counts() for _ in tables]
         self._device = device
-        self._evictions, self._write_backs = (torch.zeros(len(tables), dtype=_INT64, device=device) for _ in range(2))
         self._hands = [0] * len(tables)
         self.revoked = self.declined = 0
         self._lock = threading.RLock()  # hooks run on autograd's thread
 
     # -- batches
 
-    def begin(self, ids: Tensor, starts: Tensor, hard: bool, dirty: bool) -> tuple[int, Tensor] | None:
+    def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool) -> tuple[int, Tensor] | None:
         """Starts a batch; None when it is not ``hard`` and there is no room.
 
-        Shapes: ids (n,), starts (features + 1,). Returns its number and the slot of each id, counted within its table: (n,) int64.
+        Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number and the slot of each id, counted within its table: (n,) int64.
         Raises: IdOutOfRangeError, ConfigurationError, PoolTooSmallError, VolumeFullError: nothing was changed. What the reads of the
         batch before failed with.
         """
         with self._lock, self._order.on_directory():
-            self._order.uses(ids, starts)
+            self._order.uses(ids, offsets)
             self._let_go()
             self._finish_fill()
             seq = self._last_seq = self._last_seq + 1
-            found = self.directory.lookup(ids, starts, seq, dirty)
+            found = self.directory.lookup(ids, offsets, stride, seq, dirty)
             if found.missing_count and not self._bring(found, seq, hard, dirty):
                 self.declined += 1
                 return None
@@ -217,9 +217,7 @@ class DevicePool:
         except BaseException:
             directory.unclaim(misses)
             raise
-        held, changed = directory.commit(misses, slots, hosts, seq, dirty)
-        self._evictions.index_add_(0, table, held.long())
-        self._write_backs.index_add_(0, table, changed.long())
+        directory.commit(misses, slots, hosts, seq, dirty)
         directory.settle(found, misses)
         for counted, all_missed, below in zip(self._counts, counts, below_counts, strict=True):
             counted.misses += all_missed
@@ -555,7 +553,7 @@ class DevicePool:
             before = self._counts[table].misses
             for some in rows.split(max(1, min(rows.numel() // 32, MOVE_ROWS))) if rows.numel() else ():
                 device = self._device
-                begun = self.begin(some.to(device), torch.where(mine, some.numel(), 0).to(device), True, False)
+                begun = self.begin(some.to(device), torch.where(mine, some.numel(), 0).to(device), 1, True, False)
                 assert begun is not None
                 self.wait(begun[0])
                 self.release(begun[0])
@@ -571,8 +569,8 @@ class DevicePool:
                 "lookups": counted.lookups,
                 "unique_rows": counted.hits + counted.misses,
                 "misses": counted.misses,
-                "evictions": int(self._evictions[table]),
-                "write_backs": int(self._write_backs[table]),
+                "evictions": int(self.directory.evictions[table]),
+                "write_backs": int(self.directory.write_backs[table]),
                 "flushed_rows": counted.flushed_rows,
                 "trickled_rows": counted.trickled_rows,
                 "resident_rows": self.directory.resident(SLOT, table),
@@ -587,7 +585,7 @@ class DevicePool:
                 "resident_rows": self.directory.resident(HOST, table),
                 "hits": counted.misses - counted.from_below,
                 "misses": counted.from_below,
-                "inserted_rows": int(self._evictions[table]),
+                "inserted_rows": int(self.directory.evictions[table]),
                 "evictions": counted.host_evictions,
                 "write_backs": counted.host_write_backs,
                 "flushed_rows": counted.host_flushed_rows,
@@ -607,6 +605,11 @@ class DevicePool:
             for held in self._held.values():
                 if (self.directory.row_of_place[held.places] < 0).any() or (held.places >= self.directory.slots).any():
                     raise AssertionError("device pool: a ticket's slot is free, or none")
+
+
+def directory_type(device: torch.device) -> type[DeviceDirectory]:
+    """Of the directories of a device the fastest."""
+    return FusedDirectory if device.type == "cuda" else DeviceDirectory
 
 
 def _short(have: Sequence[int], wanted: Sequence[int]) -> bool:

@@ -96,9 +96,12 @@ class DeviceTBE(TieredTBE):
     def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
         if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
             raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
-        starts = self._feature_starts(offsets, batch_sizes)
+        if batch_sizes:
+            begins, stride = self._feature_starts(offsets, batch_sizes), 1
+        else:
+            begins, stride = offsets, self._bags_of_a_feature(offsets)
         ids = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
-        begun = self._pool.begin(ids.contiguous(), starts, hard, dirty)
+        begun = self._pool.begin(ids.contiguous(), begins, stride, hard, dirty)
         return None if begun is None else _Ticket(begun[0], begun[1], indices, dirty)
 
     # -- rows, as users see them

@@ -271,11 +271,15 @@ class TieredTBE(nn.Module):
                 )
             starts = offsets[torch.tensor(ends)]
         else:
-            stride, rest = divmod(bags, self._features)
-            if rest:
-                raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {bags + 1}")
+            stride = self._bags_of_a_feature(offsets)
             starts = offsets[::stride] if stride else offsets.expand(self._features + 1)
         return starts.long().contiguous()
+
+    def _bags_of_a_feature(self, offsets: Tensor) -> int:
+        bags, rest = divmod(offsets.numel() - 1, self._features)
+        if rest:
+            raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}")
+        return bags
 
     def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
         narrow = indices.dtype is _INT32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,78 +14,93 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA wheels; pip install triton to run its kernels on a CPU")
 
-from hypothesis import given, settings
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torchrec_mtrains.kernels import device_kernels
-from torchrec_mtrains.kernels.device_directory import DeviceDirectory
+from torchrec_mtrains.kernels import device_pool
+from torchrec_mtrains.kernels.deferred_init import UniformInit
+from torchrec_mtrains.kernels.device_fused import FusedDirectory
 from torchrec_mtrains.kernels.device_planes import Planes
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE
+from torchrec_mtrains.kernels.tiered_tbe import TieredTable
+
+from torchrec_mtrains import DdrCache, DdrHome, TierChain
+from torchrec_mtrains.errors import MTrainsError
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if ON_GPU else "cpu")
 
 
-def a_directory(rows: list[int], table_of_feature: list[int], seed: int) -> DeviceDirectory:
-    """Half of each table's rows have a place, in slots or in host memory, with stamps of earlier batches."""
-    slots = [max(1, r // 3) for r in rows]
-    directory = DeviceDirectory([f"t{i}" for i in range(len(rows))], rows, slots, slots, table_of_feature, CPU)
-    generator = torch.Generator().manual_seed(seed)
-    for table, count in enumerate(rows):
-        order = torch.randperm(count, generator=generator)
-        for kind in (0, 1):
-            segment = directory.segment(kind, table)
-            for k, place in enumerate(range(segment.start, segment.stop)):
-                if k % 2 == 0 and 2 * k + kind < count:
-                    row = int(order[2 * k + kind])
-                    directory.row_of_place[place] = row
-                    directory.place_of_row[directory.first_row[table] + row] = place
-                    directory.stamp[place] = int(torch.randint(0, 8, (1,), generator=generator))
-    directory.check()
-    return directory
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Within it, pools on a CPU take the kernels."""
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        with monkeypatch.context() as m:
+            m.setattr(device_pool, "directory_type", lambda device: FusedDirectory)
+            m.setattr(Planes, "exchange", lambda self, slots, hosts, table, firsts, counts: self.exchange_by_kernel(slots, hosts, table, firsts))
+            yield
+
+    return within
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    rows=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    repeats=st.integers(1, 3),
-    lengths=st.lists(st.integers(0, 900), min_size=12, max_size=12),
-    dirty=st.booleans(),
-    narrow=st.booleans(),
-    bad=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_a_lookup_finds_stamps_and_counts_what_tensor_operations_do(
-    rows: list[int], repeats: int, lengths: list[int], dirty: bool, narrow: bool, bad: bool, seed: int
+def group(seed: int) -> DeviceTBE:
+    """Three tables of different widths, the second with two features; pools that a batch can just fill."""
+    sizes = [(30, 8, 14), (50, 4, 24), (20, 12, 12)]
+    return DeviceTBE(
+        [
+            TieredTable(f"t{i}", rows, dim, TierChain(pool, (DdrCache(pool), DdrHome())), init=UniformInit(seed + i, -1, 1, columns=dim))
+            for i, (rows, dim, pool) in enumerate(sizes)
+        ],
+        [0, 1, 1, 2], PoolingMode.SUM, SparseType.FP32, EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, learning_rate=0.1, eps=1e-3,
+        device=CPU,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(ON_GPU, reason="pools on the GPU take the kernels: benchmarks/gpu.py and test_gpu.py")
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000), narrow=st.booleans(), steps=st.lists(st.sampled_from(["train", "evaluate", "bad", "hold"]), min_size=3, max_size=8))
+def test_a_pool_with_kernels_is_step_by_step_in_the_state_of_one_with_tensor_operations(
+    fused: Callable[[], AbstractContextManager[None]], seed: int, narrow: bool, steps: list[str]
 ) -> None:
-    table_of_feature = sorted(list(range(len(rows))) * repeats)
-    directory = a_directory(rows, table_of_feature, seed)
     generator = torch.Generator().manual_seed(seed)
-    mine = lengths[: len(table_of_feature)]
-    low = -1 if bad else 0
-    ids = torch.cat([torch.randint(low, rows[t] - low, (n,), generator=generator) for n, t in zip(mine, table_of_feature, strict=True)])
-    ids = ids.int() if narrow else ids
-    starts = torch.tensor([0, *mine]).cumsum(0)
-    outputs = []
-    stamp = directory.stamp.clone()
-    for search in (directory._search, _by_kernel(directory)):
-        directory.stamp.copy_(stamp)
-        place, slot = torch.zeros(ids.numel(), dtype=torch.int64), torch.zeros(ids.numel(), dtype=torch.int64)
-        missing = torch.zeros(ids.numel(), dtype=torch.bool)
-        summary = torch.zeros(2 + len(rows), dtype=torch.int64)
-        search(ids, starts, 9, dirty, place, slot, missing, summary)
-        hit = ~missing & (place >= 0)
-        outputs.append((place, slot[hit], missing, summary, directory.stamp[:-1].clone()))
-    for a, b in zip(*outputs, strict=True):
-        assert torch.equal(a, b)
-
-
-def _by_kernel(directory: DeviceDirectory):
-    def search(ids, starts, seq, dirty, place, slot, missing, summary) -> None:
-        of_feature = (directory._feature_row, directory._feature_rows, directory._feature_slot, directory._feature_table)
-        there = [t.to(DEVICE) for t in (ids, starts, *of_feature, directory.place_of_row, directory.stamp, place, slot, missing, summary)]
-        device_kernels.lookup(*there[:2], tuple(there[2:6]), *there[6:8], directory.slots, seq, dirty, *there[8:])
-        for tensor, of_device in zip((directory.stamp, place, slot, missing, summary), there[7:], strict=True):
-            tensor.copy_(of_device)
-
-    return search
+    plain = group(seed)
+    with fused():
+        ours = group(seed)
+        assert type(ours._pool.directory) is FusedDirectory
+    held: list[list[torch.Tensor]] = []
+    for step in steps:
+        lengths = torch.randint(0, 3, (4 * 3,), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        ids = torch.randint(0, 20, (int(offsets[-1]),), generator=generator)
+        if step == "bad" and ids.numel():
+            ids[-1] = -1
+        ids, offsets = (ids.int(), offsets.int()) if narrow else (ids, offsets)
+        outputs: list[torch.Tensor] = []
+        errors_: list[str] = []
+        for tbe, context in ((plain, nullcontext), (ours, fused)):
+            with context(), torch.set_grad_enabled(step != "evaluate"):
+                try:
+                    outputs.append(tbe(ids, offsets))
+                except MTrainsError as e:
+                    errors_.append(str(e))
+        assert len(set(errors_)) == (1 if errors_ else 0)
+        assert len(outputs) in (0, 2)
+        if outputs:
+            assert torch.equal(*outputs)
+            if step == "hold":
+                held.append(outputs)
+            elif step != "evaluate":
+                for tbe_output in outputs:
+                    tbe_output.sum().backward()
+        a, b = plain._pool.directory, ours._pool.directory
+        for name in ("place_of_row", "row_of_place", "stamp"):
+            assert torch.equal(getattr(a, name)[:-1], getattr(b, name)[:-1]), name
+        b.check()
+        assert plain.stats() == ours.stats()
+        for upper, other in zip(plain._parts, ours._parts, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(upper, other, strict=True))
 
 
 @settings(max_examples=15, deadline=None)
