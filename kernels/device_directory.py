@@ -40,7 +40,10 @@ SLOT, HOST = 0, 1
 """The two kinds of places."""
 
 BUCKETS = 1024
-"""Ages that one pass over the stamps tells apart; a queue's last bucket is filled in the order of places."""
+"""Ages that one pass over the stamps tells apart: every batch of the youngest half, then ``FAR_BATCHES`` together. A queue's last bucket
+is filled in the order of places."""
+
+FAR_BATCHES = 64
 
 QUEUE_SHARE = 16
 """A queue is at most this part of a table's places: how often the pass runs against how exact the order is. A guess."""
@@ -265,39 +268,39 @@ class DeviceDirectory:
         places = queue.place.index_select(0, chosen) if queue.place.numel() else chosen
         return Choice(places, at_bounds.diff())
 
-    def refill(self, kind: int, wanted: Sequence[int], before: int, pinned: Tensor | None = None) -> None:
-        """Makes the queue of one kind anew: free places, and those whose batch is older than ``before``, or with ``pinned`` that are not.
+    def refill(self, kind: int, wanted: Sequence[int], seq: int, before: int, pinned: Tensor | None = None) -> None:
+        """Makes the queue of one kind anew, as of batch ``seq``: free places, then the longest unused of those that may leave.
 
-        Shapes: wanted, the least that each table needs; pinned (slots,) bool, in the place of ``before``.
+        These were last used before batch ``before``; or, with ``pinned``, are not in it.
+        Shapes: wanted, the least that each table needs; pinned (slots,) bool.
         """
+        goal = [max(w, min(size, size // QUEUE_SHARE + 1)) for w, size in zip(wanted, self.sizes[kind], strict=True)]
+        place = self._oldest(kind, self._tensor(goal), seq, before, pinned)
+        table = torch.searchsorted(self._first_place[kind][1:], place, right=True)
+        bounds = torch.searchsorted(place, self._first_place[kind])
+        self._queues[kind] = _Queue(place, self.stamp.index_select(0, place), table, bounds)
+
+    def _oldest(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None) -> Tensor:
+        """So many places of each table, or all that may leave, in the order of places."""
         first, sizes = self.first_place[kind][0], self.sizes[kind]
         stamp = self.stamp[first : first + sum(sizes)]
-        row_table = torch.repeat_interleave(self._table_numbers[:-1], self._tensor(sizes), output_size=sum(sizes))
-        eligible = stamp < 2 * before if pinned is None else ~pinned
-        free = stamp < 0
-        used = eligible & ~free
-        batch = stamp >> 1
-        oldest = torch.where(used, batch, 1 << 62).amin()
-        span = torch.where(used, batch, -1).amax() - oldest + 1
-        # Bucket 0 is for free places, 1 … BUCKETS for ages, and the last for what is not eligible.
-        bucket = torch.where(used, 1 + torch.div((batch - oldest) * BUCKETS, span.clamp_min(1), rounding_mode="floor"), BUCKETS + 1)
-        bucket = torch.where(free, 0, bucket)
+        table = torch.repeat_interleave(self._table_numbers[:-1], self._tensor(sizes), output_size=sum(sizes))
+        age = seq - (stamp >> 1)
+        far = BUCKETS // 2  # older ones are told apart by FAR_BATCHES
+        age = torch.where(age < far, age, (far + (age - far) // FAR_BATCHES).clamp_max(BUCKETS - 1))
+        # Bucket 0 is for free places, 1 … BUCKETS for ages, the oldest first, and the last for what may not leave.
+        bucket = torch.where(stamp < 2 * before if pinned is None else ~pinned, BUCKETS - age, BUCKETS + 1)
+        bucket = torch.where(stamp < 0, 0, bucket)
         bins = torch.zeros(self.tables * (BUCKETS + 2), dtype=_INT64, device=self.device)
-        bins.index_add_(0, row_table * (BUCKETS + 2) + bucket, torch.ones_like(bucket))
+        bins.index_add_(0, table * (BUCKETS + 2) + bucket, torch.ones_like(bucket))
         up_to = bins.view(self.tables, BUCKETS + 2).cumsum(1)
-        goal = self._tensor([max(w, min(size, size // QUEUE_SHARE + 1)) for w, size in zip(wanted, sizes, strict=True)])
         whole = (up_to <= goal[:, None]).sum(1)  # buckets that are taken whole
-        rest = goal - torch.where(whole > 0, up_to.gather(1, (whole - 1).clamp_min(0)[:, None])[:, 0], 0)
-        partly = bucket == whole.index_select(0, row_table)
+        rest = goal - torch.where(up_to <= goal[:, None], up_to, 0).amax(1)
+        partly = bucket == whole.index_select(0, table)
         rank = _before(partly)
-        starts = self._first_place[kind] - first
-        rank = rank[:-1] - rank.index_select(0, starts[:-1]).index_select(0, row_table)
-        taken = (bucket < whole.index_select(0, row_table)) | (partly & (rank < rest.index_select(0, row_table)))
-        taken &= bucket <= BUCKETS
-        chosen = taken.nonzero().squeeze(1)
-        table = row_table.index_select(0, chosen)
-        bounds = torch.searchsorted(table, self._table_numbers)
-        self._queues[kind] = _Queue(chosen + first, stamp.index_select(0, chosen), table, bounds)
+        rank = rank[:-1] - rank.index_select(0, self._first_place[kind][:-1] - first).index_select(0, table)
+        taken = (bucket < whole.index_select(0, table)) | (partly & (rank < rest.index_select(0, table)))
+        return (taken & (bucket <= BUCKETS)).nonzero().squeeze(1) + first
 
     def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
         """Exchanges places: each missed row comes into its slot, and the row that was there into the missed row's host place.

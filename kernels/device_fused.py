@@ -1,6 +1,4 @@
 """``FusedDirectory``: ``DeviceDirectory`` with the kernels of ``device_kernels`` in place of its tensor operations, where a batch meets them.
-
-What happens rarely, such as collecting candidates, stays in tensor operations.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .device_directory import Choice, DeviceDirectory, Lookup, Misses
+from .device_directory import BUCKETS, FAR_BATCHES, Choice, DeviceDirectory, Lookup, Misses
 
 
 def _kernels() -> ModuleType:
@@ -46,6 +44,12 @@ class FusedDirectory(DeviceDirectory):
         if not queue.place.numel():
             return super().choose(kind, wanted, most)
         return Choice(*_kernels().choose(queue.place, queue.stamp, queue.table, queue.bounds, self.stamp, wanted, most))
+
+    def _oldest(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None) -> Tensor:
+        taken = _kernels().oldest(
+            self.stamp, self._first_place[kind], max(self.sizes[kind]), sum(self.sizes[kind]), goal, seq, before, pinned, BUCKETS, FAR_BATCHES
+        )  # fmt: skip
+        return taken.nonzero().squeeze(1) + self.first_place[kind][0]
 
     def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
         _kernels().commit(

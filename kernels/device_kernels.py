@@ -205,6 +205,95 @@ def choose(place: Tensor, queued: Tensor, table: Tensor, bounds: Tensor, stamp: 
     return place.index_select(0, torch.nonzero_static(taken, size=most, fill_value=0).squeeze(1)), available
 
 
+@triton.jit(do_not_specialize=["seq", "before"])
+def _age_bins(  # type: ignore[no-untyped-def]
+    stamp, first_place, pinned, bucket_out, bins, seq, before,
+    BUCKETS: tl.constexpr, FAR_BATCHES: tl.constexpr, PINNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    table = tl.program_id(0)
+    first, start, end = tl.load(first_place), tl.load(first_place + table), tl.load(first_place + table + 1)
+    place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = place < end
+    used = tl.load(stamp + place, mask=here, other=0)
+    age = seq.to(tl.int64) - (used >> 1)
+    far: tl.constexpr = BUCKETS // 2
+    age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
+    if PINNED:
+        may_leave = tl.load(pinned + place - first, mask=here, other=1) == 0
+    else:
+        may_leave = used < 2 * before.to(tl.int64)
+    bucket = tl.where(may_leave, BUCKETS - age, BUCKETS + 1)
+    bucket = tl.where(used < 0, 0, bucket)
+    bucket = tl.where(here, bucket, BUCKETS + 1).to(tl.int32)
+    tl.store(bucket_out + place - first, bucket, mask=here)
+    counts = tl.histogram(bucket, 2 * BUCKETS)
+    b = tl.arange(0, 2 * BUCKETS)
+    tl.atomic_add(bins + table.to(tl.int64) * (2 * BUCKETS) + b, counts.to(tl.int64), mask=(counts > 0) & (b <= BUCKETS))
+
+
+@triton.jit
+def _threshold(bins, goal, whole_out, rest_out, BUCKETS: tl.constexpr):  # type: ignore[no-untyped-def]
+    table = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, 2 * BUCKETS)
+    wanted = tl.load(goal + table)
+    up_to = tl.cumsum(tl.load(bins + table * (2 * BUCKETS) + b), 0)
+    fits = (up_to <= wanted) & (b <= BUCKETS)
+    tl.store(whole_out + table, tl.sum(fits.to(tl.int32)))
+    tl.store(rest_out + table, wanted - tl.max(tl.where(fits, up_to, 0)))
+
+
+@triton.jit
+def _mark(first_place, bucket_in, whole, partly_out, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    table = tl.program_id(0)
+    first, start, end = tl.load(first_place), tl.load(first_place + table), tl.load(first_place + table + 1)
+    i = start - first + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < end - first
+    bucket = tl.load(bucket_in + i, mask=here, other=BUCKETS + 1)
+    tl.store(partly_out + i, ((bucket == tl.load(whole + table)) & (bucket <= BUCKETS)).to(tl.int8), mask=here)
+
+
+@triton.jit
+def _pick(  # type: ignore[no-untyped-def]
+    first_place, bucket_in, whole, rest, partly_in, up_to, taken_out, BUCKETS: tl.constexpr, BLOCK: tl.constexpr
+):
+    table = tl.program_id(0)
+    first, start, end = tl.load(first_place), tl.load(first_place + table), tl.load(first_place + table + 1)
+    i = start - first + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < end - first
+    before_table = tl.load(up_to + start - first - 1, mask=start > first, other=0)
+    partly = tl.load(partly_in + i, mask=here, other=0).to(tl.int64)
+    rank = tl.load(up_to + i, mask=here, other=0) - partly - before_table
+    bucket = tl.load(bucket_in + i, mask=here, other=BUCKETS + 1)
+    taken = ((bucket < tl.load(whole + table)) & (bucket <= BUCKETS)) | ((partly != 0) & (rank < tl.load(rest + table)))
+    tl.store(taken_out + i, taken.to(tl.int8), mask=here)
+
+
+def oldest(
+    stamp: Tensor, first_place: Tensor, most_places: int, places: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None,
+    buckets: int, far_batches: int,
+) -> Tensor:  # fmt: skip
+    """``DeviceDirectory._oldest``: which places, as flags."""
+    tables = goal.numel()
+    bucket = torch.empty(places, dtype=torch.int32, device=stamp.device)
+    partly, taken = torch.empty(2, places, dtype=torch.bool, device=stamp.device).unbind(0)
+    bins = torch.zeros(tables, 2 * buckets, dtype=torch.int64, device=stamp.device)
+    whole = torch.empty(tables, dtype=torch.int32, device=stamp.device)
+    rest = torch.empty(tables, dtype=torch.int64, device=stamp.device)
+    grid: Any = (tables, triton.cdiv(most_places, 4 * _BLOCK))
+    pins = stamp if pinned is None else pinned.view(torch.int8)
+    _age_bins[grid](
+        stamp, first_place, pins, bucket, bins, seq, before,
+        BUCKETS=buckets, FAR_BATCHES=far_batches, PINNED=pinned is not None, BLOCK=4 * _BLOCK,
+    )  # fmt: skip
+    _threshold[(tables,)](bins, goal, whole, rest, BUCKETS=buckets)
+    _mark[grid](first_place, bucket, whole, partly.view(torch.int8), BUCKETS=buckets, BLOCK=4 * _BLOCK)
+    _pick[grid](
+        first_place, bucket, whole, rest, partly.view(torch.int8), partly.cumsum(0), taken.view(torch.int8),
+        BUCKETS=buckets, BLOCK=4 * _BLOCK,
+    )  # fmt: skip
+    return taken
+
+
 @triton.jit(do_not_specialize=["count", "seq"])
 def _commit(  # type: ignore[no-untyped-def]
     row_in, table_in, slots, hosts, first_row, place_of_row, row_of_place, stamp, evictions, write_backs, count, seq,

@@ -99,6 +99,7 @@ class _Order:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.directory, self.mover = device, None, None
+        self._kept: deque[tuple[Any, Any]] = deque()
         if device.type == "cuda":
             self.directory, self.mover = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
 
@@ -125,16 +126,22 @@ class _Order:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(stream)
 
-    def uses(self, *tensors: Tensor) -> None:
-        """The current stream: their memory is not given to others before it is done with them."""
-        if self.mover:
-            for tensor in tensors:
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+    def keep(self, event: Any, *what: Any) -> None:
+        """Keeps memory of the directory's stream from being used anew before the event; cheaper than ``Tensor.record_stream``."""
+        if event is not None:
+            self._kept.append((event, what))
 
-    def release(self) -> None:
-        """Exchanges queued from now on come after what the current stream has queued."""
-        if self.mover:
-            self.mover.wait_stream(torch.cuda.current_stream(self.device))
+    def let_go(self) -> None:
+        """Of what is kept no longer."""
+        while self._kept and self._kept[0][0].query():
+            self._kept.popleft()
+
+    def release(self) -> Any:
+        """Exchanges queued from now on come after what the current stream has queued; its event."""
+        event = self.now()
+        if event is not None:
+            self.mover.wait_event(event)
+        return event
 
     def finish_moves(self) -> None:
         """The host waits for every exchange queued so far."""
@@ -162,7 +169,7 @@ class DevicePool:
         )
         self._order = _Order(device)
         self._held: dict[int, _Held] = {}
-        self._released: deque[int] = deque()
+        self._released: deque[tuple[int, Any]] = deque()  # with events
         self._fill: _Fill | None = None
         self._moved: Any = None  # event after the last exchange
         self._last_seq = 0
@@ -175,14 +182,13 @@ class DevicePool:
     # -- batches
 
     def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool) -> tuple[int, Tensor] | None:
-        """Starts a batch; None when it is not ``hard`` and there is no room.
+        """Starts a batch; None when it is not ``hard`` and there is no room. On return the device has read ids and offsets.
 
         Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number and the slot of each id, counted within its table: (n,) int64.
         Raises: IdOutOfRangeError, ConfigurationError, PoolTooSmallError, VolumeFullError: nothing was changed. What the reads of the
         batch before failed with.
         """
         with self._lock, self._order.on_directory():
-            self._order.uses(ids, offsets)
             self._let_go()
             self._finish_fill()
             seq = self._last_seq = self._last_seq + 1
@@ -238,11 +244,11 @@ class DevicePool:
         slots = directory.choose(SLOT, misses.count, misses.most)
         counts, have, below = self._pull(misses.count, slots.available, misses.below_count)
         if _short(have, counts):
-            directory.refill(SLOT, counts, min([seq, *self._held]))
+            directory.refill(SLOT, counts, seq, min([seq, *self._held]))
             slots = directory.choose(SLOT, misses.count, misses.most)
             (have,) = self._pull(slots.available)
         while _short(have, counts):  # the stamps are conservative: which slots tickets use is the exact answer
-            directory.refill(SLOT, counts, 0, self._pinned(found))
+            directory.refill(SLOT, counts, seq, 0, self._pinned(found))
             slots = directory.choose(SLOT, misses.count, misses.most)
             (have,) = self._pull(slots.available)
             if not _short(have, counts):
@@ -257,7 +263,7 @@ class DevicePool:
         hosts = directory.choose(HOST, misses.below_count, sum(below))
         (have,) = self._pull(hosts.available)
         if _short(have, below):
-            directory.refill(HOST, below, seq)
+            directory.refill(HOST, below, seq, seq)
             hosts = directory.choose(HOST, misses.below_count, sum(below))
             (have,) = self._pull(hosts.available)
             assert not _short(have, below), "a table has as many host places as slots"
@@ -338,9 +344,9 @@ class DevicePool:
         """Queues an exchange. Places are counted through the group."""
         directory, order = self.directory, self._order
         with order.on_mover():
-            order.uses(slots, hosts, table)
             self._planes.exchange(slots, hosts, table, (directory._first_place[SLOT], directory._first_place[HOST]), counts)
             self._moved = order.now()
+        order.keep(self._moved, slots, hosts, table)
 
     def _finish_fill(self) -> None:
         """The host waits for the reads in flight, and queues their exchange. Rows that could not be read leave the pool again.
@@ -399,24 +405,23 @@ class DevicePool:
             except BaseException:
                 self._held.pop(seq, None)
                 raise
-            held = self._held[seq]
-            self._order.wait(*held.ready)
-            self._order.uses(held.slots)
+            self._order.wait(*self._held[seq].ready)
 
     def release(self, seq: int) -> None:
         """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
         # Without the lock: a begin on another thread may hold it while it waits for the device.
         if seq in self._held:
-            self._order.release()
-            self._released.append(seq)
+            self._released.append((seq, self._order.release()))
 
     def _let_go(self) -> None:
         while self._released:
-            self._held.pop(self._released.popleft(), None)
+            seq, event = self._released.popleft()
+            self._order.keep(event, self._held.pop(seq, None))
+        self._order.let_go()
 
     def alive(self, seq: int) -> bool:
         """Whether a ticket is outstanding."""
-        return seq in self._held and seq not in self._released
+        return seq in self._held and all(seq != released for released, _ in self._released)
 
     @property
     def outstanding(self) -> int:
