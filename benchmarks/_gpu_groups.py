@@ -104,12 +104,12 @@ def tiered(shape: Shape, optimizer: EmbOptimType, pool_rows: int, *below: Cache 
 
 class Loop:
     """Training steps with the next batch prefetched between a batch's forward and its backward, on a stream of its own, as TorchRec's
-    prefetch pipeline does; with ``threaded`` on a thread of its own too, beside the backward."""
+    prefetch pipeline does; by ``thread``, if there is one, beside the backward."""
 
-    def __init__(self, tbe: Any, batches: Batches, prefetch: bool, threaded: bool = False) -> None:
+    def __init__(self, tbe: Any, batches: Batches, prefetch: bool) -> None:
         self.tbe, self.batches, self.prefetch, self.at = tbe, batches, prefetch, 0
         self.stream = torch.cuda.Stream()
-        self.thread = ThreadPoolExecutor(1) if threaded else None
+        self.thread: ThreadPoolExecutor | None = None
         self.gradient: torch.Tensor | None = None
         if prefetch:
             self._prefetch(0)

@@ -104,6 +104,8 @@ class _Queue:
 class DeviceDirectory:
     """The directory of a group: ``rows``, ``slots`` and ``host_places`` by table, ``table_of_feature`` by feature, in order of tables."""
 
+    BYTES_PER_ROW, BYTES_PER_PLACE = 4, 12
+
     def __init__(
         self,
         names: Sequence[str],
@@ -146,8 +148,8 @@ class DeviceDirectory:
             return torch.full((count,), value, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError as e:
             raise errors.ConfigurationError(
-                f"the directory of these tiered tables needs 4 bytes of device memory for each of their {self._sink_row} rows and 12 for "
-                f"each of {self.places} slots and host places; {count * dtype.itemsize} bytes of it are not free on {self.device}. Use "
+                f"the directory of these tiered tables needs {self.BYTES_PER_ROW} bytes of device memory for each of their {self._sink_row} "
+                f"rows and {self.BYTES_PER_PLACE} for each of {self.places} slots and host places; {count * dtype.itemsize} bytes of it are not free on {self.device}. Use "
                 "smaller pools, or spread the tables over more ranks"
             ) from e
 

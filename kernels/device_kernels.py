@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 512
-_EXCHANGE_ELEMENTS = 1024
-"""Of a tile. Guesses, as the block above."""
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 1024, 128
+"""Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
 
 
 @triton.jit
@@ -353,21 +353,22 @@ def _exchange(  # type: ignore[no-untyped-def]
     upper, lower, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = at < count
-    table = tl.load(tables + at, mask=here, other=0)
-    # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
-    width = tl.multiple_of(tl.load(widths + table), ALIGN)
-    up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
-    down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
-    up, down = tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = here[:, None] & (column[None, :] < width[:, None])
-    up_at, down_at = upper + up[:, None] + column[None, :], lower + down[:, None] + column[None, :]
-    comes = tl.load(down_at, mask=mask)
-    goes = tl.load(up_at, mask=mask)
-    tl.store(down_at, goes, mask=mask)
-    tl.store(up_at, comes, mask=mask)
+    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+        at = first + tl.arange(0, ROWS)
+        here = at < count
+        table = tl.load(tables + at, mask=here, other=0)
+        # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
+        width = tl.multiple_of(tl.load(widths + table), ALIGN)
+        up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
+        down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
+        up, down = tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN)
+        mask = here[:, None] & (column[None, :] < width[:, None])
+        up_at, down_at = upper + up[:, None] + column[None, :], lower + down[:, None] + column[None, :]
+        comes = tl.load(down_at, mask=mask)
+        goes = tl.load(up_at, mask=mask)
+        tl.store(down_at, goes, mask=mask)
+        tl.store(up_at, comes, mask=mask)
 
 
 def exchange(
@@ -375,9 +376,9 @@ def exchange(
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
     """Rows of one plane's layer change places. Starts and widths are in elements, by table; places through the group."""
-    columns = min(triton.next_power_of_2(widest), _EXCHANGE_ELEMENTS)
-    rows = max(1, _EXCHANGE_ELEMENTS // columns)
-    grid: Any = (triton.cdiv(slots.numel(), rows), triton.cdiv(widest, columns))
+    columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
+    rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
+    grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
         upper, lower, slots, hosts, tables, *firsts, upper_start, lower_start, widths, slots.numel(),
         ALIGN=align, ROWS=rows, COLUMNS=columns,

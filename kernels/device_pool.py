@@ -158,6 +158,7 @@ class DevicePool:
     """The pools of ``tables``, whose features are ``table_of_feature``; see the module."""
 
     def __init__(self, tables: Sequence[DeviceTable], table_of_feature: Sequence[int], planes: Planes, device: torch.device) -> None:
+        self._fill: _Fill | None = None
         self.tables, self._planes, self._table_of_feature = list(tables), planes, list(table_of_feature)
         self.directory = directory_type(device)(
             [t.name for t in tables],
@@ -170,7 +171,6 @@ class DevicePool:
         self._order = _Order(device)
         self._held: dict[int, _Held] = {}
         self._released: deque[tuple[int, Any]] = deque()  # with events
-        self._fill: _Fill | None = None
         self._moved: Any = None  # event after the last exchange
         self._last_seq = 0
         self._counts = [_Counts() for _ in tables]
@@ -309,8 +309,7 @@ class DevicePool:
         rows = misses.row.index_select(0, which) - directory._first_row.index_select(0, table)
         columns = [rows, hosts, directory.row_of_place.index_select(0, hosts).long(), directory.stamp.index_select(0, hosts)]
         rows_, hosts_, leaving, stamps = torch.stack(columns).cpu().numpy()
-        if (leaving >= 0).any():
-            self._order.finish_moves()
+        self._order.finish_moves()  # out of these places, and into them
         by_volume: dict[int, tuple[Any, list[Any], list[int]]] = {}
         first = 0
         for t, count in enumerate(counts):
@@ -429,6 +428,13 @@ class DevicePool:
         with self._lock:
             self._let_go()
             return len(self._held)
+
+    def __del__(self) -> None:
+        for volume, token, _ in self._fill.reads if self._fill is not None else ():
+            try:
+                volume.wait(token)  # it writes into host places until then
+            except errors.MTrainsError:
+                pass  # nobody waits for these rows any more
 
     # -- rows, as users see them
 
