@@ -354,7 +354,8 @@ def _exchange(  # type: ignore[no-untyped-def]
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    for first in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    first = tl.program_id(0) * ROWS
+    while first < count:
         at = first + tl.arange(0, ROWS)
         here = at < count
         table = tl.load(tables + at, mask=here, other=0)
@@ -369,6 +370,7 @@ def _exchange(  # type: ignore[no-untyped-def]
         goes = tl.load(up_at, mask=mask)
         tl.store(down_at, goes, mask=mask)
         tl.store(up_at, comes, mask=mask)
+        first += tl.num_programs(0) * ROWS
 
 
 def exchange(
