@@ -59,7 +59,9 @@ def footprint(shape: Shape, batches: Batches) -> float:
     return sum(by_table[:, t].unique().numel() for t in range(len(shape.dims))) / (shape.rows * len(shape.dims))
 
 
-def of_stock(shape: Shape, optimizer: EmbOptimType, batches: Batches, warm_up: int, steps: int, share: float | None = None) -> dict[str, Any]:
+def of_stock(
+    shape: Shape, optimizer: EmbOptimType, batches: Batches, warm_up: int, steps: int, share: float | None = None
+) -> dict[str, Any]:
     """The stock TBE: all in HBM, or that share of its rows cached there."""
     tbe = fused(shape, optimizer, share, values=False)
     result = measure(tbe, batches, warm_up, steps, share is not None)

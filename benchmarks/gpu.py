@@ -40,7 +40,11 @@ def steps(shape: Shape, batches: Batches, footprint_share: float, warm_up: int, 
             of[f"uvm {share}"] = of_stock(shape, optimizer, batches, warm_up, count, rows)
         result[optimizer.name] = of
         for name, figure in of.items():
-            print(f"{optimizer.name}, {name}: {figure['ms']:.2f} ms", {k: v for k, v in figure.items() if k.endswith(("threaded", "_step"))}, flush=True)
+            print(
+                f"{optimizer.name}, {name}: {figure['ms']:.2f} ms",
+                {k: v for k, v in figure.items() if k.endswith(("threaded", "_step"))},
+                flush=True,
+            )
     return result
 
 
@@ -67,7 +71,11 @@ def table(results: dict[str, Any]) -> list[Figure]:
             bound = max(hbm, bus_ms(ours, machine))
             figures.append(Figure(f"{optimizer}: pool {share:.0%} ÷ max(all-HBM, bus)", ours["ms"] / bound, "≤ 1.2"))
             figures.append(Figure("    prefetched by a thread of its own", ours["ms_threaded"] / bound))
-            figures.append(Figure(f"{optimizer}: pool {share:.0%} ÷ UVM caching", ours["ms"] / uvm["ms"], "≤ 1.0" if optimizer == SGD.name else "≤ 0.6"))
+            figures.append(
+                Figure(
+                    f"{optimizer}: pool {share:.0%} ÷ UVM caching", ours["ms"] / uvm["ms"], "≤ 1.0" if optimizer == SGD.name else "≤ 0.6"
+                )
+            )
     if "ssd" in results:
         of, reads = results["ssd"], results["machine"]["ssd"]
         io_ms = of["read_ios_per_step"] / max(v for k, v in reads.items() if k != "backend") * 1e3

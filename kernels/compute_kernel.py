@@ -35,6 +35,8 @@ TBE_OPTIONS = frozenset(
         "optimizer",
         "learning_rate",
         "eps",
+        "beta1",
+        "beta2",
         "weight_decay",
         "weight_decay_mode",
         "gradient_clipping",
@@ -51,8 +53,6 @@ OTHER_OPTIONS = frozenset(
         TABLE_TIERS,
         # What the optimizers that are not admitted take; the stock TBE ignores it for the admitted ones too.
         "momentum",
-        "beta1",
-        "beta2",
         "eta",
         # FBGEMM's own cache and memory placement, which a tiered table does not have.
         "cache_algorithm",

@@ -148,8 +148,9 @@ class DeviceDirectory:
             return torch.full((count,), value, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError as e:
             raise errors.ConfigurationError(
-                f"the directory of these tiered tables needs {self.BYTES_PER_ROW} bytes of device memory for each of their {self._sink_row} "
-                f"rows and {self.BYTES_PER_PLACE} for each of {self.places} slots and host places; {count * dtype.itemsize} bytes of it are not free on {self.device}. Use "
+                f"the directory of these tiered tables needs {self.BYTES_PER_ROW} bytes of device memory for each of their "
+                f"{self._sink_row} rows and {self.BYTES_PER_PLACE} for each of {self.places} slots and host places; "
+                f"{count * dtype.itemsize} bytes of it are not free on {self.device}. Use "
                 "smaller pools, or spread the tables over more ranks"
             ) from e
 
@@ -188,7 +189,16 @@ class DeviceDirectory:
         return Lookup(ids, offsets, stride, place, slot, missing, missing_count, hits, lookups)
 
     def _search(
-        self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool, place: Tensor, slot: Tensor, missing: Tensor, summary: Tensor
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        stride: int,
+        seq: int,
+        dirty: bool,
+        place: Tensor,
+        slot: Tensor,
+        missing: Tensor,
+        summary: Tensor,
     ) -> None:
         """Fills place, slot and missing, and the summary: bad ids, positions that miss, by table the distinct rows in slots, and where the
         features begin."""
@@ -220,8 +230,8 @@ class DeviceDirectory:
         table = int(self._feature_table[f])
         raise errors.IdOutOfRangeError(
             f"id {int(ids[position])} of table {self.names[table]!r} (feature {f} of the group, position {position - begins[f]}) is "
-            f"outside [0, {self.rows[table]}). Nothing was changed. Fix the input, hash ids into range, or set bounds_check_mode to WARNING "
-            "to have them read row 0"
+            f"outside [0, {self.rows[table]}). Nothing was changed. Fix the input, hash ids into range, or set bounds_check_mode to "
+            "WARNING to have them read row 0"
         )
 
     def stamp_places(self, places: Tensor, seq: int, dirty: bool) -> None:

@@ -1,5 +1,4 @@
-"""``FusedDirectory``: ``DeviceDirectory`` with the kernels of ``device_kernels`` in place of its tensor operations, where a batch meets them.
-"""
+"""``FusedDirectory``: ``DeviceDirectory`` with the kernels of ``device_kernels`` in place of its tensor operations."""
 
 from __future__ import annotations
 
@@ -25,7 +24,16 @@ class FusedDirectory(DeviceDirectory):
         return self._feature_row, self._feature_rows, self._feature_slot, self._feature_table
 
     def _search(
-        self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool, place: Tensor, slot: Tensor, missing: Tensor, summary: Tensor
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        stride: int,
+        seq: int,
+        dirty: bool,
+        place: Tensor,
+        slot: Tensor,
+        missing: Tensor,
+        summary: Tensor,
     ) -> None:
         _kernels().lookup(
             ids, offsets, stride, self._of_feature, self.place_of_row, self.stamp, self.slots, seq, dirty, place, slot, missing, summary
@@ -47,7 +55,8 @@ class FusedDirectory(DeviceDirectory):
 
     def _oldest(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None) -> Tensor:
         taken = _kernels().oldest(
-            self.stamp, self._first_place[kind], max(self.sizes[kind]), sum(self.sizes[kind]), goal, seq, before, pinned, BUCKETS, FAR_BATCHES
+            self.stamp, self._first_place[kind], max(self.sizes[kind]), sum(self.sizes[kind]), goal, seq, before, pinned, BUCKETS,
+            FAR_BATCHES,
         )  # fmt: skip
         return taken.nonzero().squeeze(1) + self.first_place[kind][0]
 

@@ -35,7 +35,7 @@ def _feature_at(offsets, stride, at, FEATURES: tl.constexpr, SEARCH: tl.constexp
 
 
 @triton.jit
-def _add_by_table(counts, table, amount, here):  # type: ignore[no-untyped-def]
+def _add_by_table(counts, table, amount, here):
     """Adds to the counter of each table. Tables are sorted, so a block nearly always has one."""
     last = tl.max(tl.where(here, table, 0))
     first = tl.min(tl.where(here, table, last))
@@ -218,7 +218,7 @@ def _age_bins(  # type: ignore[no-untyped-def]
     age = seq.to(tl.int64) - (used >> 1)
     far: tl.constexpr = BUCKETS // 2
     age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
-    if PINNED:
+    if PINNED:  # noqa: SIM108 (a branch of the compiler's)
         may_leave = tl.load(pinned + place - first, mask=here, other=1) == 0
     else:
         may_leave = used < 2 * before.to(tl.int64)

@@ -73,9 +73,10 @@ class Planes:
                 [0 if s is None else starts[s] // unit for s in mine],
                 [0 if s is None else row_elements[s] // unit for s in mine],
             )
-            tensors = [torch.tensor(c, device=whole.device) for c in columns]
-            elements = (tensors[0] * unit, tensors[1] * unit, tensors[2] * unit)
-            layers.append(_Layer(*tensors, columns[-1], elements, max(columns[-1]) * unit, 4 if unit % 4 == 0 else 1))
+            upper, lower_start, width = (torch.tensor(c, device=whole.device) for c in columns)
+            elements = (upper * unit, lower_start * unit, width * unit)
+            align = 4 if unit % 4 == 0 else 1
+            layers.append(_Layer(upper, lower_start, width, columns[-1], elements, max(columns[-1]) * unit, align))
         return _Plane(whole.view(-1, unit), lower.view(-1, unit), layers)
 
     def exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, firsts: tuple[Tensor, Tensor], counts: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,9 @@ class _Order:
     """The streams of a device that has some, and what they wait for; nothing on a CPU, where everything happens at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.directory, self.mover = device, None, None
+        self.device = device
+        self.directory: Any = None
+        self.mover: Any = None
         self._kept: deque[tuple[Any, Any]] = deque()
         if device.type == "cuda":
             self.directory, self.mover = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
@@ -139,7 +141,7 @@ class _Order:
     def release(self) -> Any:
         """Exchanges queued from now on come after what the current stream has queued; its event."""
         event = self.now()
-        if event is not None:
+        if self.mover is not None:
             self.mover.wait_event(event)
         return event
 
@@ -184,7 +186,8 @@ class DevicePool:
     def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool) -> tuple[int, Tensor] | None:
         """Starts a batch; None when it is not ``hard`` and there is no room. On return the device has read ids and offsets.
 
-        Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number and the slot of each id, counted within its table: (n,) int64.
+        Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number, and the slot of each id, counted within its
+        table: (n,) int64.
         Raises: IdOutOfRangeError, ConfigurationError, PoolTooSmallError, VolumeFullError: nothing was changed. What the reads of the
         batch before failed with.
         """
@@ -229,16 +232,15 @@ class DevicePool:
             counted.misses += all_missed
             counted.from_below += below
         if below_total:
-            self._fill = _Fill(seq, reads, *(x.index_select(0, from_below) for x in (slots, hosts, table)), below_counts)
+            mine = [x.index_select(0, from_below) for x in (slots, hosts, table)]
+            self._fill = _Fill(seq, reads, mine[0], mine[1], mine[2], below_counts)
             in_host = torch.nonzero_static(~misses.below[:total], size=total - below_total).squeeze(1)
             slots, hosts, table = (x.index_select(0, in_host) for x in (slots, hosts, table))
         if total > below_total:
             self._move(slots, hosts, table, [c - b for c, b in zip(counts, below_counts, strict=True)])
         return True
 
-    def _find_room(
-        self, found: Lookup, misses: Misses, seq: int, hard: bool
-    ) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
+    def _find_room(self, found: Lookup, misses: Misses, seq: int, hard: bool) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
         """Slots for all misses, host places for those from below, if there are any, and the counts of both by table."""
         directory = self.directory
         slots = directory.choose(SLOT, misses.count, misses.most)
@@ -301,9 +303,7 @@ class DevicePool:
             f"changed. Raise pool_rows to at least {needed + others}, use smaller batches, or drop outputs that need no backward"
         )
 
-    def _read_below(
-        self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], dirty: bool
-    ) -> list[tuple[Any, int, list[int]]]:
+    def _read_below(self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], dirty: bool) -> list[tuple[Any, int, list[int]]]:
         """Evicts what is in host places into the volumes, and starts reading missed rows into them. Returns (volume, token, tables)."""
         directory, table = self.directory, misses.table.index_select(0, which)
         rows = misses.row.index_select(0, which) - directory._first_row.index_select(0, table)
@@ -431,10 +431,8 @@ class DevicePool:
 
     def __del__(self) -> None:
         for volume, token, _ in self._fill.reads if self._fill is not None else ():
-            try:
+            with suppress(errors.MTrainsError):  # nobody waits for these rows any more
                 volume.wait(token)  # it writes into host places until then
-            except errors.MTrainsError:
-                pass  # nobody waits for these rows any more
 
     # -- rows, as users see them
 

@@ -54,9 +54,7 @@ class DeviceTBE(TieredTBE):
         on_gpu = self.device.type == "cuda"
         place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            embedding_specs=[
-                (pool, dim, *place) for pool, t in zip(self.pool_rows, self.tables, strict=True) for dim in t.dims
-            ],
+            embedding_specs=[(pool, dim, *place) for pool, t in zip(self.pool_rows, self.tables, strict=True) for dim in t.dims],
             bounds_check_mode=BoundsCheckMode.NONE,
             device=self.device,
             **self._options,

@@ -1,10 +1,10 @@
 """Tensors that stand for rows of a tiered table without holding them.
 
-A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` tensor on its pool's device and owns no values. ``detach``, ``narrow``, and
-``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows, wherever they are
-at that moment; ``copy_`` into it and assignment to row numbers write them. Whatever only reads works on rows of at most ``READ_BYTES``,
-such as the local shards of a state dict. Anything else raises: it would have to bring a whole table into memory unasked, or change
-rows that are not there.
+A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` tensor on its pool's device and owns no values. ``detach``,
+``narrow``, and ``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows,
+wherever they are at that moment; ``copy_`` into it and assignment to row numbers write them. Whatever only reads works on rows of at most
+``READ_BYTES``, such as the local shards of a state dict. Anything else raises: it would have to bring a whole table into memory unasked,
+or change rows that are not there.
 """
 
 from __future__ import annotations

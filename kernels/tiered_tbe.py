@@ -124,7 +124,7 @@ class TieredTBE(nn.Module):
         super().__init__()
         if optimizer not in self.optimizers:
             raise errors.UnsupportedError(
-                f"optimizer {optimizer.name} is not supported on tiered tables here: its per-row state must be able to travel "
+                f"optimizer {optimizer.name} is not supported on tiered tables: its per-row state must be able to travel "
                 f"with the row. Use one of {', '.join(o.name for o in self.optimizers)}"
             )
         if weights_precision not in (SparseType.FP32, SparseType.FP16):

@@ -14,19 +14,19 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA wheels; pip install triton to run its kernels on a CPU")
 
-from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torchrec_mtrains.kernels import device_pool
-from torchrec_mtrains.kernels.deferred_init import UniformInit
-from torchrec_mtrains.kernels.device_fused import FusedDirectory
-from torchrec_mtrains.kernels.device_planes import Planes
-from torchrec_mtrains.kernels.device_tbe import DeviceTBE
-from torchrec_mtrains.kernels.tiered_tbe import TieredTable
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType  # noqa: E402
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torchrec_mtrains.kernels import device_pool  # noqa: E402
+from torchrec_mtrains.kernels.deferred_init import UniformInit  # noqa: E402
+from torchrec_mtrains.kernels.device_fused import FusedDirectory  # noqa: E402
+from torchrec_mtrains.kernels.device_planes import Planes  # noqa: E402
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE  # noqa: E402
+from torchrec_mtrains.kernels.tiered_tbe import TieredTable  # noqa: E402
 
-from torchrec_mtrains import DdrCache, DdrHome, TierChain
-from torchrec_mtrains.errors import MTrainsError
+from torchrec_mtrains import DdrCache, DdrHome, TierChain  # noqa: E402
+from torchrec_mtrains.errors import MTrainsError  # noqa: E402
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if ON_GPU else "cpu")
 
@@ -39,7 +39,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManage
     def within() -> Iterator[None]:
         with monkeypatch.context() as m:
             m.setattr(device_pool, "directory_type", lambda device: FusedDirectory)
-            m.setattr(Planes, "exchange", lambda self, slots, hosts, table, firsts, counts: self.exchange_by_kernel(slots, hosts, table, firsts))
+            m.setattr(
+                Planes, "exchange", lambda self, slots, hosts, table, firsts, counts: self.exchange_by_kernel(slots, hosts, table, firsts)
+            )
             yield
 
     return within
@@ -60,7 +62,11 @@ def group(seed: int) -> DeviceTBE:
 
 @pytest.mark.skipif(ON_GPU, reason="pools on the GPU take the kernels: benchmarks/gpu.py and test_gpu.py")
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 1000), narrow=st.booleans(), steps=st.lists(st.sampled_from(["train", "evaluate", "bad", "hold"]), min_size=8, max_size=16))
+@given(
+    seed=st.integers(0, 1000),
+    narrow=st.booleans(),
+    steps=st.lists(st.sampled_from(["train", "evaluate", "bad", "hold"]), min_size=8, max_size=16),
+)
 def test_a_pool_with_kernels_is_step_by_step_in_the_state_of_one_with_tensor_operations(
     fused: Callable[[], AbstractContextManager[None]], seed: int, narrow: bool, steps: list[str]
 ) -> None:

@@ -128,9 +128,7 @@ def train_and_compare(group: Group, home: Home, kernel: str) -> None:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(groups(), st.sampled_from([DdrHome, SsdHome, PmemHome]), st.sampled_from(list(KERNELS)))
-def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(
-    group: Group, home: type[DdrHome | SsdHome | PmemHome], kernel: str
-) -> None:
+def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, home: type[DdrHome | SsdHome | PmemHome], kernel: str) -> None:
     if kernel == "device":  # where a DdrCache that stands first has at least as many rows as the pool
         most = [max(sizes) for sizes in zip(group.pool_rows, group.other_pool_rows, strict=True)]
         group.caches = [

@@ -93,9 +93,7 @@ def plan(tiered: bool, home: SsdHome | DdrHome) -> ShardingPlan:
     result = EmbeddingModuleShardingPlan()
     for i, table in enumerate(JOB.tables):
         widths = [table.shard_dim] * (table.dim // table.shard_dim) if table.shard_dim else [table.dim]
-        spec = EnumerableShardingSpec(
-            [ShardMetadata([0, k * w], [table.rows, w], "rank:0/cuda:0") for k, w in enumerate(widths)]
-        )
+        spec = EnumerableShardingSpec([ShardMetadata([0, k * w], [table.rows, w], "rank:0/cuda:0") for k, w in enumerate(widths)])
         where = {"sharding_type": table.sharding, "ranks": [0] * len(widths), "sharding_spec": spec}
         if tiered and table.tiered:
             caches = () if isinstance(home, DdrHome) else (DdrCache(table.pool_rows + 20),)
