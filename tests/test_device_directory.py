@@ -143,3 +143,16 @@ def test_ids_and_offsets_that_do_not_fit_are_refused_by_name() -> None:
         with pytest.raises(ConfigurationError, match="offsets must not decrease"):
             directory.lookup(torch.tensor([0, 1, 2, 3]), torch.tensor(offsets), 1, 1, True)
     directory.check()
+
+
+def test_rows_of_outstanding_batches_are_no_candidates() -> None:
+    directory = make()
+    for seq, first in enumerate(range(0, 16, 4), start=1):
+        bring(directory, [[first, first + 1, first + 2, first + 3], [], []], seq, seq, True)
+    for before, expected in ((1, 0), (2, 4), (5, 16)):
+        directory.refill(SLOT, [16, 0], 5, before)
+        assert directory.choose(SLOT, torch.tensor([16, 0]), 16).available.tolist() == [expected, 9]
+    pinned = torch.zeros(25, dtype=torch.bool)
+    pinned[[0, 3, 9]] = True
+    directory.refill(SLOT, [16, 0], 5, 0, pinned)
+    assert directory.choose(SLOT, torch.tensor([16, 0]), 16).available.tolist() == [13, 9]

@@ -18,6 +18,7 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, Shard
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -25,7 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 import torchrec_mtrains as mtrains
-from dmp_twins import Job, Table, assert_same_state, batch, initial_values
+from dmp_twins import Job, Table, assert_same_state, batch, collection, in_order, initial_values
 from torchrec_mtrains import DdrCache, DdrHome, SsdHome, TierChain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -163,3 +164,80 @@ def test_a_checkpoint_of_fused_tables_on_a_gpu_loads_into_tiered_ones_and_back()
             b.fused_optimizer.load_state_dict(states[1]["optimizer"])
         assert_same_state(into.module.tables, source.module.tables)
         assert_same_state(into.module.tables, back.module.tables)
+
+
+JOBS = {
+    "fp16": Job([Table(300, 8, ["a"], 90), Table(200, 16, ["b", "c"], 150)], data_type=DataType.FP16, batch_size=16),
+    "weighted": Job([Table(300, 8, ["a"], 90), Table(200, 16, ["b"], 90)], EmbOptimType.ADAM, weighted=True, batch_size=16),
+    "sequences": Job([Table(300, 8, ["a"], 90), Table(200, 8, ["b", "c"], 150)], EmbOptimType.EXACT_SGD, sequence=True, batch_size=16),
+    "mean": Job([Table(300, 8, ["a"], 90, PoolingType.MEAN), Table(200, 16, ["b"], 90)], EmbOptimType.PARTIAL_ROWWISE_ADAM, batch_size=16),
+}
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_collection_on_a_gpu_trains_and_evaluates_bit_for_bit_like_fused(kind: str) -> None:
+    job = JOBS[kind]
+    torch.use_deterministic_algorithms(True)
+    try:
+        sides = [
+            DistributedModelParallel(
+                collection(job),
+                device=DEVICE,
+                plan=ShardingPlan({"": one_rank_plan(job, tiered)}),
+                sharders=mtrains.sharders(job.fused_params()),
+            )
+            for tiered in (True, False)
+        ]
+        sides[1].load_state_dict(initial_values(job))
+        generator = torch.Generator().manual_seed(3)
+        for step in range(25):
+            ids = batch(job, generator).to(DEVICE)
+            outputs = [in_order(side(ids)) for side in sides]
+            assert torch.equal(*outputs)
+            gradient = torch.randn(outputs[0].shape, generator=generator).to(DEVICE, outputs[0].dtype)
+            for output in outputs:
+                output.backward(gradient)
+            if step % 5 == 0:
+                with torch.no_grad():
+                    other = batch(job, generator).to(DEVICE)
+                    assert torch.equal(*(in_order(side(other)) for side in sides))
+            if step == 12:
+                for group in mtrains.tiered_groups(sides[0]):
+                    group.resize(0, 120)
+        assert_same_state(*sides)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def one_rank_plan(job: Job, tiered: bool) -> EmbeddingModuleShardingPlan:
+    result = EmbeddingModuleShardingPlan()
+    for i, table in enumerate(job.tables):
+        spec = EnumerableShardingSpec([ShardMetadata([0, 0], [table.rows, table.dim], "rank:0/cuda:0")])
+        where = {"sharding_type": "table_wise", "ranks": [0], "sharding_spec": spec}
+        chain = TierChain(table.pool_rows, (DdrHome(),))
+        result[f"t{i}"] = (
+            mtrains.TieredParameterSharding(**where, tiers=chain) if tiered else ParameterSharding(**where, compute_kernel="fused")
+        )
+    return result
+
+
+def test_a_job_on_a_gpu_resumes_from_its_checkpoint_with_the_same_bits() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            dmp = made(True, SsdHome((folder,), capacity_bytes=256 << 20))
+            seen: list[torch.Tensor] = []
+            for step, b in enumerate(batches()):
+                if step == 10:
+                    mtrains.save_checkpoint(dmp, f"{folder}/checkpoint", step=step)
+                loss, predictions = dmp(b.to(DEVICE))
+                loss.backward()
+                if step >= 10:
+                    seen.append(predictions)
+            mtrains.load_checkpoint(dmp, f"{folder}/checkpoint")
+            for (step, b), before in zip(list(enumerate(batches()))[10:], seen, strict=True):
+                loss, predictions = dmp(b.to(DEVICE))
+                loss.backward()
+                assert torch.equal(predictions, before), step
+    finally:
+        torch.use_deterministic_algorithms(False)
