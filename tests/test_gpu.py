@@ -179,15 +179,9 @@ def test_a_collection_on_a_gpu_trains_and_evaluates_bit_for_bit_like_fused(kind:
     job = JOBS[kind]
     torch.use_deterministic_algorithms(True)
     try:
-        sides = [
-            DistributedModelParallel(
-                collection(job),
-                device=DEVICE,
-                plan=ShardingPlan({"": one_rank_plan(job, tiered)}),
-                sharders=mtrains.sharders(job.fused_params()),
-            )
-            for tiered in (True, False)
-        ]
+        sharders = mtrains.sharders(job.fused_params())
+        plans = [ShardingPlan({"": one_rank_plan(job, tiered)}) for tiered in (True, False)]
+        sides = [DistributedModelParallel(collection(job), device=DEVICE, plan=plan, sharders=sharders) for plan in plans]
         sides[1].load_state_dict(initial_values(job))
         generator = torch.Generator().manual_seed(3)
         for step in range(25):
