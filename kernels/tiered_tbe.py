@@ -519,15 +519,32 @@ class TieredTBE(nn.Module):
         self._pool.forget()  # unwritten: the homes have every change
         chain = dataclasses.replace(self.tables[table].chain, pool_rows=pool_rows)
         self.tables[table] = dataclasses.replace(self.tables[table], chain=chain)
+        steps = self.optimizer_steps
         self._make_tbe()
         self._make_pool()
         self.set_learning_rate(learning_rate)
+        self.set_optimizer_steps(steps)
         for i, rows in enumerate(resident):
             self.warm(i, rows)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""
         self.tbe.set_learning_rate(learning_rate)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether an update depends on how many came before: Adam and LAMB correct their moments by it, for all rows alike."""
+        return self._optimizer not in STATES
+
+    @property
+    def optimizer_steps(self) -> int:
+        """The forward passes that the stock TBE has counted."""
+        return int(self.tbe.iter_cpu)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """As a checkpoint had it."""
+        self.tbe.iter_cpu.fill_(steps)
+        self.tbe.iter.fill_(steps)
 
     # -- looking in
 
