@@ -28,11 +28,12 @@ from .tiered_tbe import _INT32, _INT64, STATES, BatchSizes, TieredTable, TieredT
 
 DEVICE_STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     **STATES,
-    EmbOptimType.ADAM: (("momentum1", False), ("momentum2", False)),
-    EmbOptimType.PARTIAL_ROWWISE_ADAM: (("momentum1", False), ("momentum2", True)),
-    EmbOptimType.LAMB: (("momentum1", False), ("momentum2", False)),
+    EmbOptimType.ADAM: (("momentum1", False), ("exp_avg_sq", False)),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (("momentum1", False), ("exp_avg_sq", True)),
+    EmbOptimType.LAMB: (("momentum1", False), ("exp_avg_sq", False)),
 }
-"""As ``STATES``, of what the stock TBE has on a GPU besides. Each trains bit for bit like stock (benchmarks/gpu.py)."""
+"""As ``STATES``, of what the stock TBE has on a GPU besides; named as in TorchRec's state dicts. Each trains bit for bit like
+stock (benchmarks/gpu.py)."""
 
 
 class DeviceTBE(TieredTBE):
