@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from .. import errors
 from ..parameter_sharding import TABLE_TIERS, TableTiers
+from .device_tbe import DeviceTBE
 from .initial_values import InitFn, as_uniform, rows_per_block
 from .lazy_rows import LazyRows, RowSource
 from .sharded_state import TableState, TieredFusedOptimizer
@@ -33,6 +35,8 @@ TBE_OPTIONS = frozenset(
         "optimizer",
         "learning_rate",
         "eps",
+        "beta1",
+        "beta2",
         "weight_decay",
         "weight_decay_mode",
         "gradient_clipping",
@@ -49,8 +53,6 @@ OTHER_OPTIONS = frozenset(
         TABLE_TIERS,
         # What the optimizers that are not admitted take; the stock TBE ignores it for the admitted ones too.
         "momentum",
-        "beta1",
-        "beta2",
         "eta",
         # FBGEMM's own cache and memory placement, which a tiered table does not have.
         "cache_algorithm",
@@ -110,8 +112,8 @@ class _TieredKernel(FusedOptimizerModule):
     def _make(
         self, config: GroupedEmbeddingConfig, pooling: PoolingMode, pg: dist.ProcessGroup | None, device: torch.device | None
     ) -> None:
-        if device is not None and device.type != "cpu":
-            raise errors.UnsupportedError(f"tiered tables train on the CPU for now, got device {device}")
+        if device is not None and device.type not in ("cpu", "cuda"):
+            raise errors.UnsupportedError(f"tiered tables train on a CPU or a CUDA device, got device {device}")
         precision = data_type_to_sparse_type(config.data_type)
         if precision not in (SparseType.FP32, SparseType.FP16):
             raise errors.UnsupportedError(f"data_type must be FP32 or FP16 on tiered tables, got {config.data_type}")
@@ -137,7 +139,8 @@ class _TieredKernel(FusedOptimizerModule):
                     init=None if uniform is None else uniform.deferred(columns=columns, weight_type=weight_type, first_row=first_row),
                 )
             )
-        self._emb_module = TieredTBE(
+        make = TieredTBE if device is None or device.type == "cpu" else partial(DeviceTBE, device=device)
+        self._emb_module = make(
             tables,
             self._feature_table_map,
             pooling,
@@ -307,7 +310,7 @@ def _shards_of_rows(tables: Sequence[ShardedEmbeddingTable]) -> list[list[int]]:
 def _place(pooled: Tensor, vbe_output: Tensor, vbe_output_offsets: Tensor, batch_sizes: list[list[int]], dims: list[int]) -> Tensor:
     """``vbe_output`` with this group's bags, which come by rank and feature, where they belong."""
     places = [
-        torch.arange(first, first + batch_sizes[f][rank] * dims[f])
+        torch.arange(first, first + batch_sizes[f][rank] * dims[f], device=pooled.device)
         for rank, of_rank in enumerate(vbe_output_offsets.tolist())
         for f, first in enumerate(of_rank)
     ]

@@ -1,10 +1,10 @@
 """Tensors that stand for rows of a tiered table without holding them.
 
-A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` CPU tensor and owns no values. ``detach``, ``narrow``, and
-``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows, wherever they are
-at that moment; ``copy_`` into it and assignment to row numbers write them. Whatever only reads works on rows of at most ``READ_BYTES``,
-such as the local shards of a state dict. Anything else raises: it would have to bring a whole table into memory unasked, or change
-rows that are not there.
+A ``LazyRows`` looks like an ordinary ``(rows, columns)`` or ``(rows,)`` tensor on its pool's device and owns no values. ``detach``,
+``narrow``, and ``view`` in the same shape stay lazy; ``cpu``, ``clone``, copies out of it and indexing with row numbers read rows,
+wherever they are at that moment; ``copy_`` into it and assignment to row numbers write them. Whatever only reads works on rows of at most
+``READ_BYTES``, such as the local shards of a state dict. Anything else raises: it would have to bring a whole table into memory unasked,
+or change rows that are not there.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class RowSource:
         self.tbe, self.shards, self.part = tbe, shards, part
         self.name = tbe.tables[tbe.table_of_shard[shards[0]]].name
         pools = [tbe._parts[s][part] for s in shards]
+        self.device = tbe.device
         self.dtype, self._widths = pools[0].dtype, [p.shape[1] for p in pools if p.dim() > 1]
         assert len(shards) == 1 or len(self._widths) == len(shards)
         self.row_shape = torch.Size([sum(self._widths)] if self._widths else [])
@@ -99,7 +100,7 @@ class LazyRows(torch.Tensor):
         if columns is not None and torch.Size([len(columns)]) == source.row_shape:
             columns = None
         shape = (row_count, *source.row_shape) if columns is None else (row_count, len(columns))
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=source.dtype, device=torch.device("cpu"))
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=source.dtype, device=source.device)
         made.source, made.first_row, made.columns = source, first_row, columns
         return made
 
@@ -124,10 +125,13 @@ class LazyRows(torch.Tensor):
         return LazyRows(self.source, self.first_row + first, count, chosen)
 
     def materialize(self) -> Tensor:
-        """The rows' values now, as an ordinary tensor of the same shape."""
+        """The rows' values now, as an ordinary tensor of the same shape, on the CPU."""
         values = torch.empty(self.shape, dtype=self.dtype)
         _copy_out(values, self)
         return values
+
+    def _materialize_here(self) -> Tensor:
+        return self.materialize().to(self.device)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,7 +139,7 @@ class LazyRows(torch.Tensor):
         if function is torch.Tensor.cpu:
             return args[0].materialize()
         if function in (torch.Tensor.flatten, torch.flatten, torch.Tensor.reshape, torch.reshape) and _may_be_read(args):
-            args = tree_map_only(LazyRows, LazyRows.materialize, args)  # a copy, as PyTorch allows; below dispatch it were a view
+            args = tree_map_only(LazyRows, LazyRows._materialize_here, args)  # a copy, as PyTorch allows; below dispatch it were a view
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
@@ -155,12 +159,13 @@ class LazyRows(torch.Tensor):
             _copy_in(to, source) if isinstance(to, LazyRows) else _copy_out(to, source)
             return to
         if function is _aten.index.Tensor and (some := _some_rows(*args)) is not None:
-            return args[0].source.read_some(some)
+            return args[0].source.read_some(some).to(args[0].device)
         if function is _aten.index_put_.default and (some := _some_rows(*args[:2])) is not None and not any(args[3:]):
             args[0].source.write_some(some, args[2].expand(some.numel(), *args[0].shape[1:]))
             return args[0]
         if function in (_aten.clone.default, _aten._to_copy.default) or (_only_reads(function) and _may_be_read((args, kwargs))):
-            return function(*tree_map_only(LazyRows, LazyRows.materialize, args), **tree_map_only(LazyRows, LazyRows.materialize, kwargs))
+            args, kwargs = tree_map_only(LazyRows, LazyRows._materialize_here, (args, kwargs))
+            return function(*args, **kwargs)
         lazy = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, LazyRows))
         raise errors.UnsupportedError(
             f"{function} on rows of table {lazy.source.name!r} would materialise or change them. Take a range with narrow(0, first, "

@@ -29,7 +29,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from .. import errors
-from ..tiers import DdrHome, TierChain
+from ..tiers import Cache, DdrHome, TierChain
 from . import _core
 from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
@@ -101,7 +101,7 @@ class _Ticket:
 
     __slots__ = ("__weakref__", "abandon", "dirty", "ids", "seq", "slots")
 
-    def __init__(self, seq: int, slots: Tensor, ids: _Ids, dirty: bool) -> None:
+    def __init__(self, seq: int, slots: Tensor, ids: _Ids | Tensor, dirty: bool) -> None:
         self.seq, self.slots, self.ids, self.dirty = seq, slots, ids, dirty
         self.abandon: weakref.finalize[Any, _Ticket] | None = None  # releases a ticket that nobody claims
 
@@ -121,6 +121,9 @@ class TieredTBE(nn.Module):
     Raises: UnsupportedError for an optimizer outside the allow-list; ConfigurationError for a shape that cannot work.
     """
 
+    optimizers = STATES
+    device = torch.device("cpu")
+
     def __init__(
         self,
         tables: Sequence[TieredTable],
@@ -134,15 +137,15 @@ class TieredTBE(nn.Module):
         **tbe_kwargs: Any,
     ) -> None:
         super().__init__()
-        if optimizer not in STATES:
+        if optimizer not in self.optimizers:
             raise errors.UnsupportedError(
                 f"optimizer {optimizer.name} is not supported on tiered tables: its per-row state must be able to travel "
-                f"with the row. Use one of {', '.join(o.name for o in STATES)}"
+                f"with the row. Use one of {', '.join(o.name for o in self.optimizers)}"
             )
         if weights_precision not in (SparseType.FP32, SparseType.FP16):
             raise errors.UnsupportedError(f"weights_precision must be FP32 or FP16 on tiered tables, got {weights_precision}")
         self.tables = list(tables)
-        self.state_names = [name for name, _ in STATES[optimizer]]
+        self.state_names = [name for name, _ in self.optimizers[optimizer]]
         self._optimizer, self._bounds_check_mode = optimizer, bounds_check_mode
         # FATAL and NONE leave bad ids to the slot pool, which refuses them.
         self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
@@ -209,7 +212,7 @@ class TieredTBE(nn.Module):
             below = home
             if cached := self._cached.get(id(home.volume)):
                 below = cached.cached_table(
-                    home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=t.chain.caches
+                    home.name, row_count=home.row_count, record_bytes=record_bytes, init=t.init, caches=self._native_caches(t)
                 )
             self._below_pools.append(below)
 
@@ -230,8 +233,12 @@ class TieredTBE(nn.Module):
 
     def _cached_volumes(self) -> dict[int, CachedVolume]:
         """Caches by the identity of the volume below them: one object for all tables over it, so that their reads stay one batch."""
-        cached = {id(volume_of(h)) for t, h in zip(self.tables, self._homes, strict=True) if t.chain.caches}
+        cached = {id(volume_of(h)) for t, h in zip(self.tables, self._homes, strict=True) if self._native_caches(t)}
         return {key: CachedVolume(volume) for key, volume in {id(volume_of(h)): volume_of(h) for h in self._homes}.items() if key in cached}
+
+    def _native_caches(self, table: TieredTable) -> tuple[Cache, ...]:
+        """Those of the chain's caches that stand in front of the table's home."""
+        return table.chain.caches
 
     def _pool_parts(self) -> list[list[Tensor]]:
         """The pool's arrays per shard: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
@@ -282,11 +289,15 @@ class TieredTBE(nn.Module):
                 )
             starts = offsets[torch.tensor(ends)]
         else:
-            stride, rest = divmod(bags, self._features)
-            if rest:
-                raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {bags + 1}")
+            stride = self._bags_of_a_feature(offsets)
             starts = offsets[::stride] if stride else offsets.expand(self._features + 1)
         return starts.long().contiguous()
+
+    def _bags_of_a_feature(self, offsets: Tensor) -> int:
+        bags, rest = divmod(offsets.numel() - 1, self._features)
+        if rest:
+            raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}")
+        return bags
 
     def _ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> _Ids:
         if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
@@ -368,10 +379,13 @@ class TieredTBE(nn.Module):
         del forward_stream
         number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
         slots, dirty = torch.empty(ids.read.numel(), dtype=_INT64), torch.is_grad_enabled()
-        ticket = _Ticket(self._pool.prefetch(ids.native, slots.data_ptr(), dirty, number), slots, ids, dirty)
+        self._keep(_Ticket(self._pool.prefetch(ids.native, slots.data_ptr(), dirty, number), slots, ids, dirty), indices)
+
+    def _keep(self, ticket: _Ticket, indices: Tensor) -> None:
+        """For the forward of these ids; whoever loses it releases it."""
         if len(self._waiting) >= WAITING_LIMIT:
             self._forget_revoked()
-        ticket.abandon = weakref.finalize(ticket, _abandon, self._pool, ticket.seq, slots, ids)
+        ticket.abandon = weakref.finalize(ticket, _abandon, self._pool, ticket.seq, ticket.slots, ticket.ids)
         self._waiting.setdefault(_key(indices), deque()).append(ticket)
 
     def _take_waiting(self, indices: Tensor) -> _Ticket | None:
@@ -490,9 +504,13 @@ class TieredTBE(nn.Module):
                     f"table {self.tables[table].name!r}: rows of shape {(count, *pool.shape[1:])} expected, got {tuple(part.shape)}"
                 )
             fixed.append(None if part is None else part.detach().to("cpu", pool.dtype).contiguous())
+        self._write_record(table, first_row, count, [fixed[i] if s == shard else None for s, i in self._record(table)])
+
+    def _write_record(self, table: int, first_row: int, count: int, record: list[Tensor | None]) -> None:
+        """Replaces parts of consecutive records; None keeps that part."""
         addresses = []
-        for s, i in self._record(table):
-            row_bytes, part = self._parts[s][i].nbytes // self.pool_rows[table], fixed[i] if s == shard else None
+        for (s, i), part in zip(self._record(table), record, strict=True):
+            row_bytes = self._parts[s][i].nbytes // self.pool_rows[table]
             addresses.append(_core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes))
         self._pool.write(table, first_row, count, addresses)
 
@@ -579,15 +597,32 @@ class TieredTBE(nn.Module):
         self._pool.forget()  # unwritten: the homes have every change
         chain = dataclasses.replace(self.tables[table].chain, pool_rows=pool_rows)
         self.tables[table] = dataclasses.replace(self.tables[table], chain=chain)
+        steps = self.optimizer_steps
         self._make_tbe()
         self._make_pool()
         self.set_learning_rate(learning_rate)
+        self.set_optimizer_steps(steps)
         for i, rows in enumerate(resident):
             self.warm(i, rows)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """For the next backward, as the stock TBE's."""
         self.tbe.set_learning_rate(learning_rate)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether an update depends on how many came before: Adam and LAMB correct their moments by it, for all rows alike."""
+        return self._optimizer not in STATES
+
+    @property
+    def optimizer_steps(self) -> int:
+        """The forward passes that the stock TBE has counted."""
+        return int(self.tbe.iter_cpu)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """As a checkpoint had it."""
+        self.tbe.iter_cpu.fill_(steps)
+        self.tbe.iter.fill_(steps)
 
     # -- looking in
 
@@ -620,14 +655,19 @@ class TieredTBE(nn.Module):
         counters = {"hits": hits, "misses": misses, "evictions": pool["evictions"], "write_backs": pool["write_backs"]}
         moved = {"read_bytes": hits * record_bytes, "written_bytes": misses * record_bytes}
         tiers = [{"tier": "pool", "rows": self.pool_rows[table], "resident_rows": pool["resident_rows"], **counters, **moved}]
-        if cached := self._cached.get(id(self._home_tables[table].volume)):
-            for tier, stats in zip(chain.caches, cached.cache_stats(below), strict=True):
-                flushed += stats.pop("flushed_rows")
-                tiers.append({"tier": type(tier).__name__, **stats})
+        for tier in self._cache_tiers_of(table):
+            flushed += tier.pop("flushed_rows")
+            tiers.append(tier)
         last = tiers[-1]
         home = {"tier": type(chain.home).__name__, "rows": self.tables[table].rows, "hits": last["misses"]}
         moved = {"read_bytes": last["misses"] * record_bytes, "written_bytes": (last["write_backs"] + flushed) * record_bytes}
         return [*tiers, {**home, **moved}]
+
+    def _cache_tiers_of(self, table: int) -> list[dict[str, Any]]:
+        """The tiers between the pool and the home, the fastest first; with the rows that a flush has put past them."""
+        cached = self._cached.get(id(self._home_tables[table].volume))
+        stats = cached.cache_stats(self._below_pools[table]) if cached else []
+        return [{"tier": type(c).__name__, **s} for c, s in zip(self._native_caches(self.tables[table]), stats, strict=bool(cached))]
 
     def volume_stats(self) -> list[dict[str, Any]]:
         """One dict per volume below this group."""
@@ -647,7 +687,7 @@ class TieredTBE(nn.Module):
 
 def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     """The order that sorts rows, and the runs of consecutive ones as (first row, count)."""
-    in_order, order = rows.sort()
+    in_order, order = rows.cpu().sort()
     breaks = (in_order.diff() != 1).nonzero().flatten() + 1
     starts = [0, *breaks.tolist(), rows.numel()] if rows.numel() else [0]
     return order, [(int(in_order[a]), b - a) for a, b in itertools.pairwise(starts)]
@@ -658,7 +698,7 @@ def _key(indices: Tensor) -> tuple[int, int]:
     return indices.data_ptr(), indices.numel()
 
 
-def _abandon(pool: Any, seq: int, slots: Tensor, ids: _Ids) -> None:
+def _abandon(pool: Any, seq: int, slots: Tensor, ids: _Ids | Tensor) -> None:
     """Releases a ticket. The pool may use its slots and ids until then."""
     pool.release(seq)
     del slots, ids

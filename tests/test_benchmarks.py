@@ -32,10 +32,11 @@ def run(script: str, folder: Path, *more: str) -> dict[str, Any]:
     return json.loads((folder / "figures.json").read_text())
 
 
+NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OTHERS = sorted(p.name for p in BENCHMARKS.glob("[!_]*.py") if p.name not in ("store.py", "train.py"))
 
 
-@pytest.mark.parametrize("script", OTHERS)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=NEEDS_A_GPU if s == "gpu.py" else ()) for s in OTHERS])
 def test_a_benchmark_runs_small_and_writes_its_figures(script: str, tmp_path: Path) -> None:
     report = run(script, tmp_path)
     assert report["machine"]["cores"] > 0

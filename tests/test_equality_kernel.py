@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
 from collections import deque
@@ -16,11 +17,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchrec_mtrains.kernels.deferred_init import UniformInit, table_seed
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
 from strategies import PMEM, Group, batch, groups
 from torchrec_mtrains import DdrHome, PmemHome, SsdHome, TierChain
-from torchrec_mtrains.tiers import Home
+from torchrec_mtrains.tiers import DdrCache, Home
 
 
 def columns_of(dims: list[int]) -> tuple[range, ...]:
@@ -30,7 +32,10 @@ def columns_of(dims: list[int]) -> tuple[range, ...]:
     return tuple(in_order if len(set(dims)) > 1 else in_order[::-1])
 
 
-def tiered(group: Group, home: Home) -> TieredTBE:
+KERNELS = {"native": TieredTBE, "device": functools.partial(DeviceTBE, device=torch.device("cpu"))}
+
+
+def tiered(group: Group, home: Home, kernel: str = "native") -> TieredTBE:
     tables = [
         TieredTable(
             name=f"t{i}",
@@ -43,7 +48,7 @@ def tiered(group: Group, home: Home) -> TieredTBE:
         )
         for i, (rows, dims, pool, caches) in enumerate(zip(group.rows, group.dims, group.pool_rows, group.caches, strict=True))
     ]
-    return TieredTBE(
+    return KERNELS[kernel](
         tables, group.feature_table_map(), group.pooling, group.precision, group.optimizer, rank=0, learning_rate=0.1, eps=1e-3
     )
 
@@ -77,8 +82,8 @@ def assert_same_state(group: Group, ours: TieredTBE, theirs: SplitTableBatchedEm
             assert torch.equal(a, b.detach().reshape(a.shape))
 
 
-def train_and_compare(group: Group, home: Home) -> None:
-    ours = tiered(group, home)
+def train_and_compare(group: Group, home: Home, kernel: str) -> None:
+    ours = tiered(group, home, kernel)
     theirs = stock(group, ours)
     generator = torch.Generator().manual_seed(group.seed)
     batches = [batch(group, generator) for _ in range(group.steps)]
@@ -122,10 +127,16 @@ def train_and_compare(group: Group, home: Home) -> None:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(groups(), st.sampled_from([DdrHome, SsdHome, PmemHome]))
-def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, home: type[DdrHome | SsdHome | PmemHome]) -> None:
+@given(groups(), st.sampled_from([DdrHome, SsdHome, PmemHome]), st.sampled_from(list(KERNELS)))
+def test_a_tiered_group_trains_bit_for_bit_like_the_stock_tbe(group: Group, home: type[DdrHome | SsdHome | PmemHome], kernel: str) -> None:
+    if kernel == "device":  # where a DdrCache that stands first has at least as many rows as the pool
+        most = [max(sizes) for sizes in zip(group.pool_rows, group.other_pool_rows, strict=True)]
+        group.caches = [
+            (DdrCache(caches[0].rows + pool), *caches[1:]) if caches and isinstance(caches[0], DdrCache) else caches
+            for caches, pool in zip(group.caches, most, strict=True)
+        ]
     if home is DdrHome:
-        train_and_compare(group, DdrHome())
+        train_and_compare(group, DdrHome(), kernel)
         return
     with tempfile.TemporaryDirectory(dir=Path.cwd() if home is SsdHome else PMEM) as folder:
-        train_and_compare(group, home(paths=(folder,), capacity_bytes=64 << 20))
+        train_and_compare(group, home(paths=(folder,), capacity_bytes=64 << 20), kernel)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import sys
 
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
 from torchrec_mtrains.kernels.deferred_init import UniformInit
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
 from torchrec_mtrains import DdrHome, TierChain
@@ -21,6 +24,13 @@ from torchrec_mtrains.errors import (
 )
 
 ROWS, DIM = 40, 8
+KERNELS = {"native": TieredTBE, "device": functools.partial(DeviceTBE, device=torch.device("cpu"))}
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is for both directories: the native one, and the one in tensor operations."""
+    monkeypatch.setattr(sys.modules[__name__], "TieredTBE", KERNELS[request.param])
 
 
 def make(pool_rows: int, *, rows: int = ROWS, tables: int = 1, **kwargs) -> TieredTBE:

@@ -131,7 +131,7 @@ class TorchRecStateDict(_OnTiers, test_model_parallel_base.ModelParallelStateDic
     test_meta_device_dmp_state_dict = None
 
     def test_meta_device_dmp_state_dict_is_refused(self) -> None:
-        with pytest.raises(UnsupportedError, match="tiered tables train on the CPU for now, got device meta"):
+        with pytest.raises(UnsupportedError, match="tiered tables train on a CPU or a CUDA device, got device meta"):
             super().test_meta_device_dmp_state_dict()
 
     def tearDown(self) -> None:

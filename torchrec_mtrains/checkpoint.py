@@ -144,6 +144,9 @@ def load_checkpoint(
     if dense_optimizer is not None:
         dense_optimizer.zero_grad()
     torch.set_rng_state(state["rng"][str(dist.get_rank())])
+    for i, group in enumerate(groups):
+        if group.counts_steps:
+            group.set_optimizer_steps(int(state["optimizer_steps"][_steps_key(i)]))
     warmed: list[int] = [0]
 
     def fill_pools() -> None:
@@ -201,7 +204,12 @@ def _state(dmp: DistributedModelParallel, dense: Optimizer | None, groups: Seque
         "fused_optimizer": others(dmp.fused_optimizer.state_dict()["state"]),
         "dense_optimizer": {} if dense is None else {str(key): value for key, value in dense.state_dict()["state"].items()},
         "rng": {str(dist.get_rank()): torch.get_rng_state()},
+        "optimizer_steps": {_steps_key(i): torch.tensor([g.optimizer_steps]) for i, g in enumerate(groups) if g.counts_steps},
     }
+
+
+def _steps_key(group: int) -> str:
+    return f"{dist.get_rank()}.{group}"
 
 
 def _check(root: Path, step: int, keep_checkpoints: int, state: dict[str, Any]) -> None:

@@ -1,0 +1,99 @@
+"""Time of a training step: tiered tables against all of them in HBM, against stock UVM caching, and against what the bus allows."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE
+
+from _common import median
+from _gpu_groups import DEVICE, Batches, Loop, Shape, fused, tiered
+from torchrec_mtrains.tiers import Cache, DdrCache, Home, SsdHome
+
+ROUNDS = 3
+
+
+def touch_all(tbe: DeviceTBE, shape: Shape) -> None:
+    """Every row comes into the pool once, so that what is in no slot is below it with its value, not an initial one."""
+    step, tables = tbe.pool_rows[0] // 2, len(shape.dims)
+    for first in range(0, shape.rows, step):
+        rows = torch.arange(first, min(first + step, shape.rows), device=DEVICE)
+        ticket = tbe._begin(rows.repeat(tables), torch.arange(tables + 1, device=DEVICE) * rows.numel(), None, True, True)
+        assert ticket is not None
+        tbe._pool.wait(ticket.seq)
+        tbe._pool.release(ticket.seq)
+
+
+def counts(tbe: DeviceTBE) -> dict[str, int]:
+    """Rows since creation, over all tables."""
+    sums = {k: sum(s[k] for s in tbe.stats()) for k in ("unique_rows", "misses", "evictions")}
+    return {**sums, "misses_to_home": sum(tiers[1]["misses"] for tiers in tbe.tier_stats())}
+
+
+def measure(tbe: Any, batches: Batches, warm_up: int, steps: int, prefetch: bool) -> dict[str, Any]:
+    """Milliseconds a step, and the rows that moved; where batches are prefetched, also with a thread of its own for that."""
+    loop = Loop(tbe, batches, prefetch)
+    for _ in range(warm_up):
+        loop.step()
+    torch.cuda.synchronize()
+    before = counts(tbe) if isinstance(tbe, DeviceTBE) else {}
+    times = [loop.milliseconds(steps) for _ in range(ROUNDS)]
+    result: dict[str, Any] = {"ms": median(times), "ms_of_rounds": times}
+    if before:
+        after = counts(tbe)
+        result |= {f"{k}_per_step": (after[k] - before[k]) / (ROUNDS * steps) for k in before}
+        loop.thread = ThreadPoolExecutor(1)
+        loop.step()
+        result["ms_threaded"] = median([loop.milliseconds(steps) for _ in range(ROUNDS)])
+    return result
+
+
+def footprint(shape: Shape, batches: Batches) -> float:
+    """The share of all rows that the batches use."""
+    by_table = torch.stack([ids.view(len(shape.dims), -1) for ids in batches.ids])
+    return sum(by_table[:, t].unique().numel() for t in range(len(shape.dims))) / (shape.rows * len(shape.dims))
+
+
+def of_stock(
+    shape: Shape, optimizer: EmbOptimType, batches: Batches, warm_up: int, steps: int, share: float | None = None
+) -> dict[str, Any]:
+    """The stock TBE: all in HBM, or that share of its rows cached there."""
+    tbe = fused(shape, optimizer, share, values=False)
+    result = measure(tbe, batches, warm_up, steps, share is not None)
+    del tbe
+    _free()
+    return result
+
+
+def of_tiered(
+    shape: Shape, optimizer: EmbOptimType, batches: Batches, warm_up: int, steps: int, share: float, *below: Cache | Home
+) -> dict[str, Any]:
+    """Ours, with that share of the rows in the pool."""
+    tbe = tiered(shape, optimizer, int(shape.rows * share), *below)
+    touch_all(tbe, shape)
+    reads = [v["read_ios"] for v in tbe.volume_stats()]
+    result = measure(tbe, batches, warm_up, steps, True)
+    trained = warm_up + 2 * ROUNDS * steps + 1
+    result["read_ios_per_step"] = sum(v["read_ios"] - r for v, r in zip(tbe.volume_stats(), reads, strict=True)) / trained
+    result["record_bytes"] = tbe.stats()[0]["record_bytes"]
+    tbe.close_caches()
+    del tbe
+    _free()
+    return result
+
+
+def on_ssd(shape: Shape, optimizer: EmbOptimType, batches: Batches, warm_up: int, steps: int, folder: str) -> dict[str, Any]:
+    """Ours with 10% in HBM, 20% in DDR and the rest on the SSD; and the reads a step."""
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        home = SsdHome((inside,), capacity_bytes=30 << 30)
+        return of_tiered(shape, optimizer, batches, warm_up, steps, 0.1, DdrCache(int(shape.rows * 0.2)), home)
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

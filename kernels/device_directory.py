@@ -1,0 +1,415 @@
+"""Where the rows of a group of tables are, in tensor operations on the device of their pools.
+
+A *place* is where a record may lie above its table's volume: a slot of the pool, or a place in host memory below it. Places are
+numbered through the group: the slots of every table, then the host places of every table, so that one number says both.
+
+    place_of_row   int32 (rows + 1)    where the row is: a slot, a host place (from ``slots`` on), or -1, below. All that a row which
+                                       is not above costs. Inside ``claim`` a smaller number is the claim of one of the positions
+                                       that miss the row.
+    row_of_place   int32 (places + 1)  the row, counted within its table, or -1 while the place is free
+    stamp          int64 (places + 1)  batch · 2 + dirty: the last batch that used the slot, or that brought the record to the host
+                                       place; -1 while free. So one store records recency and pins: a slot is pinned while its
+                                       batch is not older than the oldest one outstanding.
+
+The last element of each is a sink, for elements that take no part in an operation.
+
+Invariants between batches (``check`` verifies them): ``place_of_row`` and ``row_of_place`` are inverse to each other, no claim is
+left, exactly the free places have stamp -1, and every place is one of its row's table.
+
+Candidates for eviction are queues, one for the slots and one for the host places: the oldest sixteenth of each table's places, free ones
+first, collected in one pass over the stamps by histogram. A candidate whose stamp has changed since is skipped; so taking one is
+stamping it.
+
+Everything is deterministic: claims and bins are integers, of several positions with one row the first one's claim wins, and queues
+are in the order of places. A batch goes through ``lookup`` → (``claim`` → ``choose`` → ``commit`` → ``settle``, or ``unclaim``). Hits
+need no more than the first, and one copy of a few numbers to the host. Not thread-safe: ``DevicePool`` locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .. import errors
+
+SLOT, HOST = 0, 1
+"""The two kinds of places."""
+
+BUCKETS = 1024
+"""Ages that one pass over the stamps tells apart: every batch of the youngest half, then ``FAR_BATCHES`` together. A queue's last bucket
+is filled in the order of places."""
+
+FAR_BATCHES = 64
+
+QUEUE_SHARE = 16
+"""A queue is at most this part of a table's places: how often the pass runs against how exact the order is. A guess."""
+
+_INT32, _INT64 = torch.int32, torch.int64
+
+
+@dataclass
+class Lookup:
+    """One batch of ids, by position. Shapes: (n,)."""
+
+    ids: Tensor
+    offsets: Tensor
+    stride: int
+    place: Tensor  # int64, through the group; of a position that misses: the host place, or -1
+    slot: Tensor  # int64, within the table: what the TBE looks up; of a position that misses nothing yet
+    missing: Tensor  # bool
+    missing_count: int
+    hits: list[int]  # by table: distinct rows
+    lookups: list[int]  # by feature
+
+
+@dataclass
+class Misses:
+    """The distinct rows that a batch misses, in the order of their first positions, so by table. Shapes: (``most``,).
+
+    How many there are only the device knows; what comes behind them has table ``tables`` and takes part in nothing.
+    """
+
+    most: int
+    at: Tensor  # the positions that miss, repeated rows included
+    row_at: Tensor  # their rows, through the group
+    feature_at: Tensor
+    row: Tensor
+    was: Tensor  # the host place, or -1
+    table: Tensor
+    below: Tensor  # whether it is in no place
+    count: Tensor  # (tables,)
+    below_count: Tensor
+
+
+@dataclass
+class Choice:
+    """Places for the misses of each table, table by table; of too few, what is there."""
+
+    places: Tensor  # (most,), padded
+    available: Tensor  # (tables,): how many candidates there were
+
+
+@dataclass
+class _Queue:
+    place: Tensor
+    stamp: Tensor
+    table: Tensor
+    bounds: Tensor  # (tables + 1,)
+
+
+class DeviceDirectory:
+    """The directory of a group: ``rows``, ``slots`` and ``host_places`` by table, ``table_of_feature`` by feature, in order of tables."""
+
+    BYTES_PER_ROW, BYTES_PER_PLACE = 4, 12
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        slots: Sequence[int],
+        host_places: Sequence[int],
+        table_of_feature: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        assert list(table_of_feature) == sorted(table_of_feature), "features are grouped by table"
+        self.names, self.rows, self.sizes = list(names), list(rows), (list(slots), list(host_places))
+        self.tables, self.device = len(rows), device
+        self.slots, self.places = sum(slots), sum(slots) + sum(host_places)
+        self.first_row = _starts(rows)
+        self.first_place = (_starts(slots), [self.slots + first for first in _starts(host_places)])
+        if self.places >= 1 << 31:
+            raise errors.ConfigurationError(
+                f"a group of tiered tables has at most 2^31 - 1 places in its pools and host caches, got {self.places}; use smaller ones, "
+                "or spread the tables over more ranks"
+            )
+        self._sink_row, self._sink_place = self.first_row[-1], self.places
+        self.place_of_row = self._filled(self._sink_row + 1, -1, _INT32)
+        self.row_of_place = self._filled(self.places + 1, -1, _INT32)
+        self.stamp = self._filled(self.places + 1, -1, _INT64)
+        of_feature = [(self.first_row[t], rows[t], self.first_place[SLOT][t], t) for t in table_of_feature]
+        self._feature_row, self._feature_rows, self._feature_slot, self._feature_table = (
+            self._tensor(column) for column in zip(*of_feature, strict=True)
+        )
+        self._first_row, self._first_place = self._tensor(self.first_row), [self._tensor(f) for f in self.first_place]
+        self._table_numbers = torch.arange(self.tables + 1, device=device)
+        self._numbers = torch.arange(0, device=device)
+        self._queues = [self._empty_queue(), self._empty_queue()]
+        self.evictions, self.write_backs = (torch.zeros(self.tables, dtype=_INT64, device=device) for _ in range(2))  # rows that left slots
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=_INT64, device=self.device)
+
+    def _filled(self, count: int, value: int, dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.full((count,), value, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as e:
+            raise errors.ConfigurationError(
+                f"the directory of these tiered tables needs {self.BYTES_PER_ROW} bytes of device memory for each of their "
+                f"{self._sink_row} rows and {self.BYTES_PER_PLACE} for each of {self.places} slots and host places; "
+                f"{count * dtype.itemsize} bytes of it are not free on {self.device}. Use "
+                "smaller pools, or spread the tables over more ranks"
+            ) from e
+
+    def _empty_queue(self) -> _Queue:
+        none = self._tensor([])
+        return _Queue(none, none, none, torch.zeros(self.tables + 1, dtype=_INT64, device=self.device))
+
+    def _count_up(self, count: int) -> Tensor:
+        """0, 1, … Shapes: (count,)."""
+        if self._numbers.numel() < count:
+            self._numbers = torch.arange(count, device=self.device)
+        return self._numbers[:count]
+
+    # -- one batch
+
+    def lookup(self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool) -> Lookup:
+        """Where the rows of a batch are; those in slots are stamped.
+
+        Shapes: ids (n,); offsets, int32 or int64 as they are: feature f's ids begin at ``offsets[f * stride]``.
+        Raises: IdOutOfRangeError, ConfigurationError for offsets that do not fit; some slots may have been stamped.
+        """
+        count = ids.numel()
+        place, slot = torch.empty(2, count, dtype=_INT64, device=self.device).unbind(0)
+        missing = torch.empty(count, dtype=torch.bool, device=self.device)
+        summary = torch.zeros(2 + self.tables + self._feature_row.numel() + 1, dtype=_INT64, device=self.device)
+        self._search(ids, offsets, stride, seq, dirty, place, slot, missing, summary)
+        bad, missing_count, *rest = summary.tolist()
+        hits, begins = rest[: self.tables], rest[self.tables :]
+        lookups = [b - a for a, b in pairwise(begins)]
+        if begins[0] != 0 or begins[-1] != count or min(lookups) < 0:
+            raise errors.ConfigurationError(
+                f"offsets must not decrease, begin at 0 and end at the number of ids, {count}; features begin at {begins}"
+            )
+        if bad:
+            self._refuse_id(ids, begins)
+        return Lookup(ids, offsets, stride, place, slot, missing, missing_count, hits, lookups)
+
+    def _search(
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        stride: int,
+        seq: int,
+        dirty: bool,
+        place: Tensor,
+        slot: Tensor,
+        missing: Tensor,
+        summary: Tensor,
+    ) -> None:
+        """Fills place, slot and missing, and the summary: bad ids, positions that miss, by table the distinct rows in slots, and where the
+        features begin."""
+        feature = self._features_at(offsets, stride, self._count_up(ids.numel()))
+        bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
+        row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
+        place.copy_(torch.where(bad, -1, self.place_of_row.index_select(0, row)))
+        slot.copy_(place - self._feature_slot.index_select(0, feature))
+        hit = (place >= 0) & (place < self.slots)
+        missing.copy_(~hit & ~bad)
+        self.stamp_places(torch.where(hit, place, self._sink_place), seq, dirty)
+        summary[0] = bad.sum()
+        summary[1] = missing.sum()
+        summary[2 : 2 + self.tables] = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
+        summary[2 + self.tables :] = self._begins(offsets, stride)
+
+    def _begins(self, offsets: Tensor, stride: int) -> Tensor:
+        features = self._feature_row.numel()
+        return offsets[::stride][: features + 1] if stride else offsets.expand(features + 1)
+
+    def _features_at(self, offsets: Tensor, stride: int, positions: Tensor) -> Tensor:
+        ends = self._begins(offsets, stride)[1:].long().contiguous()
+        return torch.searchsorted(ends, positions, right=True).clamp_max_(ends.numel() - 1)
+
+    def _refuse_id(self, ids: Tensor, begins: list[int]) -> None:
+        feature = self._features_at(self._tensor(begins), 1, self._count_up(ids.numel()))
+        position = int(((ids < 0) | (ids >= self._feature_rows.index_select(0, feature))).nonzero()[0])
+        f = int(feature[position])
+        table = int(self._feature_table[f])
+        raise errors.IdOutOfRangeError(
+            f"id {int(ids[position])} of table {self.names[table]!r} (feature {f} of the group, position {position - begins[f]}) is "
+            f"outside [0, {self.rows[table]}). Nothing was changed. Fix the input, hash ids into range, or set bounds_check_mode to "
+            "WARNING to have them read row 0"
+        )
+
+    def stamp_places(self, places: Tensor, seq: int, dirty: bool) -> None:
+        """Marks places as last used by a batch; they stay dirty where they are. Of equal places any number may be given."""
+        if dirty:
+            self.stamp.index_fill_(0, places, 2 * seq + 1)
+        else:
+            self.stamp[places] = (self.stamp.index_select(0, places) & 1) + 2 * seq
+
+    def mark_dirty(self, slots: Tensor) -> None:
+        """The rows in these slots will be changed; their stamps stay."""
+        self.stamp[slots] = self.stamp.index_select(0, slots) | 1
+
+    def claim(self, found: Lookup, seq: int) -> Misses:
+        """The distinct rows that a batch misses. Those in host places are stamped, so that they are no candidates."""
+        most = found.missing_count
+        at = torch.nonzero_static(found.missing, size=most).squeeze(1)
+        feature_at = self._features_at(found.offsets, found.stride, at)
+        row_at = row = self._feature_row.index_select(0, feature_at) + found.ids.index_select(0, at)
+        claims = (self._count_up(most) - (most + 1)).int()  # -(most + 1) … -2: the first position has the smallest
+        self.place_of_row.scatter_reduce_(0, row, claims, "amin")
+        wins = self.place_of_row.index_select(0, row) == claims
+        winner = torch.nonzero_static(wins, size=most, fill_value=0).squeeze(1)
+        there = self._count_up(most) < wins.sum()
+        row = torch.where(there, row.index_select(0, winner), self._sink_row)
+        was = found.place.index_select(0, at.index_select(0, winner))
+        table = torch.where(there, self._feature_table.index_select(0, feature_at.index_select(0, winner)), self.tables)
+        below = there & (was < 0)
+        in_host = torch.where(there & ~below, was, self._sink_place)
+        self.stamp_places(in_host, seq, False)
+        bounds = torch.searchsorted(table, self._table_numbers)
+        return Misses(most, at, row_at, feature_at, row, was, table, below, bounds.diff(), _before(below).index_select(0, bounds).diff())
+
+    def unclaim(self, misses: Misses) -> None:
+        """Takes ``claim`` back: the rows are where they were."""
+        self.place_of_row.index_copy_(0, misses.row, torch.where(misses.table < self.tables, misses.was, -1).int())
+
+    def choose(self, kind: int, wanted: Tensor, most: int) -> Choice:
+        """So many candidates of each table, in their queues' order. Shapes: wanted (tables,)."""
+        queue = self._queues[kind]
+        fresh = self.stamp.index_select(0, queue.place) == queue.stamp
+        before = _before(fresh)
+        at_bounds = before.index_select(0, queue.bounds)
+        rank = before[:-1] - at_bounds.index_select(0, queue.table)
+        chosen = torch.nonzero_static(fresh & (rank < wanted.index_select(0, queue.table)), size=most, fill_value=0).squeeze(1)
+        places = queue.place.index_select(0, chosen) if queue.place.numel() else chosen
+        return Choice(places, at_bounds.diff())
+
+    def refill(self, kind: int, wanted: Sequence[int], seq: int, before: int, pinned: Tensor | None = None) -> None:
+        """Makes the queue of one kind anew, as of batch ``seq``: free places, then the longest unused of those that may leave.
+
+        These were last used before batch ``before``; or, with ``pinned``, are not in it.
+        Shapes: wanted, the least that each table needs; pinned (slots,) bool.
+        """
+        goal = [max(w, min(size, size // QUEUE_SHARE + 1)) for w, size in zip(wanted, self.sizes[kind], strict=True)]
+        place = self._oldest(kind, self._tensor(goal), seq, before, pinned)
+        table = torch.searchsorted(self._first_place[kind][1:], place, right=True)
+        bounds = torch.searchsorted(place, self._first_place[kind])
+        self._queues[kind] = _Queue(place, self.stamp.index_select(0, place), table, bounds)
+
+    def _oldest(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None) -> Tensor:
+        """So many places of each table, or all that may leave, in the order of places."""
+        first, sizes = self.first_place[kind][0], self.sizes[kind]
+        stamp = self.stamp[first : first + sum(sizes)]
+        table = torch.repeat_interleave(self._table_numbers[:-1], self._tensor(sizes), output_size=sum(sizes))
+        age = seq - (stamp >> 1)
+        far = BUCKETS // 2  # older ones are told apart by FAR_BATCHES
+        age = torch.where(age < far, age, (far + (age - far) // FAR_BATCHES).clamp_max(BUCKETS - 1))
+        # Bucket 0 is for free places, 1 … BUCKETS for ages, the oldest first, and the last for what may not leave.
+        bucket = torch.where(stamp < 2 * before if pinned is None else ~pinned, BUCKETS - age, BUCKETS + 1)
+        bucket = torch.where(stamp < 0, 0, bucket)
+        bins = torch.zeros(self.tables * (BUCKETS + 2), dtype=_INT64, device=self.device)
+        bins.index_add_(0, table * (BUCKETS + 2) + bucket, torch.ones_like(bucket))
+        up_to = bins.view(self.tables, BUCKETS + 2).cumsum(1)
+        whole = (up_to <= goal[:, None]).sum(1)  # buckets that are taken whole
+        rest = goal - torch.where(up_to <= goal[:, None], up_to, 0).amax(1)
+        partly = bucket == whole.index_select(0, table)
+        rank = _before(partly)
+        rank = rank[:-1] - rank.index_select(0, self._first_place[kind][:-1] - first).index_select(0, table)
+        taken = (bucket < whole.index_select(0, table)) | (partly & (rank < rest.index_select(0, table)))
+        return (taken & (bucket <= BUCKETS)).nonzero().squeeze(1) + first
+
+    def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
+        """Exchanges places: each missed row comes into its slot, and the row that was there into the missed row's host place.
+
+        A host place that gets no row is free afterwards. Shapes: slots, hosts (count,), by miss.
+        """
+        count = slots.numel()
+        row, table = misses.row[:count], misses.table[:count]
+        leaves, left_stamp = self.row_of_place.index_select(0, slots), self.stamp.index_select(0, slots)
+        held = leaves >= 0
+        left = torch.where(held, self._first_row.index_select(0, table) + leaves, self._sink_row)
+        self.place_of_row.index_copy_(0, row, slots.int())
+        # Of those that go to the sink the last one stays there: nobody reads it.
+        self.place_of_row[left] = hosts.int()
+        self.row_of_place.index_copy_(0, slots, (row - self._first_row.index_select(0, table)).int())
+        self.row_of_place.index_copy_(0, hosts, leaves)
+        # A row that was below has a free host place, so stamp -1.
+        was_dirty = self.stamp.index_select(0, hosts).clamp_min_(0) & 1
+        self.stamp.index_copy_(0, slots, (torch.ones_like(was_dirty) if dirty else was_dirty) + 2 * seq)
+        self.stamp.index_copy_(0, hosts, torch.where(held, (left_stamp & 1) + 2 * seq, -1))
+        self.evictions.index_add_(0, table, held.long())
+        self.write_backs.index_add_(0, table, (held & (left_stamp & 1).bool()).long())
+
+    def settle(self, found: Lookup, misses: Misses) -> None:
+        """After commit: every position that missed gets its row's slot."""
+        place = self.place_of_row.index_select(0, misses.row_at).long()
+        found.place.index_copy_(0, misses.at, place)
+        found.slot.index_copy_(0, misses.at, place - self._feature_slot.index_select(0, misses.feature_at))
+
+    def give_up(self, places: Tensor, table: Tensor) -> None:
+        """The rows in these places, each once, are below from now on, and the places free. Shapes: (n,), free places among them."""
+        rows = self.row_of_place.index_select(0, places)
+        self.place_of_row[torch.where(rows >= 0, self._first_row.index_select(0, table) + rows, self._sink_row)] = -1
+        self.row_of_place.index_fill_(0, places, -1)
+        self.stamp.index_fill_(0, places, -1)
+
+    def give_back(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
+        """Takes ``commit`` back where the missed rows did not come: they are below, and what was in their slots is there again."""
+        returning, stamp = self.row_of_place.index_select(0, hosts), self.stamp.index_select(0, hosts)
+        self.give_up(slots, table)
+        self.place_of_row[torch.where(returning >= 0, self._first_row.index_select(0, table) + returning, self._sink_row)] = slots.int()
+        self.row_of_place.index_copy_(0, slots, returning)
+        self.stamp.index_copy_(0, slots, stamp)
+        self.row_of_place.index_fill_(0, hosts, -1)
+        self.stamp.index_fill_(0, hosts, -1)
+
+    # -- looking in
+
+    def places_of(self, table: int, first_row: int, row_count: int) -> Tensor:
+        """Where consecutive rows are; -1: below. Shapes: (row_count,) int32."""
+        start = self.first_row[table] + first_row
+        return self.place_of_row[start : start + row_count]
+
+    def segment(self, kind: int, table: int) -> slice:
+        """The places of one kind of a table."""
+        first = self.first_place[kind]
+        return slice(first[table], first[table + 1])
+
+    def resident(self, kind: int, table: int) -> int:
+        """How many places of one kind hold a row."""
+        return int((self.row_of_place[self.segment(kind, table)] >= 0).sum())
+
+    def rows_by_age(self, table: int) -> Tensor:
+        """The rows in the table's pool, the longest unused first. Shapes: (n,) int64."""
+        mine = self.segment(SLOT, table)
+        order = self.stamp[mine].argsort(stable=True)
+        rows = self.row_of_place[mine].index_select(0, order)
+        return rows[rows >= 0].long()
+
+    def check(self) -> None:
+        """Tests: raises at a broken invariant."""
+        place_of_row, row_of_place, stamp = self.place_of_row.cpu()[:-1], self.row_of_place.cpu()[:-1], self.stamp.cpu()[:-1]
+        if (place_of_row < -1).any() or (place_of_row >= self.places).any():
+            raise AssertionError("device directory: a claim is left, or a place is none")
+        if not torch.equal(row_of_place < 0, stamp < 0):
+            raise AssertionError("device directory: a free place has a stamp, or one that is not free has none")
+        seen = 0
+        for kind in (SLOT, HOST):
+            for table in range(self.tables):
+                mine, first = self.segment(kind, table), self.first_row[table]
+                rows = row_of_place[mine]
+                where = torch.arange(mine.start, mine.stop)[rows >= 0]
+                rows = rows[rows >= 0].long()
+                seen += rows.numel()
+                if (rows >= self.rows[table]).any() or not torch.equal(place_of_row[first + rows].long(), where):
+                    raise AssertionError(f"device directory: places and rows of table {self.names[table]!r} are not inverse to each other")
+        if seen != int((place_of_row >= 0).sum()):
+            raise AssertionError("device directory: a row has a place that does not have it")
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _before(flags: Tensor) -> Tensor:
+    """How many flags are set before each position, and in all. Shapes: (n,) → (n + 1,) int64."""
+    return torch.cat([torch.zeros(1, dtype=_INT64, device=flags.device), flags.cumsum(0)])

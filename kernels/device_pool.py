@@ -1,0 +1,625 @@
+"""``DevicePool``: the slot pools of a group on a device, host memory below them, and the tickets that move batches through both.
+
+What ``SlotPool`` (csrc/slot_pool.h) is on a CPU; tickets, soft and hard, and what always holds are described there. The differences:
+
+- The directory is ``DeviceDirectory``. A row that is in no slot is in a *host place*, or below, in its table's volume.
+- A miss is an exchange: the missed row's record comes out of a host place into a slot, and the record that was in the slot goes into
+  that host place. Records are exchanged by the device, all tables in one operation a plane (``Planes``), and the host sees none
+  of it. A row from below is read by native code into a host place first, for which a place is chosen and what is there evicted into
+  the volume. So the host places are an exclusive cache whose order of eviction is that of entry, and each table has at
+  least as many as slots: whatever a batch needs from below has a place.
+- Reads of one batch are in flight at most: the next begin waits for them.
+
+Streams. The directory's operations run on a stream of their own, in the order of calls, after what the caller's stream had
+queued: the batch's ids are there. Exchanges run on a second one, the mover. They wait for the choice of places, and for the last use of
+what they overwrite: at a release the mover waits for all that the stream of the backward (or of the forward, without one) has queued, so
+exchanges that were queued before do not. A forward waits for its own batch's slots and exchange. The host waits for the directory's
+stream: once a batch for three numbers; where rows are missing once more, for the counts of misses and candidates of each table; and for
+the rows that are below, where there are any. Before native code touches host places it waits for the exchanges queued so far.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import errors
+from . import _core
+from .device_directory import HOST, SLOT, DeviceDirectory, Lookup, Misses
+from .device_fused import FusedDirectory
+from .device_planes import Planes, native_part
+
+MOVE_ROWS = 65536
+"""Rows that a flush copies to host memory at a time; a guess."""
+
+_INT64 = torch.int64
+
+
+@dataclass
+class DeviceTable:
+    """One table of the group, as its pool sees it."""
+
+    name: str
+    volume: Any  # native, below the host places
+    id: int
+    rows: int
+    pool_rows: int
+    host_places: int
+    upper: list[Tensor]  # the record's parts in slots, (pool_rows, …) each, in the record's order
+    lower: list[Tensor]  # and in host places
+
+
+@dataclass
+class _Held:
+    """An outstanding ticket: what it pins, and when its rows are in their slots."""
+
+    hard: bool
+    slots: Tensor  # (n,): of each position, within its table; the caller's
+    places: Tensor  # the same through the group
+    ready: list[Any]  # events
+
+
+@dataclass
+class _Fill:
+    """Rows from below on their way: into which host places native code reads them, and for which slots."""
+
+    seq: int
+    reads: list[tuple[Any, int, list[int]]]  # volume, token, tables
+    slots: Tensor  # through the group, by miss
+    hosts: Tensor
+    table: Tensor
+    counts: list[int]  # by table
+
+
+@dataclass
+class _Counts:
+    """Rows since creation, of one table."""
+
+    lookups: int = 0
+    hits: int = 0
+    misses: int = 0
+    from_below: int = 0
+    flushed_rows: int = 0
+    trickled_rows: int = 0
+    host_evictions: int = 0
+    host_write_backs: int = 0
+    host_flushed_rows: int = 0
+
+
+class _Order:
+    """The streams of a device that has some, and what they wait for; nothing on a CPU, where everything happens at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.directory: Any = None
+        self.mover: Any = None
+        self._kept: deque[tuple[Any, Any]] = deque()
+        if device.type == "cuda":
+            self.directory, self.mover = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
+
+    def now(self) -> Any:
+        """An event after all that the current stream has queued."""
+        return torch.cuda.current_stream(self.device).record_event() if self.mover else None
+
+    def wait(self, *events: Any) -> None:
+        """The current stream waits."""
+        for event in events:
+            if event is not None:
+                torch.cuda.current_stream(self.device).wait_event(event)
+
+    def on_directory(self) -> AbstractContextManager[Any]:
+        """The directory's stream, after the current one."""
+        return self._on(self.directory)
+
+    def on_mover(self) -> AbstractContextManager[Any]:
+        return self._on(self.mover)
+
+    def _on(self, stream: Any) -> AbstractContextManager[Any]:
+        if stream is None:
+            return nullcontext()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(stream)
+
+    def keep(self, event: Any, *what: Any) -> None:
+        """Keeps memory of the directory's stream from being used anew before the event; cheaper than ``Tensor.record_stream``."""
+        if event is not None:
+            self._kept.append((event, what))
+
+    def let_go(self) -> None:
+        """Of what is kept no longer."""
+        while self._kept and self._kept[0][0].query():
+            self._kept.popleft()
+
+    def release(self) -> Any:
+        """Exchanges queued from now on come after what the current stream has queued; its event."""
+        event = self.now()
+        if self.mover is not None:
+            self.mover.wait_event(event)
+        return event
+
+    def finish_moves(self) -> None:
+        """The host waits for every exchange queued so far."""
+        if self.mover:
+            self.mover.synchronize()
+
+    def finish_all(self) -> None:
+        """The host waits for everything queued on the device."""
+        if self.mover:
+            torch.cuda.synchronize(self.device)
+
+
+class DevicePool:
+    """The pools of ``tables``, whose features are ``table_of_feature``; see the module."""
+
+    def __init__(self, tables: Sequence[DeviceTable], table_of_feature: Sequence[int], planes: Planes, device: torch.device) -> None:
+        self._fill: _Fill | None = None
+        self.tables, self._planes, self._table_of_feature = list(tables), planes, list(table_of_feature)
+        self.directory = directory_type(device)(
+            [t.name for t in tables],
+            [t.rows for t in tables],
+            [t.pool_rows for t in tables],
+            [t.host_places for t in tables],
+            table_of_feature,
+            device,
+        )
+        self._order = _Order(device)
+        self._held: dict[int, _Held] = {}
+        self._released: deque[tuple[int, Any]] = deque()  # with events
+        self._moved: Any = None  # event after the last exchange
+        self._last_seq = 0
+        self._counts = [_Counts() for _ in tables]
+        self._device = device
+        self._hands = [0] * len(tables)
+        self.revoked = self.declined = 0
+        self._lock = threading.RLock()  # hooks run on autograd's thread
+
+    # -- batches
+
+    def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool) -> tuple[int, Tensor] | None:
+        """Starts a batch; None when it is not ``hard`` and there is no room. On return the device has read ids and offsets.
+
+        Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number, and the slot of each id, counted within its
+        table: (n,) int64.
+        Raises: IdOutOfRangeError, ConfigurationError, PoolTooSmallError, VolumeFullError: nothing was changed. What the reads of the
+        batch before failed with.
+        """
+        with self._lock, self._order.on_directory():
+            self._let_go()
+            self._finish_fill()
+            seq = self._last_seq = self._last_seq + 1
+            found = self.directory.lookup(ids, offsets, stride, seq, dirty)
+            if found.missing_count and not self._bring(found, seq, hard, dirty):
+                self.declined += 1
+                return None
+            for counted, hits in zip(self._counts, found.hits, strict=True):
+                counted.hits += hits
+            for table, lookups in zip(self._table_of_feature, found.lookups, strict=True):
+                self._counts[table].lookups += lookups
+            self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now(), self._moved])
+            return seq, found.slot
+
+    def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool) -> bool:
+        """Gives every missed row a slot, and starts bringing it there. False when there is no room."""
+        directory = self.directory
+        misses = directory.claim(found, seq)
+        try:
+            places = self._find_room(found, misses, seq, hard)
+            if places is None:
+                directory.unclaim(misses)
+                return False
+            slots, choice, counts, below_counts = places
+            total, below_total = sum(counts), sum(below_counts)
+            table, hosts = misses.table[:total], misses.was[:total]
+            reads: list[tuple[Any, int, list[int]]] = []
+            if choice is not None:
+                from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
+                hosts = hosts.index_copy(0, from_below, choice)
+                reads = self._read_below(misses, from_below, choice, below_counts, dirty)
+        except BaseException:
+            directory.unclaim(misses)
+            raise
+        directory.commit(misses, slots, hosts, seq, dirty)
+        directory.settle(found, misses)
+        for counted, all_missed, below in zip(self._counts, counts, below_counts, strict=True):
+            counted.misses += all_missed
+            counted.from_below += below
+        if below_total:
+            mine = [x.index_select(0, from_below) for x in (slots, hosts, table)]
+            self._fill = _Fill(seq, reads, mine[0], mine[1], mine[2], below_counts)
+            in_host = torch.nonzero_static(~misses.below[:total], size=total - below_total).squeeze(1)
+            slots, hosts, table = (x.index_select(0, in_host) for x in (slots, hosts, table))
+        if total > below_total:
+            self._move(slots, hosts, table, [c - b for c, b in zip(counts, below_counts, strict=True)])
+        return True
+
+    def _find_room(self, found: Lookup, misses: Misses, seq: int, hard: bool) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
+        """Slots for all misses, host places for those from below, if there are any, and the counts of both by table."""
+        directory = self.directory
+        slots = directory.choose(SLOT, misses.count, misses.most)
+        counts, have, below = self._pull(misses.count, slots.available, misses.below_count)
+        if _short(have, counts):
+            directory.refill(SLOT, counts, seq, min([seq, *self._held]))
+            slots = directory.choose(SLOT, misses.count, misses.most)
+            (have,) = self._pull(slots.available)
+        while _short(have, counts):  # the stamps are conservative: which slots tickets use is the exact answer
+            directory.refill(SLOT, counts, seq, 0, self._pinned(found))
+            slots = directory.choose(SLOT, misses.count, misses.most)
+            (have,) = self._pull(slots.available)
+            if not _short(have, counts):
+                break
+            if not hard:
+                return None
+            if not self._revoke_youngest():
+                self._refuse(found, counts, have)
+        places = slots.places[: sum(counts)]
+        if not any(below):
+            return places, None, counts, below
+        hosts = directory.choose(HOST, misses.below_count, sum(below))
+        (have,) = self._pull(hosts.available)
+        if _short(have, below):
+            directory.refill(HOST, below, seq, seq)
+            hosts = directory.choose(HOST, misses.below_count, sum(below))
+            (have,) = self._pull(hosts.available)
+            assert not _short(have, below), "a table has as many host places as slots"
+        return places, hosts.places, counts, below
+
+    def _pull(self, *by_table: Tensor) -> list[list[int]]:
+        return torch.stack(by_table).tolist()
+
+    def _pinned(self, found: Lookup | None) -> Tensor:
+        """The slots that outstanding tickets use, and this batch. Shapes: (slots,) bool."""
+        pinned = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._device)
+        if found is not None:
+            pinned[torch.where(found.missing, self.directory.slots, found.place)] = True
+        for held in self._held.values():
+            pinned[held.places] = True
+        return pinned[:-1]
+
+    def _revoke_youngest(self) -> bool:
+        for seq in sorted(self._held, reverse=True):
+            if not self._held[seq].hard:
+                del self._held[seq]
+                self.revoked += 1
+                return True
+        return False
+
+    def _refuse(self, found: Lookup, counts: list[int], have: list[int]) -> None:
+        table = next(t for t, (c, h) in enumerate(zip(counts, have, strict=True)) if h < c)
+        mine = self.directory.segment(SLOT, table)
+        own = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._device)
+        own[torch.where(found.missing, self.directory.slots, found.place)] = True
+        needed, others = counts[table] + int(own[mine].sum()), int(self._pinned(None)[mine].sum())
+        raise errors.PoolTooSmallError(
+            f"table {self.tables[table].name!r}: this batch has {needed} distinct rows, its slot pool has {self.tables[table].pool_rows} "
+            f"(pool_rows), and {others} slots are pinned by {len(self._held)} forward passes whose backward has not run. Nothing was "
+            f"changed. Raise pool_rows to at least {needed + others}, use smaller batches, or drop outputs that need no backward"
+        )
+
+    def _read_below(self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], dirty: bool) -> list[tuple[Any, int, list[int]]]:
+        """Evicts what is in host places into the volumes, and starts reading missed rows into them. Returns (volume, token, tables)."""
+        directory, table = self.directory, misses.table.index_select(0, which)
+        rows = misses.row.index_select(0, which) - directory._first_row.index_select(0, table)
+        columns = [rows, hosts, directory.row_of_place.index_select(0, hosts).long(), directory.stamp.index_select(0, hosts)]
+        rows_, hosts_, leaving, stamps = torch.stack(columns).cpu().numpy()
+        self._order.finish_moves()  # out of these places, and into them
+        by_volume: dict[int, tuple[Any, list[Any], list[int]]] = {}
+        first = 0
+        for t, count in enumerate(counts):
+            mine, first = slice(first, first + count), first + count
+            if not count:
+                continue
+            of, places = self.tables[t], (hosts_[mine] - directory.first_place[HOST][t]).astype(np.int32)
+            parts = [native_part(p) for p in of.lower]
+            for is_dirty in (False, True):
+                goes = (leaving[mine] >= 0) & ((stamps[mine] & 1) == is_dirty)
+                if goes.any():
+                    _core.evict_rows(of.volume, of.id, leaving[mine][goes], places[goes], parts, is_dirty)
+                    self._counts[t].host_evictions += int(goes.sum())
+                    self._counts[t].host_write_backs += int(goes.sum()) * is_dirty
+            request = _core.GetRequest(of.id, np.ascontiguousarray(rows_[mine]), places, parts, dirty)
+            _, requests, tables = by_volume.setdefault(id(of.volume), (of.volume, [], []))
+            requests.append(request)
+            tables.append(t)
+        directory.give_up(hosts, table)
+        reads: list[tuple[Any, int, list[int]]] = []
+        try:
+            for volume, requests, tables in by_volume.values():
+                reads.append((volume, _core.submit_gets(volume, requests), tables))
+        except BaseException:
+            for volume, token, _ in reads:  # they write into host places until then
+                volume.wait(token)
+            raise
+        return reads
+
+    def _move(self, slots: Tensor, hosts: Tensor, table: Tensor, counts: list[int]) -> None:
+        """Queues an exchange. Places are counted through the group."""
+        directory, order = self.directory, self._order
+        with order.on_mover():
+            self._planes.exchange(slots, hosts, table, (directory._first_place[SLOT], directory._first_place[HOST]), counts)
+            self._moved = order.now()
+        order.keep(self._moved, slots, hosts, table)
+
+    def _finish_fill(self) -> None:
+        """The host waits for the reads in flight, and queues their exchange. Rows that could not be read leave the pool again.
+
+        Raises: the first error. Soft tickets from that batch on are revoked.
+        """
+        fill, self._fill = self._fill, None
+        if fill is None:
+            return
+        failed: list[int] = []
+        cause: BaseException | None = None
+        for volume, token, tables in fill.reads:
+            try:
+                volume.wait(token)
+            except BaseException as e:
+                cause = cause or e
+                failed += tables
+        if not failed:
+            self._move(fill.slots, fill.hosts, fill.table, fill.counts)
+            if fill.seq in self._held:
+                self._held[fill.seq].ready.append(self._moved)
+            return
+        first = 0
+        for t, count in enumerate(fill.counts):
+            mine, first = slice(first, first + count), first + count
+            if t in failed:
+                self.directory.give_back(fill.slots[mine], fill.hosts[mine], fill.table[mine])
+            elif count:
+                counts = [count if i == t else 0 for i in range(len(self.tables))]
+                self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine], counts)
+        for seq in [s for s, held in self._held.items() if s >= fill.seq and not held.hard]:
+            del self._held[seq]
+        assert cause is not None
+        raise cause
+
+    def acquire(self, seq: int, dirty: bool) -> bool:
+        """Soft → hard. False when the ticket was revoked. ``dirty``: its rows will be changed, and were not marked so."""
+        with self._lock:
+            self._let_go()
+            held = self._held.get(seq)
+            if held is None:
+                return False
+            held.hard = True
+            if dirty:
+                with self._order.on_directory():
+                    self.directory.mark_dirty(held.places)
+            return True
+
+    def wait(self, seq: int) -> None:
+        """After this the current stream finds the batch's rows in their slots. Raises: what its reads failed with."""
+        with self._lock:
+            try:
+                if self._fill is not None and self._fill.seq <= seq:
+                    with self._order.on_directory():
+                        self._finish_fill()
+            except BaseException:
+                self._held.pop(seq, None)
+                raise
+            self._order.wait(*self._held[seq].ready)
+
+    def release(self, seq: int) -> None:
+        """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
+        # Without the lock: a begin on another thread may hold it while it waits for the device.
+        if seq in self._held:
+            self._released.append((seq, self._order.release()))
+
+    def _let_go(self) -> None:
+        while self._released:
+            seq, event = self._released.popleft()
+            self._order.keep(event, self._held.pop(seq, None))
+        self._order.let_go()
+
+    def alive(self, seq: int) -> bool:
+        """Whether a ticket is outstanding."""
+        return seq in self._held and all(seq != released for released, _ in self._released)
+
+    @property
+    def outstanding(self) -> int:
+        """Tickets begun and not released."""
+        with self._lock:
+            self._let_go()
+            return len(self._held)
+
+    def __del__(self) -> None:
+        for volume, token, _ in self._fill.reads if self._fill is not None else ():
+            with suppress(errors.MTrainsError):  # nobody waits for these rows any more
+                volume.wait(token)  # it writes into host places until then
+
+    # -- rows, as users see them
+
+    def read(self, table: int, first_row: int, row_count: int) -> list[Tensor]:
+        """The current values of consecutive rows, on the CPU: one tensor a part of the record. Shapes: (row_count, …)."""
+        with self._lock, self._quiet():
+            of, (slots, hosts, below) = self.tables[table], self._sort(table, first_row, row_count)
+            values = [torch.empty((row_count, *p.shape[1:]), dtype=p.dtype) for p in of.upper]
+            for (at, places), parts in ((slots, of.upper), (hosts, of.lower)):
+                for value, part in zip(values, parts, strict=True):
+                    value[at] = part.index_select(0, places).cpu()
+            if below.numel():
+                request = _core.GetRequest(of.id, (below + first_row).numpy(), below.int().numpy(), [native_part(v) for v in values], False)
+                of.volume.wait(_core.submit_gets(of.volume, [request]))
+            return values
+
+    def write(self, table: int, first_row: int, row_count: int, values: Sequence[Tensor | None]) -> None:
+        """Replaces values of consecutive rows, wherever they are; None keeps that part. Shapes: as ``read`` returns."""
+        with self._lock, self._quiet():
+            of, (slots, hosts, below) = self.tables[table], self._sort(table, first_row, row_count)
+            for kind, (at, places), parts in ((SLOT, slots, of.upper), (HOST, hosts, of.lower)):
+                for value, part in zip(values, parts, strict=True):
+                    if value is not None:
+                        part.index_copy_(0, places, value[at].to(part.device))
+                self.directory.mark_dirty(places + self.directory.first_place[kind][table])
+            if below.numel():
+                whole = values if all(v is not None for v in values) else self.read(table, first_row, row_count)
+                record = [w if v is None else v for v, w in zip(values, whole, strict=True)]
+                rows = (below + first_row).numpy()
+                _core.put_rows(of.volume, of.id, rows, below.int().numpy(), [native_part(r) for r in record if r is not None])
+            self._order.finish_all()
+
+    def _sort(self, table: int, first_row: int, row_count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        """Consecutive rows by where they are: (which of them, place within the table) in slots and in host places, and which are below."""
+        if first_row < 0 or row_count < 0 or first_row + row_count > self.tables[table].rows:
+            raise errors.IdOutOfRangeError(f"rows [{first_row}, {first_row + row_count}) are not all in table {self.tables[table].name!r}")
+        places, device = self.directory.places_of(table, first_row, row_count).cpu().long(), self._device
+        sorted_: list[tuple[Tensor, Tensor]] = []
+        for kind in (SLOT, HOST):
+            mine = self.directory.segment(kind, table)
+            at = ((places >= mine.start) & (places < mine.stop)).nonzero().squeeze(1)
+            sorted_.append((at, (places[at] - mine.start).to(device)))
+        return sorted_[0], sorted_[1], (places < 0).nonzero().squeeze(1)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """No read and no exchange is in flight, and what is queued on the device is done; the directory's stream is current."""
+        with self._order.on_directory():
+            self._let_go()
+            self._finish_fill()
+            self._order.finish_all()
+            yield
+
+    def flush(self) -> None:
+        """Puts every dirty row into its volume; rows that an outstanding ticket may still change stay dirty."""
+        with self._lock, self._quiet():
+            oldest = min(self._held, default=self._last_seq + 1)
+            for table, counted in enumerate(self._counts):
+                for kind in (SLOT, HOST):
+                    mine = self.directory.segment(kind, table)
+                    stamps = self.directory.stamp[mine]
+                    dirty = ((stamps >= 0) & (stamps & 1).bool()).nonzero().squeeze(1) + mine.start
+                    self._put(table, kind, dirty)
+                    if kind == SLOT:
+                        counted.flushed_rows += dirty.numel()
+                    else:
+                        counted.host_flushed_rows += dirty.numel()
+                    stamps = self.directory.stamp.index_select(0, dirty)
+                    self._mark_clean(dirty[stamps < 2 * oldest] if kind == SLOT else dirty)
+
+    def trickle(self, table: int, min_age: int, looks: int) -> int:
+        """Puts dirty rows that no batch has used for ``min_age`` batches, among the ``looks`` slots where a hand that goes round the pool
+        comes next. They stay, clean. Returns the rows put."""
+        with self._lock, self._quiet():
+            size, mine = self.tables[table].pool_rows, self.directory.segment(SLOT, table)
+            youngest = min(self._last_seq - min_age, min(self._held, default=self._last_seq + 1) - 1)
+            looks = min(looks, size)
+            looked = (self._hands[table] + torch.arange(looks, device=self._device)) % size + mine.start
+            stamps = self.directory.stamp.index_select(0, looked)
+            old = looked[(stamps >= 0) & (stamps & 1).bool() & (stamps < 2 * (youngest + 1))]
+            self._put(table, SLOT, old)
+            self._mark_clean(old)
+            self._hands[table] = (self._hands[table] + looks) % size
+            self._counts[table].trickled_rows += old.numel()
+            return old.numel()
+
+    def _mark_clean(self, places: Tensor) -> None:
+        self.directory.stamp.index_copy_(0, places, self.directory.stamp.index_select(0, places) & ~1)
+
+    def _put(self, table: int, kind: int, places: Tensor) -> None:
+        of, first = self.tables[table], self.directory.segment(kind, table).start
+        for some in places.split(MOVE_ROWS) if places.numel() else ():
+            rows, within = self.directory.row_of_place.index_select(0, some).long().cpu().numpy(), some - first
+            if kind == HOST:
+                parts, slots = of.lower, within.cpu().int().numpy()
+            else:
+                parts, slots = [p.index_select(0, within).cpu() for p in of.upper], np.arange(len(rows), dtype=np.int32)
+            _core.put_rows(of.volume, of.id, rows, slots, [native_part(p) for p in parts])
+
+    def forget(self) -> None:
+        """Every row leaves the pools and the host places, unwritten. Raises: TicketError while forward passes await their backward."""
+        with self._lock, self._quiet():
+            while self._revoke_youngest():
+                pass
+            if self._held:
+                raise errors.TicketError(
+                    f"{len(self._held)} forward passes of tiered tables have not run their backward; run it or drop their outputs before "
+                    "the tables are restored"
+                )
+            self.directory.place_of_row.fill_(-1)
+            self.directory.row_of_place.fill_(-1)
+            self.directory.stamp.fill_(-1)
+
+    def resident_rows(self, table: int) -> Any:
+        """The rows in the pool, the longest unused first. Shapes: (n,) int64, numpy."""
+        with self._lock, self._quiet():
+            return self.directory.rows_by_age(table).cpu().numpy()
+
+    def warm(self, table: int, rows: Any) -> int:
+        """Reads rows, in the order of eviction, into free slots; of too many the last ones. Returns the rows read."""
+        with self._lock:
+            room = self.tables[table].pool_rows - self.directory.resident(SLOT, table)
+            rows = torch.as_tensor(rows, dtype=_INT64)
+            rows = rows[max(0, rows.numel() - room) :]
+            features = len(self._table_of_feature)
+            mine = torch.arange(features + 1) > self._table_of_feature.index(table)
+            before = self._counts[table].misses
+            for some in rows.split(max(1, min(rows.numel() // 32, MOVE_ROWS))) if rows.numel() else ():
+                device = self._device
+                begun = self.begin(some.to(device), torch.where(mine, some.numel(), 0).to(device), 1, True, False)
+                assert begun is not None
+                self.wait(begun[0])
+                self.release(begun[0])
+            return self._counts[table].misses - before
+
+    # -- looking in
+
+    def stats(self, table: int) -> dict[str, int]:
+        """Counters since creation: ids looked up, and rows."""
+        with self._lock:
+            counted = self._counts[table]
+            return {
+                "lookups": counted.lookups,
+                "unique_rows": counted.hits + counted.misses,
+                "misses": counted.misses,
+                "evictions": int(self.directory.evictions[table]),
+                "write_backs": int(self.directory.write_backs[table]),
+                "flushed_rows": counted.flushed_rows,
+                "trickled_rows": counted.trickled_rows,
+                "resident_rows": self.directory.resident(SLOT, table),
+            }
+
+    def host_stats(self, table: int) -> dict[str, int]:
+        """The same of the host places, as of any cache (``CachedVolume.cache_stats``)."""
+        with self._lock:
+            counted = self._counts[table]
+            return {
+                "rows": self.tables[table].host_places,
+                "resident_rows": self.directory.resident(HOST, table),
+                "hits": counted.misses - counted.from_below,
+                "misses": counted.from_below,
+                "inserted_rows": int(self.directory.evictions[table]),
+                "evictions": counted.host_evictions,
+                "write_backs": counted.host_write_backs,
+                "flushed_rows": counted.host_flushed_rows,
+            }
+
+    def slot_of_row(self, table: int, row: int) -> int:
+        """The slot, counted within the table, or -1."""
+        place, mine = int(self.directory.places_of(table, row, 1)), self.directory.segment(SLOT, table)
+        return place - mine.start if mine.start <= place < mine.stop else -1
+
+    def check(self) -> None:
+        """Tests: raises at a broken invariant."""
+        with self._lock:
+            self._let_go()
+            self._order.finish_all()
+            self.directory.check()
+            for held in self._held.values():
+                if (self.directory.row_of_place[held.places] < 0).any() or (held.places >= self.directory.slots).any():
+                    raise AssertionError("device pool: a ticket's slot is free, or none")
+
+
+def directory_type(device: torch.device) -> type[DeviceDirectory]:
+    """Of the directories of a device the fastest."""
+    return FusedDirectory if device.type == "cuda" else DeviceDirectory
+
+
+def _short(have: Sequence[int], wanted: Sequence[int]) -> bool:
+    return any(h < w for h, w in zip(have, wanted, strict=True))

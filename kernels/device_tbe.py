@@ -1,0 +1,152 @@
+"""``DeviceTBE``: a ``TieredTBE`` whose pools are on a GPU, or, for tests, the same tensor code on a CPU.
+
+The stock TBE has its tables, the pools, in HBM. Below them a table's ``DdrCache`` is memory of the host that the device has
+mapped (``DevicePool``); the rest of the chain is native, as on a CPU. A chain always has that tier here, since every record comes and
+goes through it: where a chain names no ``DdrCache`` first, it has as many rows as the pool, and under a ``DdrHome`` as many as the table,
+whose volume then only knows initial values and what was flushed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+
+from .. import errors
+from ..tiers import Cache, DdrCache, DdrHome
+from .device_planes import Planes
+from .device_pool import DevicePool, DeviceTable
+from .tiered_tbe import _INT32, _INT64, STATES, BatchSizes, TieredTable, TieredTBE, _Ticket
+
+DEVICE_STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
+    **STATES,
+    EmbOptimType.ADAM: (("momentum1", False), ("exp_avg_sq", False)),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (("momentum1", False), ("exp_avg_sq", True)),
+    EmbOptimType.LAMB: (("momentum1", False), ("exp_avg_sq", False)),
+}
+"""As ``STATES``, of what the stock TBE has on a GPU besides; named as in TorchRec's state dicts. Each trains bit for bit like
+stock (benchmarks/gpu.py)."""
+
+
+class DeviceTBE(TieredTBE):
+    """A group of tiered tables on ``device``. Everything else, and the errors, as ``TieredTBE``.
+
+    Raises: ConfigurationError for a first ``DdrCache`` with fewer rows than the pool, or too little memory.
+    """
+
+    def __init__(self, tables: Sequence[TieredTable], *args: Any, device: torch.device, **kwargs: Any) -> None:
+        # A device of no number is the current one, which may be another later.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+        self.optimizers = DEVICE_STATES if device.type == "cuda" else STATES
+        super().__init__(tables, *args, **kwargs)
+        self._feature_rows, self._warning = self._feature_rows.to(self.device), self._warning.to(self.device)
+
+    def _make_tbe(self) -> None:
+        self.pool_rows = [max(1, min(t.chain.pool_rows, t.rows)) for t in self.tables]
+        self._host_places = [self._host_places_of(t, pool) for t, pool in zip(self.tables, self.pool_rows, strict=True)]
+        on_gpu = self.device.type == "cuda"
+        place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+        self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
+            embedding_specs=[(pool, dim, *place) for pool, t in zip(self.pool_rows, self.tables, strict=True) for dim in t.dims],
+            bounds_check_mode=BoundsCheckMode.NONE,
+            device=self.device,
+            **self._options,
+        )
+        # ``data``: autograd does not count what is written through it between a forward and its backward, to other slots than theirs.
+        self._parts = [[part.data for part in of_shard] for of_shard in self._pool_parts()]
+
+    def _host_places_of(self, table: TieredTable, pool_rows: int) -> int:
+        cache = table.chain.caches[0] if table.chain.caches else None
+        if isinstance(cache, DdrCache):
+            rows = min(cache.rows, max(1, table.rows))
+            if rows < pool_rows:
+                raise errors.ConfigurationError(
+                    f"table {table.name!r}: on a GPU every record comes and goes through the DdrCache, so it has at least as many rows as "
+                    f"the pool; got rows={cache.rows} below pool_rows={pool_rows}. Raise rows, or leave the DdrCache out"
+                )
+            return rows
+        return max(1, table.rows) if isinstance(table.chain.home, DdrHome) and cache is None else pool_rows
+
+    def _native_caches(self, table: TieredTable) -> tuple[Cache, ...]:
+        caches = table.chain.caches
+        return caches[1:] if caches and isinstance(caches[0], DdrCache) else caches
+
+    def _make_pool(self) -> None:
+        planes = Planes(self._parts, self.table_of_shard, self._host_places)
+        self._planes = planes
+        tables = []
+        for i, (t, below) in enumerate(zip(self.tables, self._below_pools, strict=True)):
+            upper, lower = ([parts[s][p] for s, p in self._record(i)] for parts in (self._parts, planes.lower_parts))
+            tables.append(
+                DeviceTable(t.name, below.volume._native, below._id, t.rows, self.pool_rows[i], self._host_places[i], upper, lower)
+            )
+        self._pool = DevicePool(tables, self._tables_of_features, planes, self.device)
+
+    # -- batches
+
+    def _start(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
+        if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
+            raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
+        if batch_sizes:
+            begins, stride = self._feature_starts(offsets, batch_sizes), 1
+        else:
+            begins, stride = offsets, self._bags_of_a_feature(offsets)
+        ids = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
+        begun = self._pool.begin(ids.contiguous(), begins, stride, hard, dirty)
+        return None if begun is None else _Ticket(begun[0], begun[1], indices, dirty)
+
+    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
+        try:
+            ticket = self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        except errors.PoolTooSmallError:
+            if not self._collect_dead_graphs():
+                raise
+            ticket = self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        assert ticket is not None
+        return ticket
+
+    def prefetch(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        forward_stream: Any = None,
+        batch_size_per_feature_per_rank: BatchSizes | None = None,
+    ) -> None:
+        del forward_stream
+        ticket = self._start(indices, offsets, batch_size_per_feature_per_rank, hard=False, dirty=torch.is_grad_enabled())
+        if ticket is not None:
+            self._keep(ticket, indices)
+
+    def announce(self, indices: Tensor, offsets: Tensor, batch_size_per_feature_per_rank: BatchSizes | None = None) -> bool:
+        """Does nothing, and returns False: evictions on a device do not look ahead."""
+        return False
+
+    @property
+    def useful_lookahead(self) -> int:
+        """None: see ``announce``."""
+        return 0
+
+    # -- rows, as users see them
+
+    def read_rows(self, shard: int, first_row: int, row_count: int) -> list[Tensor]:
+        table = self.table_of_shard[shard]
+        values = self._pool.read(table, first_row, row_count)
+        return [value for value, (s, _) in zip(values, self._record(table), strict=True) if s == shard]
+
+    def _write_record(self, table: int, first_row: int, count: int, record: list[Tensor | None]) -> None:
+        self._pool.write(table, first_row, count, record)
+
+    # -- looking in
+
+    def _cache_tiers_of(self, table: int) -> list[dict[str, Any]]:
+        stats, record_bytes = self._pool.host_stats(table), self._home_tables[table].record_bytes
+        moved = {"read_bytes": stats["hits"] * record_bytes, "written_bytes": stats["inserted_rows"] * record_bytes}
+        return [{"tier": "DdrCache", **stats, **moved}, *super()._cache_tiers_of(table)]

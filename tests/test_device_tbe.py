@@ -1,0 +1,79 @@
+"""What is a device pool's own: its host places, reads that fail, what it says of its tiers. The rest is in test_tickets.py."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from torchrec_mtrains.kernels.deferred_init import UniformInit
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE
+from torchrec_mtrains.kernels.tiered_tbe import TieredTable
+
+from test_tier_chains import damage
+from torchrec_mtrains.errors import ConfigurationError, DamagedRecordError
+from torchrec_mtrains.tiers import Cache, DdrCache, DdrHome, Home, SsdHome, TierChain
+
+ROWS, POOL = 100, 10
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        yield name
+
+
+def make(*below: Cache | Home) -> DeviceTBE:
+    init = UniformInit(0, -1, 1, columns=8)
+    return DeviceTBE(
+        [TieredTable("t", ROWS, 8, TierChain(POOL, below), init=init)], [0], PoolingMode.SUM, SparseType.FP32,
+        EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, device=torch.device("cpu"), learning_rate=0.1, eps=1e-3,
+    )  # fmt: skip
+
+
+def train(tbe: DeviceTBE, first: int, count: int = POOL) -> None:
+    tbe(torch.arange(first, first + count), torch.arange(count + 1)).sum().backward()
+
+
+def test_a_ddr_cache_smaller_than_its_pool_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"table 't': .* got rows=9 below pool_rows=10"):
+        make(DdrCache(9), DdrHome())
+
+
+def test_a_chain_without_a_ddr_cache_has_host_places_for_its_pool_and_under_a_ddr_home_for_its_table(folder: str) -> None:
+    assert make(SsdHome((folder,), capacity_bytes=64 << 20)).tier_stats()[0][1]["rows"] == POOL
+    assert make(DdrHome()).tier_stats()[0][1]["rows"] == ROWS
+
+
+def test_rows_sink_from_the_pool_through_host_places_to_their_home_and_come_back(folder: str) -> None:
+    tbe = make(DdrCache(2 * POOL), SsdHome((folder,), capacity_bytes=64 << 20))
+    for first in range(0, 50, POOL):
+        train(tbe, first)
+    pool, ddr, home = tbe.tier_stats()[0]
+    assert (pool["tier"], ddr["tier"], home["tier"]) == ("pool", "DdrCache", "SsdHome")
+    assert (pool["misses"], pool["evictions"], pool["write_backs"]) == (50, 40, 40)
+    assert (ddr["resident_rows"], ddr["misses"], ddr["evictions"], ddr["write_backs"]) == (20, 50, 20, 20)
+    train(tbe, 20)  # still in host places
+    assert tbe.tier_stats()[0][1]["hits"] == POOL
+    train(tbe, 0)  # in the home
+    assert tbe.tier_stats()[0][1]["misses"] == 60
+
+
+def test_rows_that_cannot_be_read_leave_the_pool_and_what_was_in_their_slots_is_there_again(folder: str) -> None:
+    tbe = make(SsdHome((folder,), capacity_bytes=64 << 20))
+    for first in range(0, 60, POOL):
+        train(tbe, first)
+    tbe.flush()
+    values = tbe.read_rows(0, 50, 10)
+    damage(folder)
+    with pytest.raises(DamagedRecordError):
+        train(tbe, 0)
+    tbe._pool.check()
+    assert tbe._pool.outstanding == 0
+    for mine, before in zip(tbe.read_rows(0, 50, 10), values, strict=True):
+        assert torch.equal(mine, before)
+    train(tbe, 50)
