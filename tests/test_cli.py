@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import os
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_train_prints_plan_tiers_and_result_and_writes_the_report(ssd, tmp_path)
     page = report.read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "<script" not in page
-    assert "http" not in page
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)  # pictures may have any letters
 
 
 def test_two_ssd_folders_are_striped(tmp_path):
