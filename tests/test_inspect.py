@@ -203,12 +203,14 @@ class Indexed:
             table.put(np.array(rows), records(np.array(rows), epoch))
             epoch += 1
             volume.checkpoint(epoch)
-            while not self.is_whole(volume_files.snapshot_file(folder, epoch)):  # written in the background, named by the next manifest
+            snapshot = volume_files.snapshot_file(folder, epoch)
+            # Written in the background, named by the next manifest; none while kept manifests name two, which is from the third on.
+            while (epoch < 3 or snapshot.exists()) and not self.is_whole(snapshot):
                 time.sleep(0.001)
             time.sleep(0.02)
         volume.close()
         manifest = volume_files.read_manifest(folder, volume_files.epochs(folder)[-1])
-        assert manifest.snapshot == epoch - 1
+        assert 0 < manifest.snapshot < epoch
         self.index = volume_files.snapshot_file(folder, manifest.snapshot)
 
     @staticmethod

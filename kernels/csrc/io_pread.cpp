@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <semaphore>
 #include <thread>
 #include <vector>
 
@@ -21,11 +22,7 @@ class PreadEngine final : public IoEngine {
   }
 
   ~PreadEngine() override {
-    {
-      std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    work_.notify_all();
+    work_.release(static_cast<std::ptrdiff_t>(threads_.size()));
     for (std::thread& t : threads_) t.join();
   }
 
@@ -37,7 +34,7 @@ class PreadEngine final : public IoEngine {
       std::lock_guard lock(mutex_);
       commands_.push_back({command, tag});
     }
-    work_.notify_one();
+    work_.release();
   }
 
   size_t reap(std::span<IoCompletion> out, size_t least) override {
@@ -64,10 +61,10 @@ class PreadEngine final : public IoEngine {
   }
 
   void serve() {
-    std::unique_lock lock(mutex_);
     for (;;) {
-      work_.wait(lock, [&] { return stop_ || !commands_.empty(); });
-      if (commands_.empty()) return;
+      work_.acquire();
+      std::unique_lock lock(mutex_);
+      if (commands_.empty()) return;  // stopped
       const auto [command, tag] = commands_.front();
       commands_.pop_front();
       lock.unlock();
@@ -80,11 +77,11 @@ class PreadEngine final : public IoEngine {
 
   System& system_;
   std::mutex mutex_;
-  std::condition_variable work_, done_;
+  std::counting_semaphore<> work_{0};  // commands. No condition variable: where many threads wait, glibc before 2.41 may lose a signal (BZ 25847)
+  std::condition_variable done_;
   std::deque<std::pair<IoCommand, uint32_t>> commands_;
   std::deque<IoCompletion> completions_;
   std::vector<std::thread> threads_;
-  bool stop_ = false;
 };
 
 }  // namespace
