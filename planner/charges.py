@@ -26,9 +26,9 @@ INDEX_BYTES_PER_ROW = 8
 DIRECTORY_BYTES_PER_ROW = 4
 """The map from a row to its slot, of a pool and of each cache: one int32 a row (kernels/csrc/slot_directory.h)."""
 
-DIRECTORY_BYTES_PER_SLOT = 18
-"""The row in a slot (4), its stamp (8), its place in the free list (4), an eviction candidate of 16 bytes for an eighth of the
-slots (2): kernels/csrc/slot_directory.h."""
+DIRECTORY_BYTES_PER_SLOT = 32
+"""The row in a slot (4), its state (16), its links in the eviction order (8), its place in the free list (4):
+kernels/csrc/slot_directory.h, slot_state.h, eviction_order.h."""
 
 PIN_BYTES_PER_SLOT = 1
 """A pool's flag of slots that pending backwards hold (kernels/csrc/slot_pool.h)."""

@@ -71,8 +71,8 @@ PLANTED = {
     ),
     "a dirty victim is not written back": (
         "slot_pool.cpp",
-        "if (!rows[dirty].empty()) tables_[t].volume->evict(",
-        "if (!dirty) tables_[t].volume->evict(",
+        "if (!rows[dirty].empty()) t.volume->evict(",
+        "if (!dirty) t.volume->evict(",
         "over memory trains",
     ),
 }

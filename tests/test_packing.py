@@ -117,7 +117,7 @@ def test_survivors_of_cleaning_stay_in_the_order_in_which_they_were_put() -> Non
         table.put(others, torch.zeros(len(others), RECORD_BYTES, dtype=torch.uint8))
         volume.flush()
         before, generator = pairs_in_one_block(table), torch.Generator().manual_seed(3)
-        while volume.stats()["cleaned_segments"] < 30:  # of at most 8 at a time
+        while volume.stats()["cleaned_segments"] < 150:  # of at most 8 at a time
             rows = torch.randint(0, busy.row_count, (500,), generator=generator)
             busy.put(rows, torch.zeros(len(rows), RECORD_BYTES, dtype=torch.uint8))
         volume.flush()

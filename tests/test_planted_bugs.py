@@ -42,27 +42,27 @@ BUGS = {
         "kernels/csrc/slot_pool.cpp",
         (
             (
-                "      if (row < 0) continue;\n      rows[directories_[t].dirty(slot)]",
-                "      if (row < 0) continue;\n"
-                "      if (directories_[t].dirty(slot) && stats_[t].write_backs++ == 0) continue;\n"
-                "      rows[directories_[t].dirty(slot)]",
+                "    if (d.row_of_slot(slot) < 0) continue;\n    rows[d.dirty(slot)]",
+                "    if (d.row_of_slot(slot) < 0) continue;\n"
+                "    if (d.dirty(slot) && stats_[table].write_backs++ == 0) continue;\n"
+                "    rows[d.dirty(slot)]",
             ),
         ),
     ),
     "a hard-pinned row is evicted": Bug(
         "kernels/csrc/slot_pool.cpp",
-        (("tickets_.empty() ? UINT32_MAX : static_cast<uint32_t>(tickets_.begin()->first - base_)", "UINT32_MAX"),),
+        (("return static_cast<uint32_t>(seq - base_);", "(void)seq;"),),
     ),
     "one eviction loses its optimizer state": Bug(
         "kernels/csrc/slot_pool.cpp",
         (
             (
-                "    for (const bool dirty : {false, true}) {\n      if (!rows[dirty].empty())",
-                "    if (!rows[true].empty() && stats_[t].write_backs == 0 && tables_[t].parts.size() > 1) {\n"
-                "      const Part& state = tables_[t].parts[1];\n"
-                "      std::memset(state.base + static_cast<uint64_t>(slots[true][0]) * state.stride_bytes, 0, state.bytes);\n"
-                "    }\n"
-                "    for (const bool dirty : {false, true}) {\n      if (!rows[dirty].empty())",
+                "  for (const bool dirty : {false, true}) {\n    if (!rows[dirty].empty())",
+                "  if (!rows[true].empty() && stats_[table].write_backs == 0 && t.parts.size() > 1) {\n"
+                "    const Part& state = t.parts[1];\n"
+                "    std::memset(state.base + static_cast<uint64_t>(slots[true][0]) * state.stride_bytes, 0, state.bytes);\n"
+                "  }\n"
+                "  for (const bool dirty : {false, true}) {\n    if (!rows[dirty].empty())",
             ),
         ),
     ),
