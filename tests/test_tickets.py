@@ -229,6 +229,7 @@ def test_prefetch_brings_the_rows_so_that_forward_misses_nothing() -> None:
     batches = [bags(0, 1), bags(2, 3), bags(4, 0)]
     for b in batches:
         tbe.prefetch(*b)
+    tbe._pool.check()  # after what was prefetched
     assert tbe.stats()[0]["misses"] == 5
     for b in batches:
         tbe(*b).sum().backward()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchrec.distributed.comm import get_local_rank, get_local_size
 
 from dmp_twins import Job, Table, compare_on
-from torchrec_mtrains import SsdHome, counters
+from torchrec_mtrains import SsdHome, tier_counters
 
 BATCH_SIZE, MAX_LENGTH, RANKS = 4, 3, 4
 POOL_ROWS = BATCH_SIZE * MAX_LENGTH * RANKS  # what one batch of all ranks can touch
@@ -31,7 +31,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     assert (dist.get_world_size(), get_local_size()) == (RANKS, 2)
     model = compare_on(JOB, SsdHome(paths=(sys.argv[1],), capacity_bytes=64 << 20))
-    evictions = counters.total(model)["evictions"]
+    evictions = tier_counters.total(model)["evictions"]
     assert evictions > 0, "the pools held every row"
     print(f"rank {dist.get_rank()}, local rank {get_local_rank()}: equal, {evictions:g} evictions")
     dist.barrier()
