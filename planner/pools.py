@@ -20,7 +20,7 @@ from .levels import Table, full_pool_level, highest, pool_rows
 from .pmem_caches import Uncached, cache_rows
 from .sharding_options import TieredShardingOption
 
-CACHE_ROUNDS = 3  # a row that leaves a pool costs its cache an index entry of 32 bytes, so that each round is off by an eighth of the last
+CACHE_ROUNDS = 3  # a row that leaves a pool costs its cache an index entry of 32 bytes, so that each round is off by a part of the last
 
 
 @dataclass

@@ -75,7 +75,7 @@ def test_a_cache_never_costs_more_rows_in_pools_than_it_holds(case: Case, ddr: i
 
 def test_pool_and_cache_hold_a_whole_table_where_there_is_room() -> None:
     case = Case([TableCase(50_000, 32)])
-    plan = case.plan(2 * MIB, PLENTY, pmem=64 * MIB)
+    plan = case.plan(3 * MIB, PLENTY, pmem=64 * MIB)
     chain = plan.plan["ebc"]["t0"].tiers
     assert 50_000 * 0.95 < chain.pool_rows + chain.caches[0].rows <= 50_000
 
@@ -84,7 +84,7 @@ def test_caches_share_a_device_by_lookups_and_leave_what_they_cannot_use() -> No
     case = Case([TableCase(50_000, 32, [3.0]), TableCase(50_000, 32, [1.0])])
     rows = cached_rows(case.plan(3 * MIB, PLENTY, pmem=4 * MIB))
     assert rows["t0"] == pytest.approx(3 * rows["t1"], rel=0.01)
-    rows = cached_rows(case.plan(3 * MIB, PLENTY, pmem=9 * MIB))
+    rows = cached_rows(case.plan(5 * MIB, PLENTY, pmem=9 * MIB))
     assert sum(rows.values()) * 132 > 0.98 * 9 * MIB
 
 

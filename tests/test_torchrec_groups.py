@@ -83,6 +83,7 @@ def test_forward_finds_the_batch_that_torchrecs_lookup_prefetched(dtype: torch.d
     context = dmp.module.create_context()
     distributed = dmp.module.input_dist(context, batch).wait().wait()
     dmp.module._lookups[0].prefetch(distributed[0])
+    group._pool.check()  # after what was prefetched
     assert [s["misses"] for s in group.stats()] == [2, 1]
     assert group._pool.outstanding == 1
     dmp.module.compute_and_output_dist(context, distributed).wait().values().sum().backward()
