@@ -104,12 +104,7 @@ class DeviceTBE(TieredTBE):
         return None if begun is None else _Ticket(begun[0], begun[1], indices, dirty)
 
     def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
-        try:
-            ticket = self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty)
-        except errors.PoolTooSmallError:
-            if not self._collect_dead_graphs():
-                raise
-            ticket = self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+        ticket: _Ticket | None = self._with_room(lambda _announced: self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty))
         assert ticket is not None
         return ticket
 

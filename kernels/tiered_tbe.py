@@ -15,7 +15,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,13 +309,17 @@ class TieredTBE(nn.Module):
     def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
         number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_sizes))
         slots = torch.empty(ids.read.numel(), dtype=_INT64)
+        seq = self._with_room(lambda announced: self._pool.begin(ids.native, slots.data_ptr(), dirty, announced), number)
+        return _Ticket(seq, slots, ids, dirty)
+
+    def _with_room(self, begin: Callable[[int], Any], announced: int = 0) -> Any:
+        """``begin(announced)``; where there is no room, once more when dead graphs have let their slots go. A batch is announced once."""
         try:
-            seq = self._pool.begin(ids.native, slots.data_ptr(), dirty, number)
+            return begin(announced)
         except errors.PoolTooSmallError:
             if not self._collect_dead_graphs():
                 raise
-            seq = self._pool.begin(ids.native, slots.data_ptr(), dirty)
-        return _Ticket(seq, slots, ids, dirty)
+            return begin(0)
 
     def _collect_dead_graphs(self) -> bool:
         """A graph whose backward never ran (activation recomputation makes them) may be garbage that Python has not collected yet:

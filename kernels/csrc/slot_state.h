@@ -1,4 +1,4 @@
-// What is known of the row in a slot, in one half of a cache line's quarter: the hit path reads and writes nothing else.
+// What is known of the row in a slot, in a quarter of a cache line: the hit path reads and writes nothing else.
 //
 //   stamp    batch 31 | position 28 | linked 1 | main 1 | uses 2 | dirty 1
 //            batch, position: the last batch that used the slot, and where in that batch's ids it did so last. One store records
