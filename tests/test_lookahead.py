@@ -64,6 +64,16 @@ def test_left_out_it_is_what_the_pools_can_use(one_rank: None) -> None:
     assert pipeline.lookahead > 10
 
 
+def test_pools_with_a_slot_for_every_row_have_no_use_for_it(one_rank: None) -> None:
+    twins = Twins(Job([Table(600, 8, ["a"], 600)], batch_size=4), steps=STEPS)
+    dmp = twins.model(True)
+    pipeline, data = mtrains.TieredTrainPipeline(dmp, twins.optimizer(dmp), CPU), iter(twins.batches)
+    for _ in range(STEPS - 4):
+        pipeline.progress(data)
+    (group,) = mtrains.tiered_groups(dmp)
+    assert (pipeline.lookahead, group.useful_lookahead, group._pool.announced) == (0, 0, 0)
+
+
 def test_without_tiered_tables_there_is_none(one_rank: None) -> None:
     twins = Twins(JOB, steps=6)
     dmp = twins.model(False)

@@ -283,8 +283,9 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         what was prefetched has begun."""
         if self._lookahead.asked is None and self.contexts[0].index % ASK_EVERY == 0:
             tiered = any(collection.tiered_tables() for collection in tiered_collections(self._model))
-            none = MOST_BATCHES if tiered else 0
-            self._usable = min((group.useful_lookahead for group in tiered_groups(self._model)), default=none)
+            useful = [group.useful_lookahead for group in tiered_groups(self._model)]
+            none = MOST_BATCHES if tiered and not useful else 0
+            self._usable = min(filter(None, useful), default=none)
 
     def _propose_window(self) -> None:
         asked = self._lookahead.asked
