@@ -10,26 +10,33 @@ numbered through the group: the slots of every table, then the host places of ev
     stamp          int64 (places + 1)  batch · 2 + dirty: the last batch that used the slot, or that brought the record to the host
                                        place; -1 while free. So one store records recency and pins: a slot is pinned while its
                                        batch is not older than the oldest one outstanding.
+    window         int64 (places + 1)  bit w % WINDOW: batch w, announced and not begun, will use the row. It goes where the row goes;
+                                       of rows that are below nothing is remembered.
 
 The last element of each is a sink, for elements that take no part in an operation.
 
 Invariants between batches (``check`` verifies them): ``place_of_row`` and ``row_of_place`` are inverse to each other, no claim is
-left, exactly the free places have stamp -1, and every place is one of its row's table.
+left, exactly the free places have stamp -1, they await nothing, and every place is one of its row's table.
 
-Candidates for eviction are queues, one for the slots and one for the host places: the oldest sixteenth of each table's places, free ones
-first, collected in one pass over the stamps by histogram. A candidate whose stamp has changed since is skipped; so taking one is
-stamping it.
+Who leaves first: free places, then rows that no announced batch will use, the longest unused first, then the others, those used
+furthest in the future first. Candidates are queues, one for the slots and one for the host places: that order's first sixteenth of each
+table's places, or what a batch needs, collected in one pass by histogram. A candidate that was used or announced since is skipped; so
+taking one is stamping it. What is announced is advice: a wrong future costs misses.
 
 Everything is deterministic: claims and bins are integers, of several positions with one row the first one's claim wins, and queues
-are in the order of places. A batch goes through ``lookup`` → (``claim`` → ``choose`` → ``commit`` → ``settle``, or ``unclaim``). Hits
-need no more than the first, and one copy of a few numbers to the host. Not thread-safe: ``DevicePool`` locks.
+are in the order of places. A batch goes through ``lookup`` → (``claim`` → ``choose`` → ``commit`` → ``settle``, or ``unclaim``), with
+the host looking at numbers in between; or all of it is one ``attempt``, which the host looks at later. An attempt changes nothing but
+stamps where it cannot give every row a slot: a row is below, or too few slots are older than ``before``. Not thread-safe: ``DevicePool``
+locks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +46,20 @@ from .. import errors
 SLOT, HOST = 0, 1
 """The two kinds of places."""
 
+WINDOW = 63
+"""Batches that can be announced and not begun: as many bits as a positive int64 has."""
+
 BUCKETS = 1024
 """Ages that one pass over the stamps tells apart: every batch of the youngest half, then ``FAR_BATCHES`` together. A queue's last bucket
 is filled in the order of places."""
 
 FAR_BATCHES = 64
+
+STAYS = BUCKETS + WINDOW + 1
+"""The bucket of what may not leave."""
+
+POLL_SECONDS = 20e-6
+"""Between looks at an attempt that is under way; one takes 0.1 ms and more."""
 
 QUEUE_SHARE = 16
 """A queue is at most this part of a table's places: how often the pass runs against how exact the order is. A guess."""
@@ -64,6 +80,35 @@ class Lookup:
     missing_count: int
     hits: list[int]  # by table: distinct rows
     lookups: list[int]  # by feature
+
+
+@dataclass
+class Attempt:
+    """One batch of ids on its way to slots, and what became of it, once the host has looked (``DeviceDirectory.outcome``)."""
+
+    ids: Tensor
+    offsets: Tensor
+    stride: int
+    seq: int
+    place: Tensor  # as in Lookup; if it fits, of every position the slot
+    slot: Tensor
+    summary: Any  # numpy (n,) int64: bad ids, whether all fits, by table hits, misses and misses below, where features begin, and ``seq``
+    done: Any = None  # an event after all of it; None: there was none to wait for
+
+
+@dataclass
+class Outcome:
+    """Of an attempt. Counts are of distinct rows by table, lookups by feature."""
+
+    fits: bool
+    hits: list[int]
+    misses: list[int]
+    below: list[int]
+    lookups: list[int]
+
+
+Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Moves records: slots, host places, tables, and how many of them there are, which only the device knows. Shapes: (n,), (1,)."""
 
 
 @dataclass
@@ -97,6 +142,7 @@ class Choice:
 class _Queue:
     place: Tensor
     stamp: Tensor
+    window: Tensor
     table: Tensor
     bounds: Tensor  # (tables + 1,)
 
@@ -104,7 +150,7 @@ class _Queue:
 class DeviceDirectory:
     """The directory of a group: ``rows``, ``slots`` and ``host_places`` by table, ``table_of_feature`` by feature, in order of tables."""
 
-    BYTES_PER_ROW, BYTES_PER_PLACE = 4, 12
+    BYTES_PER_ROW, BYTES_PER_PLACE = 4, 20
 
     def __init__(
         self,
@@ -130,6 +176,7 @@ class DeviceDirectory:
         self.place_of_row = self._filled(self._sink_row + 1, -1, _INT32)
         self.row_of_place = self._filled(self.places + 1, -1, _INT32)
         self.stamp = self._filled(self.places + 1, -1, _INT64)
+        self.window = self._filled(self.places + 1, 0, _INT64)
         of_feature = [(self.first_row[t], rows[t], self.first_place[SLOT][t], t) for t in table_of_feature]
         self._feature_row, self._feature_rows, self._feature_slot, self._feature_table = (
             self._tensor(column) for column in zip(*of_feature, strict=True)
@@ -156,7 +203,7 @@ class DeviceDirectory:
 
     def _empty_queue(self) -> _Queue:
         none = self._tensor([])
-        return _Queue(none, none, none, torch.zeros(self.tables + 1, dtype=_INT64, device=self.device))
+        return _Queue(none, none, none, none, torch.zeros(self.tables + 1, dtype=_INT64, device=self.device))
 
     def _count_up(self, count: int) -> Tensor:
         """0, 1, … Shapes: (count,)."""
@@ -166,54 +213,111 @@ class DeviceDirectory:
 
     # -- one batch
 
-    def lookup(self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool) -> Lookup:
-        """Where the rows of a batch are; those in slots are stamped.
+    def lookup(self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool, announced: int = 0) -> Lookup:
+        """Where the rows of a batch are; those in slots are stamped. ``announced``: the number under which the batch was, or 0.
 
         Shapes: ids (n,); offsets, int32 or int64 as they are: feature f's ids begin at ``offsets[f * stride]``.
         Raises: IdOutOfRangeError, ConfigurationError for offsets that do not fit; some slots may have been stamped.
         """
-        count = ids.numel()
-        place, slot = torch.empty(2, count, dtype=_INT64, device=self.device).unbind(0)
-        missing = torch.empty(count, dtype=torch.bool, device=self.device)
-        summary = torch.zeros(2 + self.tables + self._feature_row.numel() + 1, dtype=_INT64, device=self.device)
-        self._search(ids, offsets, stride, seq, dirty, place, slot, missing, summary)
-        bad, missing_count, *rest = summary.tolist()
+        feature = self._features_at(offsets, stride, self._count_up(ids.numel()))
+        bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
+        row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
+        place = torch.where(bad, -1, self.place_of_row.index_select(0, row)).long()
+        slot = place - self._feature_slot.index_select(0, feature)
+        hit = (place >= 0) & (place < self.slots)
+        missing = ~hit & ~bad
+        self.stamp_places(torch.where(hit, place, self._sink_place), seq, dirty)
+        if announced:
+            self._set_windows(place, announced, False)
+        hit_rows = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
+        numbers = torch.cat([torch.stack([bad.sum(), missing.sum()]), hit_rows, self._begins(offsets, stride).long()])
+        bad_count, missing_count, *rest = numbers.tolist()
         hits, begins = rest[: self.tables], rest[self.tables :]
-        lookups = [b - a for a, b in pairwise(begins)]
-        if begins[0] != 0 or begins[-1] != count or min(lookups) < 0:
-            raise errors.ConfigurationError(
-                f"offsets must not decrease, begin at 0 and end at the number of ids, {count}; features begin at {begins}"
-            )
-        if bad:
-            self._refuse_id(ids, begins)
-        return Lookup(ids, offsets, stride, place, slot, missing, missing_count, hits, lookups)
+        return Lookup(ids, offsets, stride, place, slot, missing, missing_count, hits, self._lookups(ids, begins, bad_count))
 
-    def _search(
+    def _lookups(self, ids: Tensor, begins: list[int], bad_count: int) -> list[int]:
+        """Ids by feature. Raises: IdOutOfRangeError, ConfigurationError."""
+        lookups = [b - a for a, b in pairwise(begins)]
+        if begins[0] != 0 or begins[-1] != ids.numel() or min(lookups) < 0:
+            raise errors.ConfigurationError(
+                f"offsets must not decrease, begin at 0 and end at the number of ids, {ids.numel()}; features begin at {begins}"
+            )
+        if bad_count:
+            self._refuse_id(ids, begins)
+        return lookups
+
+    def attempt(
         self,
         ids: Tensor,
         offsets: Tensor,
         stride: int,
         seq: int,
+        before: int,
         dirty: bool,
-        place: Tensor,
-        slot: Tensor,
-        missing: Tensor,
-        summary: Tensor,
-    ) -> None:
-        """Fills place, slot and missing, and the summary: bad ids, positions that miss, by table the distinct rows in slots, and where the
-        features begin."""
+        announced: int,
+        first_announced: int,
+        exchange: Exchange,
+    ) -> Attempt:
+        """All that a batch needs, if its rows are in places and slots last used before batch ``before`` suffice; their exchange, too.
+
+        Raises nothing: ``outcome`` does. Shapes: as ``lookup``.
+        """
+        summary = torch.zeros(2 + 3 * self.tables + self._feature_row.numel() + 2, dtype=_INT64)
+        summary[2 + 3 * self.tables : -1] = self._begins(offsets, stride)
+        summary[-1] = seq
+        try:
+            found = self.lookup(ids, offsets, stride, seq, dirty, announced)
+        except errors.MTrainsError:
+            summary[0] = 1
+            nothing = ids.new_full((ids.numel(),), -1, dtype=_INT64)
+            return Attempt(ids, offsets, stride, seq, nothing, nothing, summary.numpy())
+        summary[2 : 2 + self.tables] = torch.tensor(found.hits)
+        fits = True
+        if found.missing_count:
+            misses = self.claim(found, seq, stamps=False)
+            slots = self.choose(SLOT, misses.count, misses.most)
+            if (slots.available < misses.count).any():
+                self.refill(SLOT, misses.count.tolist(), seq, before, first_announced=first_announced)
+                slots = self.choose(SLOT, misses.count, misses.most)
+            fits = bool((slots.available >= misses.count).all()) and not misses.below_count.any()
+            summary[2 + self.tables : 2 + 3 * self.tables] = torch.cat([misses.count, misses.below_count])
+            if fits:
+                total = int(misses.count.sum())
+                places, hosts, table = slots.places[:total], misses.was[:total], misses.table[:total]
+                self.commit(misses, places, hosts, seq, dirty)
+                self.settle(found, misses)
+                exchange(places, hosts, table, self._tensor([total]))
+            else:
+                self.unclaim(misses)
+        summary[1] = fits
+        return Attempt(ids, offsets, stride, seq, found.place, found.slot, summary.numpy())
+
+    def outcome(self, attempt: Attempt) -> Outcome:
+        """What became of an attempt; the host waits until that is known, not for the exchange. Once for each attempt, in their order.
+
+        Raises: IdOutOfRangeError, ConfigurationError: nothing was changed.
+        """
+        while attempt.summary[-1] != attempt.seq:
+            if attempt.done.query():  # raises what failed on the device
+                break
+            time.sleep(POLL_SECONDS)
+        assert attempt.summary[-1] == attempt.seq
+        bad, fits, *rest = attempt.summary[:-1].tolist()
+        hits, misses, below = (rest[i * self.tables : (i + 1) * self.tables] for i in range(3))
+        return Outcome(bool(fits), hits, misses, below, self._lookups(attempt.ids, rest[3 * self.tables :], bad))
+
+    def announce(self, ids: Tensor, offsets: Tensor, stride: int, number: int, comes: bool) -> None:
+        """A batch with this number will use these rows; or, without ``comes``, will not after all. Shapes: as ``lookup``."""
         feature = self._features_at(offsets, stride, self._count_up(ids.numel()))
         bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
         row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
-        place.copy_(torch.where(bad, -1, self.place_of_row.index_select(0, row)))
-        slot.copy_(place - self._feature_slot.index_select(0, feature))
-        hit = (place >= 0) & (place < self.slots)
-        missing.copy_(~hit & ~bad)
-        self.stamp_places(torch.where(hit, place, self._sink_place), seq, dirty)
-        summary[0] = bad.sum()
-        summary[1] = missing.sum()
-        summary[2 : 2 + self.tables] = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
-        summary[2 + self.tables :] = self._begins(offsets, stride)
+        self._set_windows(torch.where(bad, -1, self.place_of_row.index_select(0, row)).long(), number, comes)
+
+    def _set_windows(self, places: Tensor, number: int, comes: bool) -> None:
+        """Of those that are places; of equal ones any number may be given."""
+        places = torch.where(places < 0, self._sink_place, places)
+        bit, windows = 1 << number % WINDOW, self.window.index_select(0, places)
+        self.window[places] = windows | bit if comes else windows & ~bit
 
     def _begins(self, offsets: Tensor, stride: int) -> Tensor:
         features = self._feature_row.numel()
@@ -245,7 +349,7 @@ class DeviceDirectory:
         """The rows in these slots will be changed; their stamps stay."""
         self.stamp[slots] = self.stamp.index_select(0, slots) | 1
 
-    def claim(self, found: Lookup, seq: int) -> Misses:
+    def claim(self, found: Lookup, seq: int, stamps: bool = True) -> Misses:
         """The distinct rows that a batch misses. Those in host places are stamped, so that they are no candidates."""
         most = found.missing_count
         at = torch.nonzero_static(found.missing, size=most).squeeze(1)
@@ -260,8 +364,8 @@ class DeviceDirectory:
         was = found.place.index_select(0, at.index_select(0, winner))
         table = torch.where(there, self._feature_table.index_select(0, feature_at.index_select(0, winner)), self.tables)
         below = there & (was < 0)
-        in_host = torch.where(there & ~below, was, self._sink_place)
-        self.stamp_places(in_host, seq, False)
+        if stamps:
+            self.stamp_places(torch.where(there & ~below, was, self._sink_place), seq, False)
         bounds = torch.searchsorted(table, self._table_numbers)
         return Misses(most, at, row_at, feature_at, row, was, table, below, bounds.diff(), _before(below).index_select(0, bounds).diff())
 
@@ -272,7 +376,7 @@ class DeviceDirectory:
     def choose(self, kind: int, wanted: Tensor, most: int) -> Choice:
         """So many candidates of each table, in their queues' order. Shapes: wanted (tables,)."""
         queue = self._queues[kind]
-        fresh = self.stamp.index_select(0, queue.place) == queue.stamp
+        fresh = (self.stamp.index_select(0, queue.place) == queue.stamp) & (self.window.index_select(0, queue.place) == queue.window)
         before = _before(fresh)
         at_bounds = before.index_select(0, queue.bounds)
         rank = before[:-1] - at_bounds.index_select(0, queue.table)
@@ -280,19 +384,21 @@ class DeviceDirectory:
         places = queue.place.index_select(0, chosen) if queue.place.numel() else chosen
         return Choice(places, at_bounds.diff())
 
-    def refill(self, kind: int, wanted: Sequence[int], seq: int, before: int, pinned: Tensor | None = None) -> None:
-        """Makes the queue of one kind anew, as of batch ``seq``: free places, then the longest unused of those that may leave.
+    def refill(
+        self, kind: int, wanted: Sequence[int], seq: int, before: int, pinned: Tensor | None = None, first_announced: int = 0
+    ) -> None:
+        """Makes the queue of one kind anew, as of batch ``seq``: free places, then those that may leave and go first.
 
-        These were last used before batch ``before``; or, with ``pinned``, are not in it.
-        Shapes: wanted, the least that each table needs; pinned (slots,) bool.
+        These were last used before batch ``before``; or, with ``pinned``, are not in it. ``first_announced``: the oldest batch of those that
+        have not begun. Shapes: wanted, the least that each table needs; pinned (slots,) bool.
         """
         goal = [max(w, min(size, size // QUEUE_SHARE + 1)) for w, size in zip(wanted, self.sizes[kind], strict=True)]
-        place = self._oldest(kind, self._tensor(goal), seq, before, pinned)
+        place = self._first_to_go(kind, self._tensor(goal), seq, before, pinned, first_announced)
         table = torch.searchsorted(self._first_place[kind][1:], place, right=True)
         bounds = torch.searchsorted(place, self._first_place[kind])
-        self._queues[kind] = _Queue(place, self.stamp.index_select(0, place), table, bounds)
+        self._queues[kind] = _Queue(place, self.stamp.index_select(0, place), self.window.index_select(0, place), table, bounds)
 
-    def _oldest(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None) -> Tensor:
+    def _first_to_go(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None, first_announced: int) -> Tensor:
         """So many places of each table, or all that may leave, in the order of places."""
         first, sizes = self.first_place[kind][0], self.sizes[kind]
         stamp = self.stamp[first : first + sum(sizes)]
@@ -300,19 +406,21 @@ class DeviceDirectory:
         age = seq - (stamp >> 1)
         far = BUCKETS // 2  # older ones are told apart by FAR_BATCHES
         age = torch.where(age < far, age, (far + (age - far) // FAR_BATCHES).clamp_max(BUCKETS - 1))
-        # Bucket 0 is for free places, 1 … BUCKETS for ages, the oldest first, and the last for what may not leave.
-        bucket = torch.where(stamp < 2 * before if pinned is None else ~pinned, BUCKETS - age, BUCKETS + 1)
+        # Bucket 0 is for free places, 1 … BUCKETS for ages, the oldest first, then the awaited, and the last for what may not leave.
+        window = self.window[first : first + sum(sizes)]
+        bucket = torch.where(window == 0, BUCKETS - age, BUCKETS + WINDOW - _next_use(window, first_announced))
+        bucket = torch.where(stamp < 2 * before if pinned is None else ~pinned, bucket, STAYS)
         bucket = torch.where(stamp < 0, 0, bucket)
-        bins = torch.zeros(self.tables * (BUCKETS + 2), dtype=_INT64, device=self.device)
-        bins.index_add_(0, table * (BUCKETS + 2) + bucket, torch.ones_like(bucket))
-        up_to = bins.view(self.tables, BUCKETS + 2).cumsum(1)
+        bins = torch.zeros(self.tables * (STAYS + 1), dtype=_INT64, device=self.device)
+        bins.index_add_(0, table * (STAYS + 1) + bucket, torch.ones_like(bucket))
+        up_to = bins.view(self.tables, STAYS + 1).cumsum(1)
         whole = (up_to <= goal[:, None]).sum(1)  # buckets that are taken whole
         rest = goal - torch.where(up_to <= goal[:, None], up_to, 0).amax(1)
         partly = bucket == whole.index_select(0, table)
         rank = _before(partly)
         rank = rank[:-1] - rank.index_select(0, self._first_place[kind][:-1] - first).index_select(0, table)
         taken = (bucket < whole.index_select(0, table)) | (partly & (rank < rest.index_select(0, table)))
-        return (taken & (bucket <= BUCKETS)).nonzero().squeeze(1) + first
+        return (taken & (bucket < STAYS)).nonzero().squeeze(1) + first
 
     def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
         """Exchanges places: each missed row comes into its slot, and the row that was there into the missed row's host place.
@@ -333,6 +441,9 @@ class DeviceDirectory:
         was_dirty = self.stamp.index_select(0, hosts).clamp_min_(0) & 1
         self.stamp.index_copy_(0, slots, (torch.ones_like(was_dirty) if dirty else was_dirty) + 2 * seq)
         self.stamp.index_copy_(0, hosts, torch.where(held, (left_stamp & 1) + 2 * seq, -1))
+        of_slots, of_hosts = self.window.index_select(0, slots), self.window.index_select(0, hosts)
+        self.window.index_copy_(0, slots, of_hosts)
+        self.window.index_copy_(0, hosts, of_slots)
         self.evictions.index_add_(0, table, held.long())
         self.write_backs.index_add_(0, table, (held & (left_stamp & 1).bool()).long())
 
@@ -348,16 +459,35 @@ class DeviceDirectory:
         self.place_of_row[torch.where(rows >= 0, self._first_row.index_select(0, table) + rows, self._sink_row)] = -1
         self.row_of_place.index_fill_(0, places, -1)
         self.stamp.index_fill_(0, places, -1)
+        self.window.index_fill_(0, places, 0)
 
     def give_back(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Takes ``commit`` back where the missed rows did not come: they are below, and what was in their slots is there again."""
-        returning, stamp = self.row_of_place.index_select(0, hosts), self.stamp.index_select(0, hosts)
+        returning, stamp, window = (x.index_select(0, hosts) for x in (self.row_of_place, self.stamp, self.window))
         self.give_up(slots, table)
         self.place_of_row[torch.where(returning >= 0, self._first_row.index_select(0, table) + returning, self._sink_row)] = slots.int()
         self.row_of_place.index_copy_(0, slots, returning)
         self.stamp.index_copy_(0, slots, stamp)
+        self.window.index_copy_(0, slots, window)
         self.row_of_place.index_fill_(0, hosts, -1)
         self.stamp.index_fill_(0, hosts, -1)
+        self.window.index_fill_(0, hosts, 0)
+
+    def forget(self) -> None:
+        """Every row is below, unwritten."""
+        self.place_of_row.fill_(-1)
+        self.row_of_place.fill_(-1)
+        self.stamp.fill_(-1)
+        self.window.fill_(0)
+
+    def fill(self, table: int) -> None:
+        """All rows of a table without any are in its host places, unused and clean; there are as many of those."""
+        mine = self.segment(HOST, table)
+        self.place_of_row[self.first_row[table] : self.first_row[table + 1]] = torch.arange(
+            mine.start, mine.stop, dtype=_INT32, device=self.device
+        )
+        self.row_of_place[mine] = torch.arange(self.rows[table], dtype=_INT32, device=self.device)
+        self.stamp[mine] = 0
 
     # -- looking in
 
@@ -389,6 +519,8 @@ class DeviceDirectory:
             raise AssertionError("device directory: a claim is left, or a place is none")
         if not torch.equal(row_of_place < 0, stamp < 0):
             raise AssertionError("device directory: a free place has a stamp, or one that is not free has none")
+        if ((stamp < 0) & (self.window.cpu()[:-1] != 0)).any():
+            raise AssertionError("device directory: a free place awaits a batch")
         seen = 0
         for kind in (SLOT, HOST):
             for table in range(self.tables):
@@ -413,3 +545,11 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 def _before(flags: Tensor) -> Tensor:
     """How many flags are set before each position, and in all. Shapes: (n,) → (n + 1,) int64."""
     return torch.cat([torch.zeros(1, dtype=_INT64, device=flags.device), flags.cumsum(0)])
+
+
+def _next_use(window: Tensor, first: int) -> Tensor:
+    """How many announced batches, from ``first`` on, come before the first one in a window that is not empty. Shapes: (n,) int64."""
+    shift = first % WINDOW
+    turned = (window >> shift) | ((window << (WINDOW - shift)) & ((1 << WINDOW) - 1))
+    lowest = turned & -turned
+    return torch.frexp(lowest.double()).exponent.long() - 1
