@@ -1,13 +1,30 @@
-"""``FusedDirectory``: ``DeviceDirectory`` with the kernels of ``device_kernels`` in place of its tensor operations."""
+"""``FusedDirectory``: ``DeviceDirectory`` with kernels where every batch passes: an attempt, and announcements.
+
+An attempt is a fixed sequence of launches (``device_kernels``) over scratch for batches of up to ``capacity`` ids. On a CUDA device it is
+captured as a graph and replayed from then on: one launch instead of sixteen. There are several sequences, which share the scratch, since
+they run one after the other on the directory's stream; each has rooms of its own for what the host passes and reads, in memory that
+both see.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device_directory import BUCKETS, FAR_BATCHES, Choice, DeviceDirectory, Lookup, Misses
+from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange
+
+SEQUENCES = 4
+"""Of one kind, so attempts that the host need not have looked at; a guess: batches are rarely prefetched further ahead."""
+
+BINS = 2 * BUCKETS
+"""Of a table's histogram; those from ``STAYS`` on are not used."""
+
+_INT8, _INT32, _INT64 = torch.int8, torch.int32, torch.int64
 
 
 def _kernels() -> ModuleType:
@@ -16,55 +33,188 @@ def _kernels() -> ModuleType:
     return device_kernels
 
 
+class _Scratch:
+    """What the launches of an attempt pass on: by position, by candidate, by slot, by block or by table."""
+
+    def __init__(self, directory: DeviceDirectory, capacity: int) -> None:
+        k, tables, sizes = _kernels(), directory.tables, directory.sizes[SLOT]
+
+        def empty(count: int, dtype: torch.dtype = _INT32) -> Tensor:
+            return torch.empty(max(1, count), dtype=dtype, device=directory.device)
+
+        self.capacity, self.blocks = capacity, capacity // k.BLOCK
+        self.queue_blocks = -(-max(queue_room(s) for s in sizes) // k.BLOCK)
+        self.slot_blocks = -(-max(sizes) // k.SLOT_BLOCK)
+        self.row, self.feature = empty(capacity, _INT64), empty(capacity)
+        self.missing, self.wins = empty(capacity, _INT8), empty(capacity, _INT8)
+        self.block_wins, self.win_starts = empty(self.blocks), empty(self.blocks)
+        self.fresh = empty(tables * self.queue_blocks * k.BLOCK, _INT8)
+        self.block_fresh, self.fresh_starts = empty(tables * self.queue_blocks), empty(tables * self.queue_blocks)
+        self.bucket = empty(directory.slots)
+        self.whole, self.rest = empty(tables), empty(tables, _INT64)
+        self.whole_counts, self.part_counts, self.taken_starts, self.part_starts = (empty(tables * self.slot_blocks) for _ in range(4))
+        self.decided = empty(2 + 2 * tables, _INT64)
+        self.chosen, self.slots, self.hosts, self.tables = (empty(min(capacity, directory.slots)) for _ in range(4))
+        self.count = empty(1, _INT64)
+        self.params = empty(k.PARAMS, _INT64)
+        self.counters = empty(2 + 4 * tables + tables * BINS, _INT64)
+        parts = self.counters.split([1, 1, *[tables] * 4, tables * BINS])
+        self.bad, self.missing_count, self.hits, self.misses, self.below, self.available, self.bins = parts
+
+
+@dataclass
+class _Sequence:
+    """One sequence of launches, and what the host gives it and reads from it."""
+
+    ids32: bool
+    offsets32: bool
+    given: Tensor
+    summary: Tensor
+    graph: Any = None
+    runs: int = 0
+
+    def __post_init__(self) -> None:
+        self.as_given, self.as_summary = self.given.numpy(), self.summary.numpy()
+
+
+def queue_room(slots: int) -> int:
+    """Candidates that a table's queue has room for; a batch that misses more rows at once goes the host's way."""
+    return min(slots, slots // 2 + 512)
+
+
 class FusedDirectory(DeviceDirectory):
     """The same directory, for CUDA devices."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        rooms = [queue_room(s) for s in self.sizes[SLOT]]
+        self._queue_start = self._tensor([sum(rooms[:t]) for t in range(self.tables + 1)])
+        self._queue_fill = torch.zeros(self.tables, dtype=_INT64, device=self.device)
+        self._queue_place = torch.empty(sum(rooms), dtype=_INT32, device=self.device)
+        self._queue_stamp, self._queue_window = torch.empty(2, sum(rooms), dtype=_INT64, device=self.device).unbind(0)
+        self._scratch: _Scratch | None = None
+        self._sequences: dict[tuple[bool, bool], deque[_Sequence]] = {}
 
     @property
     def _of_feature(self) -> tuple[Tensor, ...]:
         return self._feature_row, self._feature_rows, self._feature_slot, self._feature_table
 
-    def _search(
+    def announce(self, ids: Tensor, offsets: Tensor, stride: int, number: int, comes: bool) -> None:
+        _kernels().announce(ids, offsets, stride, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
+
+    def attempt(
         self,
         ids: Tensor,
         offsets: Tensor,
         stride: int,
         seq: int,
+        before: int,
         dirty: bool,
-        place: Tensor,
-        slot: Tensor,
-        missing: Tensor,
-        summary: Tensor,
-    ) -> None:
-        _kernels().lookup(
-            ids, offsets, stride, self._of_feature, self.place_of_row, self.stamp, self.slots, seq, dirty, place, slot, missing, summary
+        announced: int,
+        first_announced: int,
+        exchange: Exchange,
+    ) -> Attempt:
+        count = ids.numel()
+        if self._scratch is None or count > self._scratch.capacity:
+            self._grow(count)
+        sequence = self._next(ids.dtype is _INT32, offsets.dtype is _INT32)
+        out = torch.empty((2, count), dtype=_INT64, device=self.device)
+        sequence.as_given[:10] = (
+            ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, seq, before, dirty, announced, first_announced,
         )  # fmt: skip
+        self._run(sequence, exchange)
+        return Attempt(ids, offsets, stride, seq, out[0], out[1], sequence.as_summary)
 
-    def claim(self, found: Lookup, seq: int) -> Misses:
-        most = found.missing_count
-        at = torch.nonzero_static(found.missing, size=most).squeeze(1)
-        parts = _kernels().claim(
-            at, found.ids, found.offsets, found.stride, self._of_feature, self.place_of_row, self.stamp, found.place, seq, self.tables
+    def _grow(self, count: int) -> None:
+        """Scratch for so many ids. The graphs with the old one are given up; whoever has looked at none of their attempts still can."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._sequences.clear()
+        self._scratch = None
+        capacity = _kernels().BLOCK
+        while capacity < count:
+            capacity *= 2
+        self._scratch = _Scratch(self, capacity)
+
+    def _next(self, ids32: bool, offsets32: bool) -> _Sequence:
+        """The one whose last run was longest ago: whoever makes attempts has looked at that one."""
+        ring = self._sequences.setdefault((ids32, offsets32), deque())
+        if len(ring) < SEQUENCES:
+            sizes = (_kernels().PARAMS, 2 + 3 * self.tables + len(self._feature_row) + 2)
+            ring.append(
+                _Sequence(ids32, offsets32, *(torch.zeros(n, dtype=_INT64, pin_memory=self.device.type == "cuda") for n in sizes))
+            )
+        else:
+            ring.rotate(-1)
+        return ring[-1]
+
+    def _run(self, sequence: _Sequence, exchange: Exchange) -> None:
+        sequence.runs += 1
+        if sequence.graph is not None:
+            sequence.graph.replay()
+        elif self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
+            self._launch(sequence, exchange)
+        else:
+            sequence.graph = torch.cuda.CUDAGraph()
+            sequence.graph.capture_begin(capture_error_mode="thread_local")
+            self._launch(sequence, exchange)
+            sequence.graph.capture_end()
+            sequence.graph.replay()
+
+    def _launch(self, sequence: _Sequence, exchange: Exchange) -> None:
+        k, s, tables = _kernels(), self._scratch, self.tables
+        assert s is not None
+        features = len(self._feature_row)
+        feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}
+        pow2 = {"FEATURES_POW2": _pow2(features + 1), "TABLES_POW2": _pow2(tables)}
+        ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
+        by_position, by_candidate, by_slot = (s.blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
+        by_block, first_slot = {"BLOCK": k.BLOCK}, self._first_place[SLOT]
+        k._start[(-(-s.counters.numel() // 2048),)](sequence.given, s.params, s.counters, s.counters.numel(), BLOCK=2048)
+        k._look[by_position](
+            s.params, *self._of_feature, self.place_of_row, self.stamp, self.window, s.row, s.feature, s.missing, s.bad, s.missing_count,
+            s.hits, self.slots, self._sink_place, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
         )  # fmt: skip
-        return Misses(most, at, *parts)
-
-    def choose(self, kind: int, wanted: Tensor, most: int) -> Choice:
-        queue = self._queues[kind]
-        if not queue.place.numel():
-            return super().choose(kind, wanted, most)
-        return Choice(*_kernels().choose(queue.place, queue.stamp, queue.table, queue.bounds, self.stamp, wanted, most))
-
-    def _oldest(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None) -> Tensor:
-        taken = _kernels().oldest(
-            self.stamp, self._first_place[kind], max(self.sizes[kind]), sum(self.sizes[kind]), goal, seq, before, pinned, BUCKETS,
-            FAR_BATCHES,
+        k._claim[by_position](s.missing, s.row, self.place_of_row, s.missing_count, **by_block)
+        k._win[(s.blocks + tables * s.queue_blocks,)](
+            s.params, s.missing, s.row, s.feature, self._feature_table, self.place_of_row, s.missing_count, s.wins, s.block_wins, s.misses,
+            s.below, self._queue_place, self._queue_stamp, self._queue_window, self._queue_start, self._queue_fill, self.stamp, self.window,
+            s.fresh, s.block_fresh, s.available, s.blocks, s.queue_blocks, **by_block,
         )  # fmt: skip
-        return taken.nonzero().squeeze(1) + self.first_place[kind][0]
-
-    def commit(self, misses: Misses, slots: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
-        _kernels().commit(
-            misses.row, misses.table, slots, hosts, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.evictions,
-            self.write_backs, seq, dirty,
+        k._scan[(1,)](
+            s.params, s.missing_count, s.block_wins, s.win_starts, s.block_fresh, s.fresh_starts, s.misses, s.available, s.decided, s.blocks,
+            tables * s.queue_blocks, tables, FEATURES=features, CHUNK=k.CHUNK, **pow2, **ids32, **offsets32,
         )  # fmt: skip
+        k._age[by_slot](
+            s.params, s.decided, first_slot, self.stamp, self.window, s.bucket, s.bins, BUCKETS=BUCKETS, FAR_BATCHES=FAR_BATCHES,
+            WINDOW=WINDOW, BLOCK=k.SLOT_BLOCK,
+        )  # fmt: skip
+        k._threshold[(tables,)](
+            s.decided, s.bins, s.misses, first_slot, self._queue_start, s.whole, s.rest, QUEUE_SHARE=QUEUE_SHARE, STAYS=STAYS, BINS=BINS
+        )  # fmt: skip
+        k._count_old[by_slot](s.decided, first_slot, s.bucket, s.whole, s.whole_counts, s.part_counts, STAYS=STAYS, BLOCK=k.SLOT_BLOCK)
+        k._scan_old[(tables,)](
+            s.decided, s.whole_counts, s.part_counts, s.rest, s.taken_starts, s.part_starts, self._queue_fill, s.available, s.slot_blocks,
+            CHUNK=k.CHUNK,
+        )  # fmt: skip
+        k._queue[by_slot](
+            s.decided, first_slot, s.bucket, s.whole, s.rest, s.taken_starts, s.part_starts, self._queue_start, self.stamp, self.window,
+            self._queue_place, self._queue_stamp, self._queue_window, STAYS=STAYS, BLOCK=k.SLOT_BLOCK,
+        )  # fmt: skip
+        k._choose[by_candidate](
+            s.params, s.bad, s.missing_count, s.hits, s.decided, s.misses, s.below, s.available, s.fresh, s.fresh_starts, self._queue_place,
+            self._queue_start, self._queue_fill, s.chosen, sequence.summary, s.queue_blocks, tables, FEATURES=features, **pow2, **offsets32,
+            **by_block,
+        )  # fmt: skip
+        k._commit[by_position](
+            s.params, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
+            self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
+            self.write_backs, s.slots, s.hosts, s.tables, s.count, sequence.summary[-1:], tables, TABLES_POW2=pow2["TABLES_POW2"],
+            **by_block,
+        )  # fmt: skip
+        k._settle[by_position](s.params, s.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
+        exchange(s.slots, s.hosts, s.tables, s.count)
 
-    def settle(self, found: Lookup, misses: Misses) -> None:
-        _kernels().settle(misses.at, misses.row_at, misses.feature_at, self.place_of_row, self._feature_slot, found.place, found.slot)
+
+def _pow2(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()

@@ -1,23 +1,47 @@
-"""Kernels for a CUDA device: each fuses the tensor operations of a method of ``DeviceDirectory`` or ``Planes``.
+"""Kernels for a CUDA device: one attempt of ``DeviceDirectory``, announcements, and the exchange of ``Planes``, in Triton.
 
-Those run on a CPU and are the reference; the same tests hold for both (tests/test_device_kernels.py). They are fused for the host's sake
-as much as the device's: a step of an all-HBM table takes less than a millisecond, of which a launch takes 5 to 20 µs. Triton comes with
-PyTorch's CUDA wheels.
+The tensor operations there run on a CPU and are the reference; these leave the same state (tests/test_device_kernels.py). They are for the
+host's sake as much as the device's: a step of an all-HBM table takes less than a millisecond, of which a launch takes 10 to 20 µs. So
+nothing in an attempt depends on the host once it has begun: what varies from batch to batch is in ``params``, counts stay on the device,
+grids are as large as they may have to be, and programs without work return. The sequence of launches is the same for every batch
+(``device_fused`` replays it as a graph). Triton comes with PyTorch's CUDA wheels.
 
-A batch's ids are looked up feature by feature: feature f's begin at ``offsets[f * stride]``.
+An attempt's launches, each of which needs what the one before has written everywhere:
+
+    start       params from the host; counters to zero
+    look        by position: place and slot; stamps of hits; what misses
+    claim       by position that misses: its claim, the smaller the earlier
+    win         by position that misses: whether its claim won. By candidate: whether it is fresh. Both counted by block and table
+    scan        one program: where each block's winners and candidates begin; whether a table has too few candidates
+    age         if so, by slot: its bucket. Then by table the threshold; by block how many are below and at it; by table where each
+                block's begin; by slot: the queue anew
+    choose      by candidate: the k-th of a table is for its k-th miss. The summary, for the host
+    commit      by winner: rows and places; or the claim taken back. The summary's seal
+    settle      by position that misses: its slot
+    exchange    records, in rounds
+
+``decided``: whether the queue is made anew, whether offsets are sound, then by table the first winner, and the first candidate.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 512
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 1024, 128
+BLOCK = 512
+SLOT_BLOCK = 2048
+CHUNK = 4096
+PARAMS = 16
+_IDS, _OFFSETS, _OUT, _COUNT, _STRIDE, _SEQ, _BEFORE, _DIRTY, _ANNOUNCED, _FIRST = (tl.constexpr(i) for i in range(10))
+"""Of ``params``: addresses, then numbers."""
+
+_PARAMS = tl.constexpr(PARAMS)
+_LOWEST = tl.constexpr(-(1 << 31))
+
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 512, 132
 """Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
 
 
@@ -45,314 +69,402 @@ def _add_by_table(counts, table, amount, here):
         tl.atomic_add(counts + table, amount, mask=here & (amount != 0))
 
 
-@triton.jit(do_not_specialize=["count", "slots", "sink", "seq", "stride", "tables"])
-def _lookup(  # type: ignore[no-untyped-def]
-    ids, offsets, stride, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp,
-    place_out, slot_out, missing_out, summary, count, slots, sink, seq, tables,
-    FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, SEARCH: tl.constexpr, DIRTY: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _ids_and_offsets(params, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # type: ignore[no-untyped-def]
+    ids, offsets = tl.load(params + _IDS), tl.load(params + _OFFSETS)
+    if IDS32:
+        ids_at = ids.to(tl.pointer_type(tl.int32))
+    else:
+        ids_at = ids.to(tl.pointer_type(tl.int64))
+    if OFFSETS32:
+        offsets_at = offsets.to(tl.pointer_type(tl.int32))
+    else:
+        offsets_at = offsets.to(tl.pointer_type(tl.int64))
+    return ids_at, offsets_at
+
+
+@triton.jit
+def _start(given, params, counters, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(counters + i, tl.zeros([BLOCK], tl.int64), mask=i < count)
+    if tl.program_id(0) == 0:
+        k = tl.arange(0, _PARAMS)
+        tl.store(params + k, tl.load(given + k))
+
+
+@triton.jit
+def _look(  # type: ignore[no-untyped-def]
+    params, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, row_out, feature_out, missing_out,
+    bad, missing_count, hits, slots, sink, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(params + _COUNT)
+    if tl.program_id(0).to(tl.int64) * BLOCK >= count:
+        tl.store(missing_out + at, tl.zeros([BLOCK], tl.int8))
+    else:
+        ids, offsets = _ids_and_offsets(params, IDS32, OFFSETS32)
+        out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+        here = at < count
+        now, dirty = tl.load(params + _SEQ), tl.load(params + _DIRTY)
+        feature = _feature_at(offsets, tl.load(params + _STRIDE), at, FEATURES, SEARCH)
+        id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+        good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+        row = tl.load(feature_row + feature) + id
+        place = tl.load(place_of_row + row, mask=good, other=-1).to(tl.int64)
+        hit = good & (place >= 0) & (place < slots)
+        missing = good & ((place < 0) | (place >= slots))
+        tl.store(out + at, place, mask=here)
+        tl.store(out + count + at, place - tl.load(feature_slot + feature), mask=here)
+        tl.store(missing_out + at, missing.to(tl.int8))
+        tl.store(row_out + at, row, mask=missing)
+        tl.store(feature_out + at, feature.to(tl.int32), mask=missing)
+        # One exchange a distinct slot, nearly: whoever finds the batch's stamp there leaves it.
+        slot = tl.where(hit, place, sink)
+        old = tl.load(stamp + slot, mask=hit, other=0)
+        first = hit & ((old >> 1) != now)
+        old = tl.atomic_xchg(stamp + slot, 2 * now + (dirty | (old & 1)), mask=first)
+        first = first & ((old >> 1) != now)
+        number = tl.load(params + _ANNOUNCED)
+        if number > 0:
+            bit = tl.full([BLOCK], 1, tl.int64) << (number % WINDOW)
+            has = good & (place >= 0)
+            awaited = has & ((tl.load(window + tl.maximum(place, 0), mask=has, other=0) & bit) != 0)
+            tl.atomic_and(window + tl.maximum(place, 0), ~bit, mask=awaited)
+        _add_by_table(hits, tl.load(feature_table + feature), first.to(tl.int64), here)
+        bad_here, missing_here = tl.sum((here & ~good).to(tl.int64)), tl.sum(missing.to(tl.int64))
+        if bad_here > 0:
+            tl.atomic_add(bad, bad_here)
+        if missing_here > 0:
+            tl.atomic_add(missing_count, missing_here)
+
+
+@triton.jit(do_not_specialize=["stride", "count", "shift"])
+def _announce(  # type: ignore[no-untyped-def]
+    ids, offsets, stride, feature_row, feature_rows, place_of_row, window, count, shift,
+    COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < count
-    now = seq.to(tl.int64)
     feature = _feature_at(offsets, stride, at, FEATURES, SEARCH)
     id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
     good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
     place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
-    hit = good & (place >= 0) & (place < slots)
-    tl.store(place_out + at, place, mask=here)
-    tl.store(slot_out + at, place - tl.load(feature_slot + feature), mask=here)
-    tl.store(missing_out + at, (good & ~hit).to(tl.int8), mask=here)
-    # One exchange a distinct slot, nearly: whoever finds the batch's stamp there leaves it.
-    slot = tl.where(hit, place, sink)
-    old = tl.load(stamp + slot, mask=hit, other=0)
-    first = hit & ((old >> 1) != now)
-    old = tl.atomic_xchg(stamp + slot, 2 * now + (1 if DIRTY else (old & 1)), mask=first)
-    first = first & ((old >> 1) != now)
-    _add_by_table(summary + 2, tl.load(feature_table + feature), first.to(tl.int64), here)
-    tl.atomic_add(summary, tl.sum((here & ~good).to(tl.int64)))
-    tl.atomic_add(summary + 1, tl.sum((good & ~hit).to(tl.int64)))
-    if tl.program_id(0) == 0:
-        f = tl.arange(0, FEATURES_POW2)
-        begins = tl.load(offsets + f * stride, mask=f <= FEATURES, other=0).to(tl.int64)
-        tl.store(summary + 2 + tables + f, begins, mask=f <= FEATURES)
+    bit = tl.full([BLOCK], 1, tl.int64) << shift
+    there = tl.maximum(place, 0)
+    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
+    if COMES:
+        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
+    else:
+        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
 
 
-def lookup(
-    ids: Tensor, offsets: Tensor, stride: int, of_feature: tuple[Tensor, ...], place_of_row: Tensor, stamp: Tensor, slots: int,
-    seq: int, dirty: bool, place: Tensor, slot: Tensor, missing: Tensor, summary: Tensor,
-) -> None:  # fmt: skip
-    """``DeviceDirectory._search``."""
+def announce(
+    ids: Tensor, offsets: Tensor, stride: int, of_feature: tuple[Tensor, ...], place_of_row: Tensor, window: Tensor, shift: int, comes: bool
+) -> None:
+    """``DeviceDirectory.announce``; ``shift``: the number of the bit."""
     features = of_feature[0].numel()
-    _lookup[(max(1, triton.cdiv(ids.numel(), _BLOCK)),)](
-        ids, offsets, stride, *of_feature, place_of_row, stamp, place, slot, missing.view(torch.int8), summary,
-        ids.numel(), slots, stamp.numel() - 1, seq, summary.numel() - features - 3,
-        FEATURES=features, FEATURES_POW2=triton.next_power_of_2(features + 1), SEARCH=max(1, features.bit_length()), DIRTY=dirty,
-        BLOCK=_BLOCK,
+    _announce[(max(1, triton.cdiv(ids.numel(), BLOCK)),)](
+        ids, offsets, stride, of_feature[0], of_feature[1], place_of_row, window, ids.numel(), shift,
+        COMES=comes, FEATURES=features, SEARCH=max(1, features.bit_length()), BLOCK=BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["stride", "most"])
-def _claim(  # type: ignore[no-untyped-def]
-    at_in, ids, offsets, stride, feature_row, place_of_row, row_out, feature_out, most,
-    FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _claim(missing_in, row_in, place_of_row, missing_count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    if tl.load(missing_count) > 0:
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        missing = tl.load(missing_in + at) != 0
+        row = tl.load(row_in + at, mask=missing, other=0)
+        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=missing)
+
+
+@triton.jit
+def _win(  # type: ignore[no-untyped-def]
+    params, missing_in, row_in, feature_in, feature_table, place_of_row, missing_count, wins_out, block_wins, misses, below,
+    queue_place, queue_stamp, queue_window, queue_start, queue_fill, stamp, window, fresh_out, block_fresh, available,
+    blocks, queue_blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = i < most
-    at = tl.load(at_in + i, mask=here, other=0)
-    feature = _feature_at(offsets, stride, at, FEATURES, SEARCH)
-    row = tl.load(feature_row + feature) + tl.load(ids + at, mask=here, other=0).to(tl.int64)
-    tl.atomic_min(place_of_row + row, i - (most + 1), mask=here)
-    tl.store(row_out + i, row, mask=here)
-    tl.store(feature_out + i, feature, mask=here)
+    if tl.load(missing_count) > 0:
+        i = tl.arange(0, BLOCK)
+        if tl.program_id(0) < blocks:
+            at = tl.program_id(0) * BLOCK + i
+            missing = tl.load(missing_in + at) != 0
+            row = tl.load(row_in + at, mask=missing, other=0)
+            won = missing & (tl.load(place_of_row + row, mask=missing, other=0) == at + _LOWEST)
+            tl.store(wins_out + at, won.to(tl.int8))
+            won_here = tl.sum(won.to(tl.int32))
+            tl.store(block_wins + tl.program_id(0), won_here)
+            if won_here > 0:
+                out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+                table = tl.load(feature_table + tl.load(feature_in + at, mask=won, other=0), mask=won, other=0)
+                is_below = won & (tl.load(out + at, mask=won, other=0) < 0)
+                _add_by_table(misses, table, won.to(tl.int64), won)
+                _add_by_table(below, table, is_below.to(tl.int64), won)
+        else:
+            block = tl.program_id(0) - blocks
+            table = block // queue_blocks
+            at = (block % queue_blocks) * BLOCK + i
+            here = at < tl.load(queue_fill + table)
+            q = tl.load(queue_start + table) + at
+            place = tl.load(queue_place + q, mask=here, other=0)
+            fresh = here & (tl.load(stamp + place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
+            fresh = fresh & (tl.load(window + place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
+            tl.store(fresh_out + block.to(tl.int64) * BLOCK + i, fresh.to(tl.int8))
+            fresh_here = tl.sum(fresh.to(tl.int32))
+            tl.store(block_fresh + block, fresh_here)
+            if fresh_here > 0:
+                tl.atomic_add(available + table, fresh_here.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["most"])
-def _win(row_in, place_of_row, wins_out, most, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = i < most
-    row = tl.load(row_in + i, mask=here, other=0)
-    tl.store(wins_out + i, (tl.load(place_of_row + row, mask=here, other=0) == i - (most + 1)).to(tl.int8), mask=here)
+@triton.jit
+def _scan_blocks(counts, starts, size, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    carry = tl.full([], 0, tl.int32)
+    for first in range(0, size, CHUNK):
+        i = first + tl.arange(0, CHUNK)
+        c = tl.load(counts + i, mask=i < size, other=0)
+        tl.store(starts + i, carry + tl.cumsum(c, 0) - c, mask=i < size)
+        carry += tl.sum(c)
 
 
-@triton.jit(do_not_specialize=["most", "seq", "tables", "sink_row"])
-def _miss(  # type: ignore[no-untyped-def]
-    winner_in, at_in, row_in, feature_in, place_in, feature_table, stamp, row_out, was_out, table_out, below_out, counts, below_counts,
-    most, seq, tables, sink_row, BLOCK: tl.constexpr,
+@triton.jit
+def _scan(  # type: ignore[no-untyped-def]
+    params, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, blocks, fresh_blocks,
+    tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr, IDS32: tl.constexpr,
+    OFFSETS32: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    winner = tl.load(winner_in + i, mask=i < most, other=-1)
-    here = winner >= 0
-    winner = tl.maximum(winner, 0)
-    was = tl.load(place_in + tl.load(at_in + winner, mask=here, other=0), mask=here, other=-1)
-    table = tl.where(here, tl.load(feature_table + tl.load(feature_in + winner, mask=here, other=0)), tables.to(tl.int64))
-    below = here & (was < 0)
-    held = here & (was >= 0)
-    host = tl.maximum(was, 0)
-    stamped = 2 * seq.to(tl.int64) + (tl.load(stamp + host, mask=held, other=0) & 1)
-    tl.store(stamp + host, stamped, mask=held)
-    tl.store(row_out + i, tl.where(here, tl.load(row_in + winner, mask=here, other=0), sink_row), mask=i < most)
-    tl.store(was_out + i, was, mask=i < most)
-    tl.store(table_out + i, table, mask=i < most)
-    tl.store(below_out + i, below.to(tl.int8), mask=i < most)
-    _add_by_table(counts, table, here.to(tl.int64), here)
-    _add_by_table(below_counts, table, below.to(tl.int64), here)
+    _ids, offsets = _ids_and_offsets(params, IDS32, OFFSETS32)
+    f = tl.arange(0, FEATURES_POW2)
+    stride = tl.load(params + _STRIDE)
+    begin = tl.load(offsets + f * stride, mask=f < FEATURES, other=0).to(tl.int64)
+    end = tl.load(offsets + (f + 1) * stride, mask=f < FEATURES, other=0).to(tl.int64)
+    broken = tl.sum(((f < FEATURES) & (end < begin)).to(tl.int32))
+    broken += (tl.load(offsets).to(tl.int64) != 0).to(tl.int32)
+    broken += (tl.load(offsets + FEATURES * stride).to(tl.int64) != tl.load(params + _COUNT)).to(tl.int32)
+    refills = tl.full([], 0, tl.int32)
+    if tl.load(missing_count) > 0:
+        _scan_blocks(block_wins, win_starts, blocks, CHUNK)
+        _scan_blocks(block_fresh, fresh_starts, fresh_blocks, CHUNK)
+        t = tl.arange(0, TABLES_POW2)
+        wanted, have = tl.load(misses + t, mask=t < tables, other=0), tl.load(available + t, mask=t < tables, other=0)
+        tl.store(decided + 2 + t, tl.cumsum(wanted, 0) - wanted, mask=t < tables)
+        tl.store(decided + 2 + tables + t, tl.cumsum(have, 0) - have, mask=t < tables)
+        refills = tl.max((have < wanted).to(tl.int32))
+    tl.store(decided, refills.to(tl.int64))
+    tl.store(decided + 1, (broken == 0).to(tl.int64))
 
 
-def claim(
-    at: Tensor, ids: Tensor, offsets: Tensor, stride: int, of_feature: tuple[Tensor, ...], place_of_row: Tensor, stamp: Tensor,
-    place: Tensor, seq: int, tables: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``DeviceDirectory.claim``: row_at, feature_at, row, was, table, below, counts, below counts."""
-    most, features = at.numel(), of_feature[0].numel()
-    row_at, feature_at, row, was, table = torch.empty(5, most, dtype=torch.int64, device=at.device).unbind(0)
-    wins, below = torch.empty(2, most, dtype=torch.bool, device=at.device).unbind(0)
-    # One counter more: blocks without a miss may add nothing to the table behind the last.
-    counts, below_counts = torch.zeros(2, tables + 1, dtype=torch.int64, device=at.device).unbind(0)
-    grid: Any = (triton.cdiv(most, _BLOCK),)
-    _claim[grid](
-        at, ids, offsets, stride, of_feature[0], place_of_row, row_at, feature_at, most,
-        FEATURES=features, SEARCH=max(1, features.bit_length()), BLOCK=_BLOCK,
-    )  # fmt: skip
-    _win[grid](row_at, place_of_row, wins.view(torch.int8), most, BLOCK=_BLOCK)
-    winner = torch.nonzero_static(wins, size=most, fill_value=-1)
-    _miss[grid](
-        winner, at, row_at, feature_at, place, of_feature[3], stamp, row, was, table, below.view(torch.int8), counts, below_counts,
-        most, seq, tables, place_of_row.numel() - 1, BLOCK=_BLOCK,
-    )  # fmt: skip
-    return row_at, feature_at, row, was, table, below, counts[:-1], below_counts[:-1]
-
-
-@triton.jit(do_not_specialize=["count"])
-def _fresh(place, queued, stamp, fresh_out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = i < count
-    now = tl.load(stamp + tl.load(place + i, mask=here, other=0), mask=here, other=0)
-    tl.store(fresh_out + i, (now == tl.load(queued + i, mask=here, other=0)).to(tl.int8), mask=here)
-
-
-@triton.jit(do_not_specialize=["count", "tables"])
-def _take(  # type: ignore[no-untyped-def]
-    fresh_in, up_to, table_in, bounds, wanted, taken_out, available, count, tables, TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def _age(  # type: ignore[no-untyped-def]
+    params, decided, first_slot, stamp, window, bucket_out, bins,
+    BUCKETS: tl.constexpr, FAR_BATCHES: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = i < count
-    fresh = tl.load(fresh_in + i, mask=here, other=0).to(tl.int64)
-    table = tl.load(table_in + i, mask=here, other=0)
-    first = tl.load(bounds + table)
-    before_table = tl.load(up_to + first - 1, mask=first > 0, other=0)
-    rank = tl.load(up_to + i, mask=here, other=0) - fresh - before_table
-    taken = (fresh != 0) & (rank < tl.load(wanted + table))
-    tl.store(taken_out + i, taken.to(tl.int8), mask=here)
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        here = place < end
+        if start + tl.program_id(1).to(tl.int64) * BLOCK < end:
+            stays: tl.constexpr = BUCKETS + WINDOW + 1
+            used, awaited = tl.load(stamp + place, mask=here, other=0), tl.load(window + place, mask=here, other=0)
+            age = tl.load(params + _SEQ) - (used >> 1)
+            far: tl.constexpr = BUCKETS // 2
+            age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
+            shift = tl.load(params + _FIRST) % WINDOW
+            mask: tl.constexpr = (1 << WINDOW) - 1
+            turned = (awaited >> shift) | ((awaited << (WINDOW - shift)) & mask)
+            lowest = (turned & (0 - turned)).to(tl.float32)  # a power of two: exact
+            next_use = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+            bucket = tl.where(awaited == 0, BUCKETS - age, (BUCKETS + WINDOW - next_use).to(tl.int64))
+            bucket = tl.where(used < 2 * tl.load(params + _BEFORE), bucket, stays)
+            bucket = tl.where(used < 0, 0, bucket)
+            bucket = tl.where(here, bucket, stays).to(tl.int32)
+            tl.store(bucket_out + place, bucket, mask=here)
+            counts = tl.histogram(bucket, 2 * BUCKETS)
+            b = tl.arange(0, 2 * BUCKETS)
+            tl.atomic_add(bins + table.to(tl.int64) * (2 * BUCKETS) + b, counts.to(tl.int64), mask=(counts > 0) & (b < stays))
+
+
+@triton.jit
+def _threshold(  # type: ignore[no-untyped-def]
+    decided, bins, misses, first_slot, queue_start, whole_out, rest_out, QUEUE_SHARE: tl.constexpr, STAYS: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    if tl.load(decided) != 0:
+        table = tl.program_id(0).to(tl.int64)
+        size = tl.load(first_slot + table + 1) - tl.load(first_slot + table)
+        room = tl.load(queue_start + table + 1) - tl.load(queue_start + table)
+        goal = tl.minimum(tl.maximum(tl.load(misses + table), tl.minimum(size, size // QUEUE_SHARE + 1)), room)
+        b = tl.arange(0, BINS)
+        up_to = tl.cumsum(tl.load(bins + table * BINS + b), 0)
+        fits = (up_to <= goal) & (b < STAYS)
+        tl.store(whole_out + table, tl.sum(fits.to(tl.int32)))
+        tl.store(rest_out + table, goal - tl.max(tl.where(fits, up_to, 0)))
+
+
+@triton.jit
+def _count_old(  # type: ignore[no-untyped-def]
+    decided, first_slot, bucket_in, whole_in, whole_counts, part_counts, STAYS: tl.constexpr, BLOCK: tl.constexpr
+):
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        bucket = tl.load(bucket_in + place, mask=place < end, other=STAYS)
+        whole = tl.load(whole_in + table)
+        block = table * tl.num_programs(1) + tl.program_id(1)
+        tl.store(whole_counts + block, tl.sum((bucket < whole).to(tl.int32)))
+        tl.store(part_counts + block, tl.sum(((bucket == whole) & (bucket < STAYS)).to(tl.int32)))
+
+
+@triton.jit
+def _scan_old(  # type: ignore[no-untyped-def]
+    decided, whole_counts, part_counts, rest_in, taken_starts, part_starts, queue_fill, available, blocks, CHUNK: tl.constexpr
+):
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        rest = tl.load(rest_in + table).to(tl.int32)
+        taken_before, part_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+        for first in range(0, blocks, CHUNK):
+            i = first + tl.arange(0, CHUNK)
+            at = table * blocks + i
+            whole, part = tl.load(whole_counts + at, mask=i < blocks, other=0), tl.load(part_counts + at, mask=i < blocks, other=0)
+            part_start = part_before + tl.cumsum(part, 0) - part
+            taken = whole + tl.minimum(tl.maximum(rest - part_start, 0), part)
+            tl.store(part_starts + at, part_start, mask=i < blocks)
+            tl.store(taken_starts + at, taken_before + tl.cumsum(taken, 0) - taken, mask=i < blocks)
+            taken_before += tl.sum(taken)
+            part_before += tl.sum(part)
+        tl.store(queue_fill + table, taken_before.to(tl.int64))
+        tl.store(available + table, taken_before.to(tl.int64))
+
+
+@triton.jit
+def _queue(  # type: ignore[no-untyped-def]
+    decided, first_slot, bucket_in, whole_in, rest_in, taken_starts, part_starts, queue_start, stamp, window, queue_place, queue_stamp,
+    queue_window, STAYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        bucket = tl.load(bucket_in + place, mask=place < end, other=STAYS)
+        whole = tl.load(whole_in + table)
+        block = table * tl.num_programs(1) + tl.program_id(1)
+        part = (bucket == whole) & (bucket < STAYS)
+        rank = tl.load(part_starts + block) + tl.cumsum(part.to(tl.int32), 0) - 1
+        taken = (bucket < whole) | (part & (rank < tl.load(rest_in + table)))
+        q = tl.load(queue_start + table) + tl.load(taken_starts + block) + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(queue_place + q, place.to(tl.int32), mask=taken)
+        tl.store(queue_stamp + q, tl.load(stamp + place, mask=taken, other=0), mask=taken)
+        tl.store(queue_window + q, tl.load(window + place, mask=taken, other=0), mask=taken)
+
+
+@triton.jit
+def _fits(bad, decided, misses, below, available, tables, TABLES_POW2: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether every row gets a slot."""
+    t = tl.arange(0, TABLES_POW2)
+    wanted, have = tl.load(misses + t, mask=t < tables, other=0), tl.load(available + t, mask=t < tables, other=0)
+    short = tl.sum((have < wanted).to(tl.int64)) + tl.sum(tl.load(below + t, mask=t < tables, other=0))
+    return (tl.load(bad) == 0) & (tl.load(decided + 1) != 0) & (short == 0)
+
+
+@triton.jit
+def _choose(  # type: ignore[no-untyped-def]
+    params, bad, missing_count, hits, decided, misses, below, available, fresh_in, fresh_starts, queue_place, queue_start, queue_fill,
+    chosen, summary, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr,
+    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
     if tl.program_id(0) == 0:
         t = tl.arange(0, TABLES_POW2)
-        real = t < tables
-        begin, end = tl.load(bounds + t, mask=real, other=0), tl.load(bounds + t + 1, mask=real, other=0)
-        have = tl.load(up_to + end - 1, mask=real & (end > 0), other=0) - tl.load(up_to + begin - 1, mask=real & (begin > 0), other=0)
-        tl.store(available + t, have, mask=real)
-
-
-def choose(place: Tensor, queued: Tensor, table: Tensor, bounds: Tensor, stamp: Tensor, wanted: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """``DeviceDirectory.choose``: places and how many candidates there were."""
-    count, tables = place.numel(), bounds.numel() - 1
-    fresh, taken = torch.empty(2, count, dtype=torch.bool, device=place.device).unbind(0)
-    available = torch.empty(tables, dtype=torch.int64, device=place.device)
-    grid: Any = (triton.cdiv(count, _BLOCK),)
-    _fresh[grid](place, queued, stamp, fresh.view(torch.int8), count, BLOCK=_BLOCK)
-    _take[grid](
-        fresh.view(torch.int8), fresh.cumsum(0), table, bounds, wanted, taken.view(torch.int8), available, count, tables,
-        TABLES_POW2=triton.next_power_of_2(tables), BLOCK=_BLOCK,
-    )  # fmt: skip
-    return place.index_select(0, torch.nonzero_static(taken, size=most, fill_value=0).squeeze(1)), available
-
-
-@triton.jit(do_not_specialize=["seq", "before"])
-def _age_bins(  # type: ignore[no-untyped-def]
-    stamp, first_place, pinned, bucket_out, bins, seq, before,
-    BUCKETS: tl.constexpr, FAR_BATCHES: tl.constexpr, PINNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    table = tl.program_id(0)
-    first, start, end = tl.load(first_place), tl.load(first_place + table), tl.load(first_place + table + 1)
-    place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = place < end
-    used = tl.load(stamp + place, mask=here, other=0)
-    age = seq.to(tl.int64) - (used >> 1)
-    far: tl.constexpr = BUCKETS // 2
-    age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
-    if PINNED:  # noqa: SIM108 (a branch of the compiler's)
-        may_leave = tl.load(pinned + place - first, mask=here, other=1) == 0
-    else:
-        may_leave = used < 2 * before.to(tl.int64)
-    bucket = tl.where(may_leave, BUCKETS - age, BUCKETS + 1)
-    bucket = tl.where(used < 0, 0, bucket)
-    bucket = tl.where(here, bucket, BUCKETS + 1).to(tl.int32)
-    tl.store(bucket_out + place - first, bucket, mask=here)
-    counts = tl.histogram(bucket, 2 * BUCKETS)
-    b = tl.arange(0, 2 * BUCKETS)
-    tl.atomic_add(bins + table.to(tl.int64) * (2 * BUCKETS) + b, counts.to(tl.int64), mask=(counts > 0) & (b <= BUCKETS))
+        tl.store(summary, tl.load(bad))
+        tl.store(summary + 1, fits.to(tl.int64))
+        tl.store(summary + 2 + t, tl.load(hits + t, mask=t < tables, other=0), mask=t < tables)
+        tl.store(summary + 2 + tables + t, tl.load(misses + t, mask=t < tables, other=0), mask=t < tables)
+        tl.store(summary + 2 + 2 * tables + t, tl.load(below + t, mask=t < tables, other=0), mask=t < tables)
+        _ids, offsets = _ids_and_offsets(params, True, OFFSETS32)
+        f = tl.arange(0, FEATURES_POW2)
+        begins = tl.load(offsets + f * tl.load(params + _STRIDE), mask=f <= FEATURES, other=0).to(tl.int64)
+        tl.store(summary + 2 + 3 * tables + f, begins, mask=f <= FEATURES)
+    if fits & (tl.load(missing_count) > 0):
+        table = tl.program_id(0) // queue_blocks
+        i = tl.arange(0, BLOCK)
+        at = (tl.program_id(0) % queue_blocks) * BLOCK + i
+        here = at < tl.load(queue_fill + table)
+        remade = tl.load(decided) != 0
+        fresh = here & (remade | (tl.load(fresh_in + tl.program_id(0).to(tl.int64) * BLOCK + i) != 0))
+        before = (tl.load(fresh_starts + tl.program_id(0)) - tl.load(decided + 2 + tables + table)).to(tl.int32)
+        rank = tl.where(remade, at, before + tl.cumsum(fresh.to(tl.int32), 0) - 1)
+        taken = fresh & (rank < tl.load(misses + table))
+        place = tl.load(queue_place + tl.load(queue_start + table) + at, mask=taken, other=0)
+        tl.store(chosen + tl.load(decided + 2 + table) + rank, place, mask=taken)
 
 
 @triton.jit
-def _threshold(bins, goal, whole_out, rest_out, BUCKETS: tl.constexpr):  # type: ignore[no-untyped-def]
-    table = tl.program_id(0).to(tl.int64)
-    b = tl.arange(0, 2 * BUCKETS)
-    wanted = tl.load(goal + table)
-    up_to = tl.cumsum(tl.load(bins + table * (2 * BUCKETS) + b), 0)
-    fits = (up_to <= wanted) & (b <= BUCKETS)
-    tl.store(whole_out + table, tl.sum(fits.to(tl.int32)))
-    tl.store(rest_out + table, wanted - tl.max(tl.where(fits, up_to, 0)))
-
-
-@triton.jit
-def _mark(first_place, bucket_in, whole, partly_out, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    table = tl.program_id(0)
-    first, start, end = tl.load(first_place), tl.load(first_place + table), tl.load(first_place + table + 1)
-    i = start - first + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = i < end - first
-    bucket = tl.load(bucket_in + i, mask=here, other=BUCKETS + 1)
-    tl.store(partly_out + i, ((bucket == tl.load(whole + table)) & (bucket <= BUCKETS)).to(tl.int8), mask=here)
-
-
-@triton.jit
-def _pick(  # type: ignore[no-untyped-def]
-    first_place, bucket_in, whole, rest, partly_in, up_to, taken_out, BUCKETS: tl.constexpr, BLOCK: tl.constexpr
-):
-    table = tl.program_id(0)
-    first, start, end = tl.load(first_place), tl.load(first_place + table), tl.load(first_place + table + 1)
-    i = start - first + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = i < end - first
-    before_table = tl.load(up_to + start - first - 1, mask=start > first, other=0)
-    partly = tl.load(partly_in + i, mask=here, other=0).to(tl.int64)
-    rank = tl.load(up_to + i, mask=here, other=0) - partly - before_table
-    bucket = tl.load(bucket_in + i, mask=here, other=BUCKETS + 1)
-    taken = ((bucket < tl.load(whole + table)) & (bucket <= BUCKETS)) | ((partly != 0) & (rank < tl.load(rest + table)))
-    tl.store(taken_out + i, taken.to(tl.int8), mask=here)
-
-
-def oldest(
-    stamp: Tensor, first_place: Tensor, most_places: int, places: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None,
-    buckets: int, far_batches: int,
-) -> Tensor:  # fmt: skip
-    """``DeviceDirectory._oldest``: which places, as flags."""
-    tables = goal.numel()
-    bucket = torch.empty(places, dtype=torch.int32, device=stamp.device)
-    partly, taken = torch.empty(2, places, dtype=torch.bool, device=stamp.device).unbind(0)
-    bins = torch.zeros(tables, 2 * buckets, dtype=torch.int64, device=stamp.device)
-    whole = torch.empty(tables, dtype=torch.int32, device=stamp.device)
-    rest = torch.empty(tables, dtype=torch.int64, device=stamp.device)
-    grid: Any = (tables, triton.cdiv(most_places, 4 * _BLOCK))
-    pins = stamp if pinned is None else pinned.view(torch.int8)
-    _age_bins[grid](
-        stamp, first_place, pins, bucket, bins, seq, before,
-        BUCKETS=buckets, FAR_BATCHES=far_batches, PINNED=pinned is not None, BLOCK=4 * _BLOCK,
-    )  # fmt: skip
-    _threshold[(tables,)](bins, goal, whole, rest, BUCKETS=buckets)
-    _mark[grid](first_place, bucket, whole, partly.view(torch.int8), BUCKETS=buckets, BLOCK=4 * _BLOCK)
-    _pick[grid](
-        first_place, bucket, whole, rest, partly.view(torch.int8), partly.cumsum(0), taken.view(torch.int8),
-        BUCKETS=buckets, BLOCK=4 * _BLOCK,
-    )  # fmt: skip
-    return taken
-
-
-@triton.jit(do_not_specialize=["count", "seq"])
 def _commit(  # type: ignore[no-untyped-def]
-    row_in, table_in, slots, hosts, first_row, place_of_row, row_of_place, stamp, evictions, write_backs, count, seq,
-    DIRTY: tl.constexpr, BLOCK: tl.constexpr,
+    params, bad, missing_count, decided, misses, below, available, wins_in, win_starts, row_in, feature_in, feature_table, chosen,
+    first_row, place_of_row, row_of_place, stamp, window, evictions, write_backs, slots_out, hosts_out, tables_out, count_out, seal,
+    tables, TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = i < count
-    now = 2 * seq.to(tl.int64)
-    row, table = tl.load(row_in + i, mask=here, other=0), tl.load(table_in + i, mask=here, other=0)
-    slot, host = tl.load(slots + i, mask=here, other=0), tl.load(hosts + i, mask=here, other=0)
-    first = tl.load(first_row + table)
-    leaves, left = tl.load(row_of_place + slot, mask=here, other=-1), tl.load(stamp + slot, mask=here, other=0)
-    held = here & (leaves >= 0)
-    # A row that was below has a free host place, so stamp -1.
-    was_dirty = tl.maximum(tl.load(stamp + host, mask=here, other=0), 0) & 1
-    tl.store(place_of_row + row, slot.to(tl.int32), mask=here)
-    tl.store(place_of_row + first + leaves, host.to(tl.int32), mask=held)
-    tl.store(row_of_place + slot, (row - first).to(tl.int32), mask=here)
-    tl.store(row_of_place + host, leaves, mask=here)
-    tl.store(stamp + slot, now + (1 if DIRTY else was_dirty), mask=here)
-    tl.store(stamp + host, tl.where(held, now + (left & 1), -1), mask=here)
-    _add_by_table(evictions, table, held.to(tl.int64), here)
-    _add_by_table(write_backs, table, tl.where(held, left & 1, 0), here)
+    fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
+    missing = tl.load(missing_count)
+    if tl.program_id(0) == 0:
+        t = tl.arange(0, TABLES_POW2)
+        total = tl.sum(tl.load(misses + t, mask=t < tables, other=0))
+        tl.store(count_out, tl.where(fits & (missing > 0), total, 0))
+        tl.store(seal, tl.load(params + _SEQ))  # behind the summary, which an earlier launch has written
+    if missing > 0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        won = tl.load(wins_in + at) != 0
+        row = tl.load(row_in + at, mask=won, other=0)
+        out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+        host = tl.load(out + at, mask=won, other=0)
+        if fits:
+            i = tl.load(win_starts + tl.program_id(0)) + tl.cumsum(won.to(tl.int32), 0) - 1
+            table = tl.load(feature_table + tl.load(feature_in + at, mask=won, other=0), mask=won, other=0)
+            slot = tl.load(chosen + i, mask=won, other=0).to(tl.int64)
+            first = tl.load(first_row + table)
+            now, dirty = 2 * tl.load(params + _SEQ), tl.load(params + _DIRTY)
+            leaves, left = tl.load(row_of_place + slot, mask=won, other=-1), tl.load(stamp + slot, mask=won, other=0)
+            held = won & (leaves >= 0)
+            was_dirty = tl.load(stamp + host, mask=won, other=0) & 1
+            of_slot, of_host = tl.load(window + slot, mask=won, other=0), tl.load(window + host, mask=won, other=0)
+            tl.store(place_of_row + row, slot.to(tl.int32), mask=won)
+            tl.store(place_of_row + first + leaves, host.to(tl.int32), mask=held)
+            tl.store(row_of_place + slot, (row - first).to(tl.int32), mask=won)
+            tl.store(row_of_place + host, leaves, mask=won)
+            tl.store(stamp + slot, now + (dirty | was_dirty), mask=won)
+            tl.store(stamp + host, tl.where(held, now + (left & 1), -1), mask=won)
+            tl.store(window + slot, of_host, mask=won)
+            tl.store(window + host, of_slot, mask=won)
+            tl.store(slots_out + i, slot.to(tl.int32), mask=won)
+            tl.store(hosts_out + i, host.to(tl.int32), mask=won)
+            tl.store(tables_out + i, table.to(tl.int32), mask=won)
+            _add_by_table(evictions, table, held.to(tl.int64), won)
+            _add_by_table(write_backs, table, tl.where(held, left & 1, 0), won)
+        else:
+            tl.store(place_of_row + row, host.to(tl.int32), mask=won)
 
 
-def commit(
-    row: Tensor, table: Tensor, slots: Tensor, hosts: Tensor, first_row: Tensor, place_of_row: Tensor, row_of_place: Tensor,
-    stamp: Tensor, evictions: Tensor, write_backs: Tensor, seq: int, dirty: bool,
-) -> None:  # fmt: skip
-    """``DeviceDirectory.commit``."""
-    _commit[(triton.cdiv(slots.numel(), _BLOCK),)](
-        row, table, slots, hosts, first_row, place_of_row, row_of_place, stamp, evictions, write_backs, slots.numel(), seq,
-        DIRTY=dirty, BLOCK=_BLOCK,
-    )  # fmt: skip
+@triton.jit
+def _settle(params, count_in, missing_in, row_in, feature_in, feature_slot, place_of_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    if tl.load(count_in) > 0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        missing = tl.load(missing_in + at) != 0
+        place = tl.load(place_of_row + tl.load(row_in + at, mask=missing, other=0), mask=missing, other=0).to(tl.int64)
+        out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+        tl.store(out + at, place, mask=missing)
+        first = tl.load(feature_slot + tl.load(feature_in + at, mask=missing, other=0), mask=missing, other=0)
+        tl.store(out + tl.load(params + _COUNT) + at, place - first, mask=missing)
 
 
-@triton.jit(do_not_specialize=["most"])
-def _settle(  # type: ignore[no-untyped-def]
-    at_in, row_in, feature_in, place_of_row, feature_slot, place_out, slot_out, most, BLOCK: tl.constexpr
-):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = i < most
-    at = tl.load(at_in + i, mask=here, other=0)
-    place = tl.load(place_of_row + tl.load(row_in + i, mask=here, other=0), mask=here, other=0).to(tl.int64)
-    tl.store(place_out + at, place, mask=here)
-    tl.store(slot_out + at, place - tl.load(feature_slot + tl.load(feature_in + i, mask=here, other=0)), mask=here)
-
-
-def settle(at: Tensor, row_at: Tensor, feature_at: Tensor, place_of_row: Tensor, feature_slot: Tensor, place: Tensor, slot: Tensor) -> None:
-    """``DeviceDirectory.settle``."""
-    grid: Any = (triton.cdiv(at.numel(), _BLOCK),)
-    _settle[grid](at, row_at, feature_at, place_of_row, feature_slot, place, slot, at.numel(), BLOCK=_BLOCK)
-
-
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _exchange(  # type: ignore[no-untyped-def]
-    upper, lower, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count,
+    upper, lower, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    count = tl.load(count_in)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(0) * ROWS
     while first < count:
@@ -374,14 +486,14 @@ def _exchange(  # type: ignore[no-untyped-def]
 
 
 def exchange(
-    upper: Tensor, lower: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, firsts: tuple[Tensor, Tensor],
+    upper: Tensor, lower: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
-    """Rows of one plane's layer change places. Starts and widths are in elements, by table; places through the group."""
+    """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; places through the group."""
     columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
     rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
-        upper, lower, slots, hosts, tables, *firsts, upper_start, lower_start, widths, slots.numel(),
+        upper, lower, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
         ALIGN=align, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
