@@ -141,9 +141,7 @@ class FusedDirectory(DeviceDirectory):
         ring = self._sequences.setdefault((ids32, offsets32), deque())
         if len(ring) < SEQUENCES:
             sizes = (_kernels().PARAMS, 2 + 3 * self.tables + len(self._feature_row) + 2)
-            ring.append(
-                _Sequence(ids32, offsets32, *(torch.zeros(n, dtype=_INT64, pin_memory=self.device.type == "cuda") for n in sizes))
-            )
+            ring.append(_Sequence(ids32, offsets32, *(torch.zeros(n, dtype=_INT64, pin_memory=self.device.type == "cuda") for n in sizes)))
         else:
             ring.rotate(-1)
         return ring[-1]

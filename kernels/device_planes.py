@@ -13,7 +13,10 @@ A table with several ranges of columns has a shard for each in the TBE; the k-th
 from __future__ import annotations
 
 import math
+import mmap
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,9 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
+
+_MAPPED = 2
+"""CUDA's cudaHostRegisterMapped."""
 
 
 @dataclass
@@ -79,14 +85,16 @@ class Planes:
             layers.append(_Layer(upper, lower_start, width, columns[-1], elements, max(columns[-1]) * unit, align))
         return _Plane(whole.view(-1, unit), lower.view(-1, unit), layers)
 
-    def exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, firsts: tuple[Tensor, Tensor], counts: Sequence[int]) -> None:
-        """Records change places: of a slot and of a host place.
+    def exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
+        """Records change places: the first ``count`` of these slots and of these host places.
 
-        Shapes: (n,), places counted through the group, of which each table's begin at ``firsts``; counts by table.
+        Shapes: (n,), places counted through the group, of which each table's begin at ``firsts``; count (1,).
         """
         if slots.device.type == "cuda":
-            self.exchange_by_kernel(slots, hosts, table, firsts)
+            self.exchange_by_kernel(slots, hosts, table, count, firsts)
             return
+        slots, hosts, table = (x[: int(count)].long() for x in (slots, hosts, table))
+        counts = torch.bincount(table, minlength=len(self._host_places)).tolist()
         slots, hosts = (places - first.index_select(0, table) for places, first in zip((slots, hosts), firsts, strict=True))
         for plane in self._planes:
             for layer in plane.layers:
@@ -95,13 +103,15 @@ class Planes:
                 plane.upper.index_copy_(0, up, comes)
                 plane.lower.index_copy_(0, down, goes)
 
-    def exchange_by_kernel(self, slots: Tensor, hosts: Tensor, table: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
+    def exchange_by_kernel(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
         """The same, fused: what comes and what goes are on the bus at once."""
         from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
 
         for plane in self._planes:
             for layer in plane.layers:
-                device_kernels.exchange(plane.upper, plane.lower, slots, hosts, table, firsts, *layer.elements, layer.widest, layer.align)
+                device_kernels.exchange(
+                    plane.upper, plane.lower, slots, hosts, table, count, firsts, *layer.elements, layer.widest, layer.align
+                )
 
     @property
     def host_bytes(self) -> int:
@@ -130,13 +140,26 @@ def _units(layer: _Layer, start: Tensor, places: Tensor, table: Tensor, counts: 
 
 
 def _mapped(elements: int, like: Tensor) -> Tensor:
-    """Host memory that ``like``'s device can address; without content."""
+    """Host memory that ``like``'s device can address; a tensor of the CPU, without content.
+
+    In huge pages where the system has them: rows at random places then come and go at 80 GB/s instead of 65 (docs/gpu.md).
+    """
     if like.device.type == "cpu":
         return torch.empty(elements, dtype=like.dtype)
+    size, runtime = max(1, elements) * like.dtype.itemsize, torch.cuda.cudart()
     try:
-        return torch.ops.fbgemm.new_unified_tensor(torch.zeros(1, device=like.device, dtype=like.dtype), [elements], True)
-    except RuntimeError as e:
+        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without huge pages
+            room.madvise(mmap.MADV_HUGEPAGE)
+        tensor = torch.frombuffer(room, dtype=like.dtype, count=max(1, elements))
+        failed = runtime.cudaHostRegister(tensor.data_ptr(), size, _MAPPED)
+        why: object = None if failed == runtime.cudaError.success else failed
+    except (OSError, ValueError) as e:
+        why = e
+    if why is not None:
         raise errors.ConfigurationError(
-            f"{elements * like.dtype.itemsize} bytes of host memory for the DDR caches of tiered tables could not be mapped for "
-            f"{like.device}: {e}. Use smaller DdrCaches or pools, or raise the limit on locked memory"
-        ) from e
+            f"{size} bytes of host memory for the DDR caches of tiered tables could not be mapped for {like.device}: {why}. Use smaller "
+            "DdrCaches or pools, or raise the limit on locked memory"
+        )
+    weakref.finalize(room, runtime.cudaHostUnregister, tensor.data_ptr())
+    return tensor[:elements]

@@ -10,12 +10,14 @@ What ``SlotPool`` (csrc/slot_pool.h) is on a CPU; tickets, soft and hard, and wh
   least as many as slots: whatever a batch needs from below has a place.
 - Reads of one batch are in flight at most: the next begin waits for them.
 
-Streams. The directory's operations run on a stream of their own, in the order of calls, after what the caller's stream had
-queued: the batch's ids are there. Exchanges run on a second one, the mover. They wait for the choice of places, and for the last use of
-what they overwrite: at a release the mover waits for all that the stream of the backward (or of the forward, without one) has queued, so
-exchanges that were queued before do not. A forward waits for its own batch's slots and exchange. The host waits for the directory's
-stream: once a batch for three numbers; where rows are missing once more, for the counts of misses and candidates of each table; and for
-the rows that are below, where there are any. Before native code touches host places it waits for the exchanges queued so far.
+A batch is first *attempted*: one sequence of launches does all that it needs, and the host looks at what became of it when its forward
+comes (``DeviceDirectory.attempt``). Only a batch that the attempt cannot serve, since a row is below or slots are short, goes step by step,
+with the host waiting for the counts of each. Where rows were below, so will be some of the next batch: it is not attempted.
+
+Streams. All of it, exchanges too, runs on a stream of its own, the directory's: in the order of calls, after what the caller's stream had
+queued at the call (the batch's ids are there), and after the last use of every slot that is free to be given away: at a release the stream
+of the backward (or of the forward, without one) records an event, and the next begin waits for it. A forward waits for its own batch.
+Before native code touches host places the host waits for the directory's stream.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,8 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
-from .device_directory import HOST, SLOT, DeviceDirectory, Lookup, Misses
-from .device_fused import FusedDirectory
+from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses
+from .device_fused import SEQUENCES, FusedDirectory
 from .device_planes import Planes, native_part
 
 MOVE_ROWS = 65536
@@ -54,7 +56,8 @@ class DeviceTable:
     pool_rows: int
     host_places: int
     upper: list[Tensor]  # the record's parts in slots, (pool_rows, …) each, in the record's order
-    lower: list[Tensor]  # and in host places
+    lower: list[Tensor]  # and in host places, on the CPU
+    has_all: bool  # as many host places as rows, which are all there from the beginning
 
 
 @dataclass
@@ -65,6 +68,7 @@ class _Held:
     slots: Tensor  # (n,): of each position, within its table; the caller's
     places: Tensor  # the same through the group
     ready: list[Any]  # events
+    attempt: Attempt | None = None  # that the host has not looked at
 
 
 @dataclass
@@ -95,64 +99,71 @@ class _Counts:
 
 
 class _Order:
-    """The streams of a device that has some, and what they wait for; nothing on a CPU, where everything happens at once."""
+    """The stream of a device that has some, and what it waits for; nothing on a CPU, where everything happens at once.
+
+    Events are used again: making one takes longer than recording it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.directory: Any = None
-        self.mover: Any = None
+        self.stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._called = torch.cuda.Event() if self.stream else None
+        self._free: list[Any] = []
         self._kept: deque[tuple[Any, Any]] = deque()
-        if device.type == "cuda":
-            self.directory, self.mover = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
 
     def now(self) -> Any:
         """An event after all that the current stream has queued."""
-        return torch.cuda.current_stream(self.device).record_event() if self.mover else None
+        if self.stream is None:
+            return None
+        try:
+            event = self._free.pop()
+        except IndexError:
+            event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def wait(self, *events: Any) -> None:
         """The current stream waits."""
-        for event in events:
-            if event is not None:
-                torch.cuda.current_stream(self.device).wait_event(event)
+        if self.stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            for event in events:
+                stream.wait_event(event)
 
-    def on_directory(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def on_directory(self) -> Iterator[None]:
         """The directory's stream, after the current one."""
-        return self._on(self.directory)
+        before = torch.cuda.current_stream(self.device) if self.stream is not None else None
+        if before is None or self._called is None or before == self.stream:
+            yield
+            return
+        self._called.record(before)
+        self.stream.wait_event(self._called)
+        torch.cuda.set_stream(self.stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
-    def on_mover(self) -> AbstractContextManager[Any]:
-        return self._on(self.mover)
-
-    def _on(self, stream: Any) -> AbstractContextManager[Any]:
-        if stream is None:
-            return nullcontext()
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(stream)
-
-    def keep(self, event: Any, *what: Any) -> None:
-        """Keeps memory of the directory's stream from being used anew before the event; cheaper than ``Tensor.record_stream``."""
-        if event is not None:
+    def after(self, event: Any, what: Any) -> None:
+        """The directory's stream goes on after the event, until when ``what`` is kept: memory of that stream that others use."""
+        if self.stream is not None:
+            self.stream.wait_event(event)
             self._kept.append((event, what))
 
     def let_go(self) -> None:
         """Of what is kept no longer."""
         while self._kept and self._kept[0][0].query():
-            self._kept.popleft()
-
-    def release(self) -> Any:
-        """Exchanges queued from now on come after what the current stream has queued; its event."""
-        event = self.now()
-        if self.mover is not None:
-            self.mover.wait_event(event)
-        return event
+            event, _what = self._kept.popleft()
+            self._free.append(event)
 
     def finish_moves(self) -> None:
         """The host waits for every exchange queued so far."""
-        if self.mover:
-            self.mover.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def finish_all(self) -> None:
         """The host waits for everything queued on the device."""
-        if self.mover:
+        if self.stream is not None:
             torch.cuda.synchronize(self.device)
 
 
@@ -172,39 +183,125 @@ class DevicePool:
         )
         self._order = _Order(device)
         self._held: dict[int, _Held] = {}
+        self._failed: dict[int, errors.MTrainsError] = {}  # why attempts were refused that nobody has asked for yet
         self._released: deque[tuple[int, Any]] = deque()  # with events
-        self._moved: Any = None  # event after the last exchange
-        self._last_seq = 0
+        self._announced: dict[int, tuple[Tensor, Tensor, int]] = {}  # by number
+        self._last_seq = self._last_announced = 0
+        self._attempts = True  # no row was below, lately
         self._counts = [_Counts() for _ in tables]
         self._device = device
         self._hands = [0] * len(tables)
-        self.revoked = self.declined = 0
+        self.revoked = self.declined = self.attempted = self.batches = 0
         self._lock = threading.RLock()  # hooks run on autograd's thread
+        for t, table in enumerate(self.tables):
+            if table.has_all:
+                _fill_host_places(table)
+                self.directory.fill(t)
 
     # -- batches
 
-    def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool) -> tuple[int, Tensor] | None:
-        """Starts a batch; None when it is not ``hard`` and there is no room. On return the device has read ids and offsets.
+    def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool, announced: int = 0) -> tuple[int, Tensor] | None:
+        """Starts a batch; None when it is not ``hard`` and there is no room. Ids and offsets stay as they are until it is released.
 
         Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number, and the slot of each id, counted within its
-        table: (n,) int64.
-        Raises: IdOutOfRangeError, ConfigurationError, PoolTooSmallError, VolumeFullError: nothing was changed. What the reads of the
-        batch before failed with.
+        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0.
+        Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
+        was changed. What the reads of the batch before failed with.
         """
         with self._lock, self._order.on_directory():
             self._let_go()
             self._finish_fill()
+            self._announced.pop(announced, None)
+            if self._attempts and ids.numel():
+                seq = self._attempt(ids, offsets, stride, hard, dirty, announced)
+                if not hard or self._look(seq):
+                    return seq, self._held[seq].slots
+            self._look_at_all()
             seq = self._last_seq = self._last_seq + 1
-            found = self.directory.lookup(ids, offsets, stride, seq, dirty)
+            found = self.directory.lookup(ids, offsets, stride, seq, dirty, announced)
+            self._attempts = True
             if found.missing_count and not self._bring(found, seq, hard, dirty):
                 self.declined += 1
                 return None
-            for counted, hits in zip(self._counts, found.hits, strict=True):
-                counted.hits += hits
-            for table, lookups in zip(self._table_of_feature, found.lookups, strict=True):
-                self._counts[table].lookups += lookups
-            self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now(), self._moved])
+            self._count(found.hits, found.lookups)
+            self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now()])
             return seq, found.slot
+
+    def _attempt(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool, announced: int) -> int:
+        """Queues all that the batch needs."""
+        unlooked = [seq for seq, held in self._held.items() if held.attempt is not None]
+        if len(unlooked) >= SEQUENCES:
+            self._look_without_asking(unlooked[0])
+        seq = self._last_seq = self._last_seq + 1
+        attempt = self.directory.attempt(
+            ids, offsets, stride, seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0), self._exchange
+        )
+        attempt.done = self._order.now()
+        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt)
+        return seq
+
+    def _look(self, seq: int) -> bool:
+        """Whether the batch of a ticket has its slots. The host waits for an attempt's look-up. Raises: what it was refused for."""
+        held = self._held.get(seq)
+        if held is None or held.attempt is None:
+            return held is not None
+        attempt, held.attempt = held.attempt, None
+        try:
+            outcome = self.directory.outcome(attempt)
+        except BaseException:
+            del self._held[seq]
+            raise
+        if not outcome.fits:
+            self._attempts = not any(outcome.below)
+            self.declined += not held.hard
+            del self._held[seq]
+            return False
+        self.attempted += 1
+        self._count(outcome.hits, outcome.lookups)
+        for counted, missed in zip(self._counts, outcome.misses, strict=True):
+            counted.misses += missed
+        return True
+
+    def _look_without_asking(self, seq: int) -> None:
+        try:
+            self._look(seq)
+        except errors.MTrainsError as e:
+            self._failed[seq] = e
+
+    def _look_at_all(self) -> None:
+        """The host knows what became of every attempt."""
+        for seq in [seq for seq, held in self._held.items() if held.attempt is not None]:
+            self._look_without_asking(seq)
+
+    def _count(self, hits: Sequence[int], lookups: Sequence[int]) -> None:
+        self.batches += 1
+        for counted, n in zip(self._counts, hits, strict=True):
+            counted.hits += n
+        for table, n in zip(self._table_of_feature, lookups, strict=True):
+            self._counts[table].lookups += n
+
+    def announce(self, ids: Tensor, offsets: Tensor, stride: int) -> int:
+        """A coming batch will use these rows. Returns the number to begin or withdraw it by; 0: too many are announced."""
+        with self._lock, self._order.on_directory():
+            number = self._last_announced + 1
+            if self._announced and number - min(self._announced) >= WINDOW:
+                return 0
+            self._last_announced = number
+            self.directory.announce(ids, offsets, stride, number, True)
+            self._announced[number] = (ids, offsets, stride)
+            return number
+
+    def withdraw(self, number: int) -> None:
+        """The announced batch will not come."""
+        with self._lock, self._order.on_directory():
+            batch = self._announced.pop(number)
+            self.directory.announce(*batch, number, False)
+            self._order.after(self._order.now(), batch)
+
+    def rows_of_a_batch(self, table: int) -> float:
+        """Distinct rows, on average; 0 before the first batch."""
+        counted = self._counts[table]
+        return (counted.hits + counted.misses) / max(1, self.batches)
 
     def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool) -> bool:
         """Gives every missed row a slot, and starts bringing it there. False when there is no room."""
@@ -222,6 +319,7 @@ class DevicePool:
             if choice is not None:
                 from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
                 hosts = hosts.index_copy(0, from_below, choice)
+                self._attempts = False
                 reads = self._read_below(misses, from_below, choice, below_counts, dirty)
         except BaseException:
             directory.unclaim(misses)
@@ -237,20 +335,20 @@ class DevicePool:
             in_host = torch.nonzero_static(~misses.below[:total], size=total - below_total).squeeze(1)
             slots, hosts, table = (x.index_select(0, in_host) for x in (slots, hosts, table))
         if total > below_total:
-            self._move(slots, hosts, table, [c - b for c, b in zip(counts, below_counts, strict=True)])
+            self._move(slots, hosts, table)
         return True
 
     def _find_room(self, found: Lookup, misses: Misses, seq: int, hard: bool) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
         """Slots for all misses, host places for those from below, if there are any, and the counts of both by table."""
-        directory = self.directory
+        directory, first = self.directory, min(self._announced, default=0)
         slots = directory.choose(SLOT, misses.count, misses.most)
         counts, have, below = self._pull(misses.count, slots.available, misses.below_count)
         if _short(have, counts):
-            directory.refill(SLOT, counts, seq, min([seq, *self._held]))
+            directory.refill(SLOT, counts, seq, min([seq, *self._held]), first_announced=first)
             slots = directory.choose(SLOT, misses.count, misses.most)
             (have,) = self._pull(slots.available)
         while _short(have, counts):  # the stamps are conservative: which slots tickets use is the exact answer
-            directory.refill(SLOT, counts, seq, 0, self._pinned(found))
+            directory.refill(SLOT, counts, seq, 0, self._pinned(found), first)
             slots = directory.choose(SLOT, misses.count, misses.most)
             (have,) = self._pull(slots.available)
             if not _short(have, counts):
@@ -265,7 +363,7 @@ class DevicePool:
         hosts = directory.choose(HOST, misses.below_count, sum(below))
         (have,) = self._pull(hosts.available)
         if _short(have, below):
-            directory.refill(HOST, below, seq, seq)
+            directory.refill(HOST, below, seq, seq, first_announced=first)
             hosts = directory.choose(HOST, misses.below_count, sum(below))
             (have,) = self._pull(hosts.available)
             assert not _short(have, below), "a table has as many host places as slots"
@@ -339,13 +437,13 @@ class DevicePool:
             raise
         return reads
 
-    def _move(self, slots: Tensor, hosts: Tensor, table: Tensor, counts: list[int]) -> None:
+    def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Queues an exchange. Places are counted through the group."""
-        directory, order = self.directory, self._order
-        with order.on_mover():
-            self._planes.exchange(slots, hosts, table, (directory._first_place[SLOT], directory._first_place[HOST]), counts)
-            self._moved = order.now()
-        order.keep(self._moved, slots, hosts, table)
+        self._exchange(slots, hosts, table, torch.full((1,), slots.numel(), dtype=_INT64, device=self._device))
+
+    def _exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor) -> None:
+        directory = self.directory
+        self._planes.exchange(slots, hosts, table, count, (directory._first_place[SLOT], directory._first_place[HOST]))
 
     def _finish_fill(self) -> None:
         """The host waits for the reads in flight, and queues their exchange. Rows that could not be read leave the pool again.
@@ -364,9 +462,9 @@ class DevicePool:
                 cause = cause or e
                 failed += tables
         if not failed:
-            self._move(fill.slots, fill.hosts, fill.table, fill.counts)
+            self._move(fill.slots, fill.hosts, fill.table)
             if fill.seq in self._held:
-                self._held[fill.seq].ready.append(self._moved)
+                self._held[fill.seq].ready.append(self._order.now())
             return
         first = 0
         for t, count in enumerate(fill.counts):
@@ -374,20 +472,23 @@ class DevicePool:
             if t in failed:
                 self.directory.give_back(fill.slots[mine], fill.hosts[mine], fill.table[mine])
             elif count:
-                counts = [count if i == t else 0 for i in range(len(self.tables))]
-                self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine], counts)
+                self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine])
         for seq in [s for s, held in self._held.items() if s >= fill.seq and not held.hard]:
             del self._held[seq]
         assert cause is not None
         raise cause
 
     def acquire(self, seq: int, dirty: bool) -> bool:
-        """Soft → hard. False when the ticket was revoked. ``dirty``: its rows will be changed, and were not marked so."""
+        """Soft → hard. False when the ticket was revoked, or got no room. ``dirty``: its rows will be changed, and were not marked so.
+
+        Raises: IdOutOfRangeError, ConfigurationError: what the batch is refused for.
+        """
         with self._lock:
-            self._let_go()
-            held = self._held.get(seq)
-            if held is None:
+            if refused := self._failed.pop(seq, None):
+                raise refused
+            if not self._look(seq):
                 return False
+            held = self._held[seq]
             held.hard = True
             if dirty:
                 with self._order.on_directory():
@@ -409,13 +510,16 @@ class DevicePool:
     def release(self, seq: int) -> None:
         """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
         # Without the lock: a begin on another thread may hold it while it waits for the device.
+        self._failed.pop(seq, None)
         if seq in self._held:
-            self._released.append((seq, self._order.release()))
+            self._released.append((seq, self._order.now()))
 
     def _let_go(self) -> None:
         while self._released:
             seq, event = self._released.popleft()
-            self._order.keep(event, self._held.pop(seq, None))
+            self._look_without_asking(seq)
+            self._failed.pop(seq, None)
+            self._order.after(event, self._held.pop(seq, None))
         self._order.let_go()
 
     def alive(self, seq: int) -> bool:
@@ -443,7 +547,7 @@ class DevicePool:
             values = [torch.empty((row_count, *p.shape[1:]), dtype=p.dtype) for p in of.upper]
             for (at, places), parts in ((slots, of.upper), (hosts, of.lower)):
                 for value, part in zip(values, parts, strict=True):
-                    value[at] = part.index_select(0, places).cpu()
+                    value[at] = part.index_select(0, places.to(part.device)).cpu()
             if below.numel():
                 request = _core.GetRequest(of.id, (below + first_row).numpy(), below.int().numpy(), [native_part(v) for v in values], False)
                 of.volume.wait(_core.submit_gets(of.volume, [request]))
@@ -456,7 +560,7 @@ class DevicePool:
             for kind, (at, places), parts in ((SLOT, slots, of.upper), (HOST, hosts, of.lower)):
                 for value, part in zip(values, parts, strict=True):
                     if value is not None:
-                        part.index_copy_(0, places, value[at].to(part.device))
+                        part.index_copy_(0, places.to(part.device), value[at].to(part.device))
                 self.directory.mark_dirty(places + self.directory.first_place[kind][table])
             if below.numel():
                 whole = values if all(v is not None for v in values) else self.read(table, first_row, row_count)
@@ -482,6 +586,7 @@ class DevicePool:
         """No read and no exchange is in flight, and what is queued on the device is done; the directory's stream is current."""
         with self._order.on_directory():
             self._let_go()
+            self._look_at_all()
             self._finish_fill()
             self._order.finish_all()
             yield
@@ -542,9 +647,7 @@ class DevicePool:
                     f"{len(self._held)} forward passes of tiered tables have not run their backward; run it or drop their outputs before "
                     "the tables are restored"
                 )
-            self.directory.place_of_row.fill_(-1)
-            self.directory.row_of_place.fill_(-1)
-            self.directory.stamp.fill_(-1)
+            self.directory.forget()
 
     def resident_rows(self, table: int) -> Any:
         """The rows in the pool, the longest unused first. Shapes: (n,) int64, numpy."""
@@ -573,6 +676,7 @@ class DevicePool:
     def stats(self, table: int) -> dict[str, int]:
         """Counters since creation: ids looked up, and rows."""
         with self._lock:
+            self._look_at_all()
             counted = self._counts[table]
             return {
                 "lookups": counted.lookups,
@@ -588,6 +692,7 @@ class DevicePool:
     def host_stats(self, table: int) -> dict[str, int]:
         """The same of the host places, as of any cache (``CachedVolume.cache_stats``)."""
         with self._lock:
+            self._look_at_all()
             counted = self._counts[table]
             return {
                 "rows": self.tables[table].host_places,
@@ -608,6 +713,7 @@ class DevicePool:
     def check(self) -> None:
         """Tests: raises at a broken invariant."""
         with self._lock:
+            self._look_at_all()
             self._let_go()
             self._order.finish_all()
             self.directory.check()
@@ -619,6 +725,13 @@ class DevicePool:
 def directory_type(device: torch.device) -> type[DeviceDirectory]:
     """Of the directories of a device the fastest."""
     return FusedDirectory if device.type == "cuda" else DeviceDirectory
+
+
+def _fill_host_places(table: DeviceTable) -> None:
+    parts = [native_part(p) for p in table.lower]
+    for first in range(0, table.rows, MOVE_ROWS):
+        rows = np.arange(first, min(first + MOVE_ROWS, table.rows))
+        table.volume.wait(_core.submit_gets(table.volume, [_core.GetRequest(table.id, rows, rows.astype(np.int32), parts, False)]))
 
 
 def _short(have: Sequence[int], wanted: Sequence[int]) -> bool:

@@ -8,6 +8,8 @@ whose volume then only knows initial values and what was flushed.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from .. import errors
 from ..tiers import Cache, DdrCache, DdrHome
+from .device_directory import WINDOW
 from .device_planes import Planes
 from .device_pool import DevicePool, DeviceTable
-from .tiered_tbe import _INT32, _INT64, STATES, BatchSizes, TieredTable, TieredTBE, _Ticket
+from .tiered_tbe import _INT32, _INT64, STATES, BatchSizes, TieredTable, TieredTBE, _key, _Ticket
 
 DEVICE_STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     **STATES,
@@ -86,25 +89,44 @@ class DeviceTBE(TieredTBE):
         for i, (t, below) in enumerate(zip(self.tables, self._below_pools, strict=True)):
             upper, lower = ([parts[s][p] for s, p in self._record(i)] for parts in (self._parts, planes.lower_parts))
             tables.append(
-                DeviceTable(t.name, below.volume._native, below._id, t.rows, self.pool_rows[i], self._host_places[i], upper, lower)
+                DeviceTable(
+                    t.name,
+                    below.volume._native,
+                    below._id,
+                    t.rows,
+                    self.pool_rows[i],
+                    self._host_places[i],
+                    upper,
+                    lower,
+                    has_all=t.rows > 0 and isinstance(t.chain.home, DdrHome) and not t.chain.caches,
+                )
             )
         self._pool = DevicePool(tables, self._tables_of_features, planes, self.device)
 
     # -- batches
 
-    def _start(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
+    def _batch(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> tuple[Tensor, Tensor, int]:
+        """Ids, offsets and stride as the pool reads them."""
         if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
             raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
         if batch_sizes:
             begins, stride = self._feature_starts(offsets, batch_sizes), 1
         else:
-            begins, stride = offsets, self._bags_of_a_feature(offsets)
+            begins, stride = offsets.contiguous(), self._bags_of_a_feature(offsets)
         ids = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
-        begun = self._pool.begin(ids.contiguous(), begins, stride, hard, dirty)
-        return None if begun is None else _Ticket(begun[0], begun[1], indices, dirty)
+        return ids.contiguous(), begins, stride
+
+    def _start(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
+        number, batch = self._take_announced(indices) or (0, self._batch(indices, offsets, batch_sizes))
+        begun: tuple[int, Tensor] | None
+        if hard:
+            begun = self._with_room(lambda announced: self._pool.begin(*batch, True, dirty, announced), number)
+        else:
+            begun = self._pool.begin(*batch, False, dirty, number)
+        return None if begun is None else _Ticket(begun[0], begun[1], (indices, batch), dirty)
 
     def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
-        ticket: _Ticket | None = self._with_room(lambda _announced: self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty))
+        ticket = self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty)
         assert ticket is not None
         return ticket
 
@@ -115,19 +137,29 @@ class DeviceTBE(TieredTBE):
         forward_stream: Any = None,
         batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> None:
+        """As ``TieredTBE.prefetch``; what the batch's ids or offsets are refused for, its forward may raise."""
         del forward_stream
         ticket = self._start(indices, offsets, batch_size_per_feature_per_rank, hard=False, dirty=torch.is_grad_enabled())
         if ticket is not None:
             self._keep(ticket, indices)
 
     def announce(self, indices: Tensor, offsets: Tensor, batch_size_per_feature_per_rank: BatchSizes | None = None) -> bool:
-        """Does nothing, and returns False: evictions on a device do not look ahead."""
-        return False
+        """As ``TieredTBE.announce``, for at most ``WINDOW`` batches; of rows in no place nothing is remembered, bad ids are passed over."""
+        if not self._evicting:
+            return True
+        batch = self._batch(indices, offsets, batch_size_per_feature_per_rank)
+        number = self._pool.announce(*batch)
+        if number:
+            self._announced.setdefault(_key(indices), deque()).append((number, batch))
+        return bool(number)
 
     @property
     def useful_lookahead(self) -> int:
-        """None: see ``announce``."""
-        return 0
+        """As ``TieredTBE.useful_lookahead``."""
+        if not self._evicting:
+            return 0
+        held = [self.pool_rows[i] / rows for i in self._evicting if (rows := self._pool.rows_of_a_batch(i))]
+        return max(1, min(WINDOW, math.ceil(min(held)))) if held else 1
 
     # -- rows, as users see them
 

@@ -101,7 +101,7 @@ class _Ticket:
 
     __slots__ = ("__weakref__", "abandon", "dirty", "ids", "seq", "slots")
 
-    def __init__(self, seq: int, slots: Tensor, ids: _Ids | Tensor, dirty: bool) -> None:
+    def __init__(self, seq: int, slots: Tensor, ids: Any, dirty: bool) -> None:
         self.seq, self.slots, self.ids, self.dirty = seq, slots, ids, dirty
         self.abandon: weakref.finalize[Any, _Ticket] | None = None  # releases a ticket that nobody claims
 
@@ -707,7 +707,7 @@ def _key(indices: Tensor) -> tuple[int, int]:
     return indices.data_ptr(), indices.numel()
 
 
-def _abandon(pool: Any, seq: int, slots: Tensor, ids: _Ids | Tensor) -> None:
+def _abandon(pool: Any, seq: int, slots: Tensor, ids: Any) -> None:
     """Releases a ticket. The pool may use its slots and ids until then."""
     pool.release(seq)
     del slots, ids

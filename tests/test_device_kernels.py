@@ -40,7 +40,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManage
         with monkeypatch.context() as m:
             m.setattr(device_pool, "directory_type", lambda device: FusedDirectory)
             m.setattr(
-                Planes, "exchange", lambda self, slots, hosts, table, firsts, counts: self.exchange_by_kernel(slots, hosts, table, firsts)
+                Planes,
+                "exchange",
+                lambda self, slots, hosts, table, count, firsts: self.exchange_by_kernel(slots, hosts, table, count, firsts),
             )
             yield
 
@@ -130,6 +132,7 @@ def test_an_exchange_moves_the_records_that_tensor_operations_do(dims: list[int]
     some = [(torch.randperm(slots, generator=generator)[:n], torch.randperm(places, generator=generator)[:n]) for n in counts]
     up = torch.cat([s for s, _ in some]) + firsts[0][table]
     down = torch.cat([h for _, h in some]) + firsts[1][table]
+    count = torch.tensor([up.numel()])
     for by_kernel in (False, True):
         device = DEVICE if by_kernel else CPU
         parts = _views([weights.to(device, copy=True), states.to(device, copy=True)], shard_dims, slots)
@@ -137,10 +140,10 @@ def test_an_exchange_moves_the_records_that_tensor_operations_do(dims: list[int]
         for plane, lower in zip(planes._planes, lowers, strict=True):
             plane.lower.copy_(lower.view(plane.lower.shape))
         if by_kernel:
-            planes.exchange_by_kernel(*(t.to(device) for t in (up, down, table)), tuple(f.to(device) for f in firsts))
+            planes.exchange_by_kernel(*(t.to(device) for t in (up, down, table, count)), tuple(f.to(device) for f in firsts))
             torch.cuda.synchronize() if ON_GPU else None
         else:
-            planes.exchange(up, down, table, firsts, counts)
+            planes.exchange(up, down, table, count, firsts)
         results.append([t.cpu() for p in planes._planes for t in (p.upper.clone(), p.lower.clone())])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
