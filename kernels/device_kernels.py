@@ -220,11 +220,13 @@ def _win(  # type: ignore[no-untyped-def]
 @triton.jit
 def _scan_blocks(counts, starts, size, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     carry = tl.full([], 0, tl.int32)
-    for first in range(0, size, CHUNK):
+    first = 0
+    while first < size:
         i = first + tl.arange(0, CHUNK)
         c = tl.load(counts + i, mask=i < size, other=0)
         tl.store(starts + i, carry + tl.cumsum(c, 0) - c, mask=i < size)
         carry += tl.sum(c)
+        first += CHUNK
 
 
 @triton.jit
@@ -325,7 +327,8 @@ def _scan_old(  # type: ignore[no-untyped-def]
         table = tl.program_id(0)
         rest = tl.load(rest_in + table).to(tl.int32)
         taken_before, part_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-        for first in range(0, blocks, CHUNK):
+        first = 0
+        while first < blocks:
             i = first + tl.arange(0, CHUNK)
             at = table * blocks + i
             whole, part = tl.load(whole_counts + at, mask=i < blocks, other=0), tl.load(part_counts + at, mask=i < blocks, other=0)
@@ -335,6 +338,7 @@ def _scan_old(  # type: ignore[no-untyped-def]
             tl.store(taken_starts + at, taken_before + tl.cumsum(taken, 0) - taken, mask=i < blocks)
             taken_before += tl.sum(taken)
             part_before += tl.sum(part)
+            first += CHUNK
         tl.store(queue_fill + table, taken_before.to(tl.int64))
         tl.store(available + table, taken_before.to(tl.int64))
 
