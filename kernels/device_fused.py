@@ -56,7 +56,7 @@ class _Scratch:
         self.decided = empty(2 + 2 * tables, _INT64)
         self.chosen, self.slots, self.hosts, self.tables = (empty(min(capacity, directory.slots)) for _ in range(4))
         self.count = empty(1, _INT64)
-        self.params = empty(k.PARAMS, _INT64)
+        self.batch = empty(k.BATCH, _INT64)
         self.counters = empty(2 + 4 * tables + tables * BINS, _INT64)
         parts = self.counters.split([1, 1, *[tables] * 4, tables * BINS])
         self.bad, self.missing_count, self.hits, self.misses, self.below, self.available, self.bins = parts
@@ -140,7 +140,7 @@ class FusedDirectory(DeviceDirectory):
         """The one whose last run was longest ago: whoever makes attempts has looked at that one."""
         ring = self._sequences.setdefault((ids32, offsets32), deque())
         if len(ring) < SEQUENCES:
-            sizes = (_kernels().PARAMS, 2 + 3 * self.tables + len(self._feature_row) + 2)
+            sizes = (_kernels().BATCH, 2 + 3 * self.tables + len(self._feature_row) + 2)
             ring.append(_Sequence(ids32, offsets32, *(torch.zeros(n, dtype=_INT64, pin_memory=self.device.type == "cuda") for n in sizes)))
         else:
             ring.rotate(-1)
@@ -168,23 +168,23 @@ class FusedDirectory(DeviceDirectory):
         ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
         by_position, by_candidate, by_slot = (s.blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
         by_block, first_slot = {"BLOCK": k.BLOCK}, self._first_place[SLOT]
-        k._start[(-(-s.counters.numel() // 2048),)](sequence.given, s.params, s.counters, s.counters.numel(), BLOCK=2048)
+        k._start[(-(-s.counters.numel() // 2048),)](sequence.given, s.batch, s.counters, s.counters.numel(), BLOCK=2048)
         k._look[by_position](
-            s.params, *self._of_feature, self.place_of_row, self.stamp, self.window, s.row, s.feature, s.missing, s.bad, s.missing_count,
+            s.batch, *self._of_feature, self.place_of_row, self.stamp, self.window, s.row, s.feature, s.missing, s.bad, s.missing_count,
             s.hits, self.slots, self._sink_place, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
         )  # fmt: skip
         k._claim[by_position](s.missing, s.row, self.place_of_row, s.missing_count, **by_block)
         k._win[(s.blocks + tables * s.queue_blocks,)](
-            s.params, s.missing, s.row, s.feature, self._feature_table, self.place_of_row, s.missing_count, s.wins, s.block_wins, s.misses,
+            s.batch, s.missing, s.row, s.feature, self._feature_table, self.place_of_row, s.missing_count, s.wins, s.block_wins, s.misses,
             s.below, self._queue_place, self._queue_stamp, self._queue_window, self._queue_start, self._queue_fill, self.stamp, self.window,
             s.fresh, s.block_fresh, s.available, s.blocks, s.queue_blocks, **by_block,
         )  # fmt: skip
         k._scan[(1,)](
-            s.params, s.missing_count, s.block_wins, s.win_starts, s.block_fresh, s.fresh_starts, s.misses, s.available, s.decided, s.blocks,
+            s.batch, s.missing_count, s.block_wins, s.win_starts, s.block_fresh, s.fresh_starts, s.misses, s.available, s.decided, s.blocks,
             tables * s.queue_blocks, tables, FEATURES=features, CHUNK=k.CHUNK, **pow2, **ids32, **offsets32,
         )  # fmt: skip
         k._age[by_slot](
-            s.params, s.decided, first_slot, self.stamp, self.window, s.bucket, s.bins, BUCKETS=BUCKETS, FAR_BATCHES=FAR_BATCHES,
+            s.batch, s.decided, first_slot, self.stamp, self.window, s.bucket, s.bins, BUCKETS=BUCKETS, FAR_BATCHES=FAR_BATCHES,
             WINDOW=WINDOW, BLOCK=k.SLOT_BLOCK,
         )  # fmt: skip
         k._threshold[(tables,)](
@@ -200,17 +200,17 @@ class FusedDirectory(DeviceDirectory):
             self._queue_place, self._queue_stamp, self._queue_window, STAYS=STAYS, BLOCK=k.SLOT_BLOCK,
         )  # fmt: skip
         k._choose[by_candidate](
-            s.params, s.bad, s.missing_count, s.hits, s.decided, s.misses, s.below, s.available, s.fresh, s.fresh_starts, self._queue_place,
+            s.batch, s.bad, s.missing_count, s.hits, s.decided, s.misses, s.below, s.available, s.fresh, s.fresh_starts, self._queue_place,
             self._queue_start, self._queue_fill, s.chosen, sequence.summary, s.queue_blocks, tables, FEATURES=features, **pow2, **offsets32,
             **by_block,
         )  # fmt: skip
         k._commit[by_position](
-            s.params, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
+            s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
             self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
             self.write_backs, s.slots, s.hosts, s.tables, s.count, sequence.summary[-1:], tables, TABLES_POW2=pow2["TABLES_POW2"],
             **by_block,
         )  # fmt: skip
-        k._settle[by_position](s.params, s.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
+        k._settle[by_position](s.batch, s.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
         exchange(s.slots, s.hosts, s.tables, s.count)
 
 

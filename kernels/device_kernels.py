@@ -2,13 +2,13 @@
 
 The tensor operations there run on a CPU and are the reference; these leave the same state (tests/test_device_kernels.py). They are for the
 host's sake as much as the device's: a step of an all-HBM table takes less than a millisecond, of which a launch takes 10 to 20 µs. So
-nothing in an attempt depends on the host once it has begun: what varies from batch to batch is in ``params``, counts stay on the device,
+nothing in an attempt depends on the host once it has begun: what varies from batch to batch is in ``batch``, counts stay on the device,
 grids are as large as they may have to be, and programs without work return. The sequence of launches is the same for every batch
 (``device_fused`` replays it as a graph). Triton comes with PyTorch's CUDA wheels.
 
 An attempt's launches, each of which needs what the one before has written everywhere:
 
-    start       params from the host; counters to zero
+    start       batch from the host; counters to zero
     look        by position: place and slot; stamps of hits; what misses
     claim       by position that misses: its claim, the smaller the earlier
     win         by position that misses: whether its claim won. By candidate: whether it is fresh. Both counted by block and table
@@ -34,11 +34,11 @@ from torch import Tensor
 BLOCK = 512
 SLOT_BLOCK = 2048
 CHUNK = 4096
-PARAMS = 16
+BATCH = 16
 _IDS, _OFFSETS, _OUT, _COUNT, _STRIDE, _SEQ, _BEFORE, _DIRTY, _ANNOUNCED, _FIRST = (tl.constexpr(i) for i in range(10))
-"""Of ``params``: addresses, then numbers."""
+"""Of ``batch``: addresses, then numbers."""
 
-_PARAMS = tl.constexpr(PARAMS)
+_BATCH = tl.constexpr(BATCH)
 _LOWEST = tl.constexpr(-(1 << 31))
 
 EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 512, 132
@@ -70,8 +70,8 @@ def _add_by_table(counts, table, amount, here):
 
 
 @triton.jit
-def _ids_and_offsets(params, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # type: ignore[no-untyped-def]
-    ids, offsets = tl.load(params + _IDS), tl.load(params + _OFFSETS)
+def _ids_and_offsets(batch, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # type: ignore[no-untyped-def]
+    ids, offsets = tl.load(batch + _IDS), tl.load(batch + _OFFSETS)
     if IDS32:
         ids_at = ids.to(tl.pointer_type(tl.int32))
     else:
@@ -84,30 +84,30 @@ def _ids_and_offsets(params, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # t
 
 
 @triton.jit
-def _start(given, params, counters, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _start(given, batch, counters, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(counters + i, tl.zeros([BLOCK], tl.int64), mask=i < count)
     if tl.program_id(0) == 0:
-        k = tl.arange(0, _PARAMS)
-        tl.store(params + k, tl.load(given + k))
+        k = tl.arange(0, _BATCH)
+        tl.store(batch + k, tl.load(given + k))
 
 
 @triton.jit
 def _look(  # type: ignore[no-untyped-def]
-    params, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, row_out, feature_out, missing_out,
+    batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, row_out, feature_out, missing_out,
     bad, missing_count, hits, slots, sink, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
     BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(params + _COUNT)
+    count = tl.load(batch + _COUNT)
     if tl.program_id(0).to(tl.int64) * BLOCK >= count:
         tl.store(missing_out + at, tl.zeros([BLOCK], tl.int8))
     else:
-        ids, offsets = _ids_and_offsets(params, IDS32, OFFSETS32)
-        out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+        ids, offsets = _ids_and_offsets(batch, IDS32, OFFSETS32)
+        out = tl.load(batch + _OUT).to(tl.pointer_type(tl.int64))
         here = at < count
-        now, dirty = tl.load(params + _SEQ), tl.load(params + _DIRTY)
-        feature = _feature_at(offsets, tl.load(params + _STRIDE), at, FEATURES, SEARCH)
+        now, dirty = tl.load(batch + _SEQ), tl.load(batch + _DIRTY)
+        feature = _feature_at(offsets, tl.load(batch + _STRIDE), at, FEATURES, SEARCH)
         id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
         good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
         row = tl.load(feature_row + feature) + id
@@ -125,7 +125,7 @@ def _look(  # type: ignore[no-untyped-def]
         first = hit & ((old >> 1) != now)
         old = tl.atomic_xchg(stamp + slot, 2 * now + (dirty | (old & 1)), mask=first)
         first = first & ((old >> 1) != now)
-        number = tl.load(params + _ANNOUNCED)
+        number = tl.load(batch + _ANNOUNCED)
         if number > 0:
             bit = tl.full([BLOCK], 1, tl.int64) << (number % WINDOW)
             has = good & (place >= 0)
@@ -181,7 +181,7 @@ def _claim(missing_in, row_in, place_of_row, missing_count, BLOCK: tl.constexpr)
 
 @triton.jit
 def _win(  # type: ignore[no-untyped-def]
-    params, missing_in, row_in, feature_in, feature_table, place_of_row, missing_count, wins_out, block_wins, misses, below,
+    batch, missing_in, row_in, feature_in, feature_table, place_of_row, missing_count, wins_out, block_wins, misses, below,
     queue_place, queue_stamp, queue_window, queue_start, queue_fill, stamp, window, fresh_out, block_fresh, available,
     blocks, queue_blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +196,7 @@ def _win(  # type: ignore[no-untyped-def]
             won_here = tl.sum(won.to(tl.int32))
             tl.store(block_wins + tl.program_id(0), won_here)
             if won_here > 0:
-                out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+                out = tl.load(batch + _OUT).to(tl.pointer_type(tl.int64))
                 table = tl.load(feature_table + tl.load(feature_in + at, mask=won, other=0), mask=won, other=0)
                 is_below = won & (tl.load(out + at, mask=won, other=0) < 0)
                 _add_by_table(misses, table, won.to(tl.int64), won)
@@ -231,18 +231,18 @@ def _scan_blocks(counts, starts, size, CHUNK: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _scan(  # type: ignore[no-untyped-def]
-    params, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, blocks, fresh_blocks,
+    batch, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, blocks, fresh_blocks,
     tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr, IDS32: tl.constexpr,
     OFFSETS32: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    _ids, offsets = _ids_and_offsets(params, IDS32, OFFSETS32)
+    _ids, offsets = _ids_and_offsets(batch, IDS32, OFFSETS32)
     f = tl.arange(0, FEATURES_POW2)
-    stride = tl.load(params + _STRIDE)
+    stride = tl.load(batch + _STRIDE)
     begin = tl.load(offsets + f * stride, mask=f < FEATURES, other=0).to(tl.int64)
     end = tl.load(offsets + (f + 1) * stride, mask=f < FEATURES, other=0).to(tl.int64)
     broken = tl.sum(((f < FEATURES) & (end < begin)).to(tl.int32))
     broken += (tl.load(offsets).to(tl.int64) != 0).to(tl.int32)
-    broken += (tl.load(offsets + FEATURES * stride).to(tl.int64) != tl.load(params + _COUNT)).to(tl.int32)
+    broken += (tl.load(offsets + FEATURES * stride).to(tl.int64) != tl.load(batch + _COUNT)).to(tl.int32)
     refills = tl.full([], 0, tl.int32)
     if tl.load(missing_count) > 0:
         _scan_blocks(block_wins, win_starts, blocks, CHUNK)
@@ -258,7 +258,7 @@ def _scan(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _age(  # type: ignore[no-untyped-def]
-    params, decided, first_slot, stamp, window, bucket_out, bins,
+    batch, decided, first_slot, stamp, window, bucket_out, bins,
     BUCKETS: tl.constexpr, FAR_BATCHES: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(decided) != 0:
@@ -269,16 +269,16 @@ def _age(  # type: ignore[no-untyped-def]
         if start + tl.program_id(1).to(tl.int64) * BLOCK < end:
             stays: tl.constexpr = BUCKETS + WINDOW + 1
             used, awaited = tl.load(stamp + place, mask=here, other=0), tl.load(window + place, mask=here, other=0)
-            age = tl.load(params + _SEQ) - (used >> 1)
+            age = tl.load(batch + _SEQ) - (used >> 1)
             far: tl.constexpr = BUCKETS // 2
             age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
-            shift = tl.load(params + _FIRST) % WINDOW
+            shift = tl.load(batch + _FIRST) % WINDOW
             mask: tl.constexpr = (1 << WINDOW) - 1
             turned = (awaited >> shift) | ((awaited << (WINDOW - shift)) & mask)
             lowest = (turned & (0 - turned)).to(tl.float32)  # a power of two: exact
             next_use = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
             bucket = tl.where(awaited == 0, BUCKETS - age, (BUCKETS + WINDOW - next_use).to(tl.int64))
-            bucket = tl.where(used < 2 * tl.load(params + _BEFORE), bucket, stays)
+            bucket = tl.where(used < 2 * tl.load(batch + _BEFORE), bucket, stays)
             bucket = tl.where(used < 0, 0, bucket)
             bucket = tl.where(here, bucket, stays).to(tl.int32)
             tl.store(bucket_out + place, bucket, mask=here)
@@ -375,7 +375,7 @@ def _fits(bad, decided, misses, below, available, tables, TABLES_POW2: tl.conste
 
 @triton.jit
 def _choose(  # type: ignore[no-untyped-def]
-    params, bad, missing_count, hits, decided, misses, below, available, fresh_in, fresh_starts, queue_place, queue_start, queue_fill,
+    batch, bad, missing_count, hits, decided, misses, below, available, fresh_in, fresh_starts, queue_place, queue_start, queue_fill,
     chosen, summary, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr,
     OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -387,9 +387,9 @@ def _choose(  # type: ignore[no-untyped-def]
         tl.store(summary + 2 + t, tl.load(hits + t, mask=t < tables, other=0), mask=t < tables)
         tl.store(summary + 2 + tables + t, tl.load(misses + t, mask=t < tables, other=0), mask=t < tables)
         tl.store(summary + 2 + 2 * tables + t, tl.load(below + t, mask=t < tables, other=0), mask=t < tables)
-        _ids, offsets = _ids_and_offsets(params, True, OFFSETS32)
+        _ids, offsets = _ids_and_offsets(batch, True, OFFSETS32)
         f = tl.arange(0, FEATURES_POW2)
-        begins = tl.load(offsets + f * tl.load(params + _STRIDE), mask=f <= FEATURES, other=0).to(tl.int64)
+        begins = tl.load(offsets + f * tl.load(batch + _STRIDE), mask=f <= FEATURES, other=0).to(tl.int64)
         tl.store(summary + 2 + 3 * tables + f, begins, mask=f <= FEATURES)
     if fits & (tl.load(missing_count) > 0):
         table = tl.program_id(0) // queue_blocks
@@ -407,7 +407,7 @@ def _choose(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _commit(  # type: ignore[no-untyped-def]
-    params, bad, missing_count, decided, misses, below, available, wins_in, win_starts, row_in, feature_in, feature_table, chosen,
+    batch, bad, missing_count, decided, misses, below, available, wins_in, win_starts, row_in, feature_in, feature_table, chosen,
     first_row, place_of_row, row_of_place, stamp, window, evictions, write_backs, slots_out, hosts_out, tables_out, count_out, seal,
     tables, TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -417,19 +417,19 @@ def _commit(  # type: ignore[no-untyped-def]
         t = tl.arange(0, TABLES_POW2)
         total = tl.sum(tl.load(misses + t, mask=t < tables, other=0))
         tl.store(count_out, tl.where(fits & (missing > 0), total, 0))
-        tl.store(seal, tl.load(params + _SEQ))  # behind the summary, which an earlier launch has written
+        tl.store(seal, tl.load(batch + _SEQ))  # behind the summary, which an earlier launch has written
     if missing > 0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         won = tl.load(wins_in + at) != 0
         row = tl.load(row_in + at, mask=won, other=0)
-        out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+        out = tl.load(batch + _OUT).to(tl.pointer_type(tl.int64))
         host = tl.load(out + at, mask=won, other=0)
         if fits:
             i = tl.load(win_starts + tl.program_id(0)) + tl.cumsum(won.to(tl.int32), 0) - 1
             table = tl.load(feature_table + tl.load(feature_in + at, mask=won, other=0), mask=won, other=0)
             slot = tl.load(chosen + i, mask=won, other=0).to(tl.int64)
             first = tl.load(first_row + table)
-            now, dirty = 2 * tl.load(params + _SEQ), tl.load(params + _DIRTY)
+            now, dirty = 2 * tl.load(batch + _SEQ), tl.load(batch + _DIRTY)
             leaves, left = tl.load(row_of_place + slot, mask=won, other=-1), tl.load(stamp + slot, mask=won, other=0)
             held = won & (leaves >= 0)
             was_dirty = tl.load(stamp + host, mask=won, other=0) & 1
@@ -452,15 +452,15 @@ def _commit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _settle(params, count_in, missing_in, row_in, feature_in, feature_slot, place_of_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _settle(batch, count_in, missing_in, row_in, feature_in, feature_slot, place_of_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     if tl.load(count_in) > 0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         missing = tl.load(missing_in + at) != 0
         place = tl.load(place_of_row + tl.load(row_in + at, mask=missing, other=0), mask=missing, other=0).to(tl.int64)
-        out = tl.load(params + _OUT).to(tl.pointer_type(tl.int64))
+        out = tl.load(batch + _OUT).to(tl.pointer_type(tl.int64))
         tl.store(out + at, place, mask=missing)
         first = tl.load(feature_slot + tl.load(feature_in + at, mask=missing, other=0), mask=missing, other=0)
-        tl.store(out + tl.load(params + _COUNT) + at, place - first, mask=missing)
+        tl.store(out + tl.load(batch + _COUNT) + at, place - first, mask=missing)
 
 
 @triton.jit
