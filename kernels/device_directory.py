@@ -35,6 +35,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -93,18 +94,8 @@ class Attempt:
     place: Tensor  # as in Lookup; if it fits, of every position the slot
     slot: Tensor
     summary: Any  # numpy (n,) int64: bad ids, whether all fits, by table hits, misses and misses below, where features begin, and ``seq``
-    done: Any = None  # an event after all of it; None: there was none to wait for
-
-
-@dataclass
-class Outcome:
-    """Of an attempt. Counts are of distinct rows by table, lookups by feature."""
-
-    fits: bool
-    hits: list[int]
-    misses: list[int]
-    below: list[int]
-    lookups: list[int]
+    move: Callable[[], None]  # queues the exchange of its records: once, in the order of attempts
+    done: Any = None  # an event to be recorded behind that; None: there is nothing to wait for
 
 
 Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -258,7 +249,7 @@ class DeviceDirectory:
         first_announced: int,
         exchange: Exchange,
     ) -> Attempt:
-        """All that a batch needs, if its rows are in places and slots last used before batch ``before`` suffice; their exchange, too.
+        """All that a batch needs, if its rows are in places and slots last used before batch ``before`` suffice; ``exchange`` moves records.
 
         Raises nothing: ``outcome`` does. Shapes: as ``lookup``.
         """
@@ -270,9 +261,9 @@ class DeviceDirectory:
         except errors.MTrainsError:
             summary[0] = 1
             nothing = ids.new_full((ids.numel(),), -1, dtype=_INT64)
-            return Attempt(ids, offsets, stride, seq, nothing, nothing, summary.numpy())
+            return Attempt(ids, offsets, stride, seq, nothing, nothing, summary.numpy(), _nothing)
         summary[2 : 2 + self.tables] = torch.tensor(found.hits)
-        fits = True
+        fits, move = True, _nothing
         if found.missing_count:
             misses = self.claim(found, seq, stamps=False)
             slots = self.choose(SLOT, misses.count, misses.most)
@@ -286,25 +277,27 @@ class DeviceDirectory:
                 places, hosts, table = slots.places[:total], misses.was[:total], misses.table[:total]
                 self.commit(misses, places, hosts, seq, dirty)
                 self.settle(found, misses)
-                exchange(places, hosts, table, self._tensor([total]))
+                move = partial(exchange, places, hosts, table, self._tensor([total]))
             else:
                 self.unclaim(misses)
         summary[1] = fits
-        return Attempt(ids, offsets, stride, seq, found.place, found.slot, summary.numpy())
+        return Attempt(ids, offsets, stride, seq, found.place, found.slot, summary.numpy(), move)
 
-    def outcome(self, attempt: Attempt) -> Outcome:
-        """What became of an attempt; the host waits until that is known, not for the exchange. Once for each attempt, in their order.
+    def outcome(self, attempt: Attempt) -> bool:
+        """Whether an attempt's batch fits; the host waits until that is known, not for the exchange. Once for each, in their order.
 
         Raises: IdOutOfRangeError, ConfigurationError: nothing was changed.
         """
-        while attempt.summary[-1] != attempt.seq:
+        summary = attempt.summary
+        while summary[-1] != attempt.seq:
             if attempt.done.query():  # raises what failed on the device
                 break
             time.sleep(POLL_SECONDS)
-        assert attempt.summary[-1] == attempt.seq
-        bad, fits, *rest = attempt.summary[:-1].tolist()
-        hits, misses, below = (rest[i * self.tables : (i + 1) * self.tables] for i in range(3))
-        return Outcome(bool(fits), hits, misses, below, self._lookups(attempt.ids, rest[3 * self.tables :], bad))
+        assert summary[-1] == attempt.seq
+        if summary[1]:
+            return True
+        self._lookups(attempt.ids, summary[2 + 3 * self.tables : -1].tolist(), int(summary[0]))
+        return False
 
     def announce(self, ids: Tensor, offsets: Tensor, stride: int, number: int, comes: bool) -> None:
         """A batch with this number will use these rows; or, without ``comes``, will not after all. Shapes: as ``lookup``."""
@@ -553,3 +546,7 @@ def _next_use(window: Tensor, first: int) -> Tensor:
     turned = (window >> shift) | ((window << (WINDOW - shift)) & ((1 << WINDOW) - 1))
     lowest = turned & -turned
     return torch.frexp(lowest.double()).exponent.long() - 1
+
+
+def _nothing() -> None:
+    """What is left to do for an attempt without misses."""

@@ -1,15 +1,16 @@
 """``FusedDirectory``: ``DeviceDirectory`` with kernels where every batch passes: an attempt, and announcements.
 
 An attempt is a fixed sequence of launches (``device_kernels``) over scratch for batches of up to ``capacity`` ids. On a CUDA device it is
-captured as a graph and replayed from then on: one launch instead of sixteen. There are several sequences, which share the scratch, since
-they run one after the other on the directory's stream; each has rooms of its own for what the host passes and reads, in memory that
-both see.
+captured as two graphs, which are replayed from then on: all up to the exchange, one launch instead of thirteen, and the exchange, which
+runs beside the next attempt. There are several sequences, which share the scratch, since they run one after the other; each has rooms of
+its own for what the host passes and reads, in memory that both see, and for what is to be exchanged.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -54,8 +55,7 @@ class _Scratch:
         self.whole, self.rest = empty(tables), empty(tables, _INT64)
         self.whole_counts, self.part_counts, self.taken_starts, self.part_starts = (empty(tables * self.slot_blocks) for _ in range(4))
         self.decided = empty(2 + 2 * tables, _INT64)
-        self.chosen, self.slots, self.hosts, self.tables = (empty(min(capacity, directory.slots)) for _ in range(4))
-        self.count = empty(1, _INT64)
+        self.chosen = empty(min(capacity, directory.slots))
         self.batch = empty(k.BATCH, _INT64)
         self.counters = empty(2 + 4 * tables + tables * BINS, _INT64)
         parts = self.counters.split([1, 1, *[tables] * 4, tables * BINS])
@@ -70,7 +70,12 @@ class _Sequence:
     offsets32: bool
     given: Tensor
     summary: Tensor
-    graph: Any = None
+    slots: Tensor  # what is to be exchanged, and how much of it
+    hosts: Tensor
+    tables: Tensor
+    count: Tensor
+    done: Any  # an event
+    graphs: tuple[Any, Any] | None = None  # up to the exchange, and the exchange
     runs: int = 0
 
     def __post_init__(self) -> None:
@@ -119,11 +124,20 @@ class FusedDirectory(DeviceDirectory):
             self._grow(count)
         sequence = self._next(ids.dtype is _INT32, offsets.dtype is _INT32)
         out = torch.empty((2, count), dtype=_INT64, device=self.device)
+        place, slot = out.unbind(0)
         sequence.as_given[:10] = (
             ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, seq, before, dirty, announced, first_announced,
         )  # fmt: skip
-        self._run(sequence, exchange)
-        return Attempt(ids, offsets, stride, seq, out[0], out[1], sequence.as_summary)
+        sequence.runs += 1
+        if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
+            self._launch(sequence)
+            move = partial(exchange, sequence.slots, sequence.hosts, sequence.tables, sequence.count)
+        else:
+            if sequence.graphs is None:
+                sequence.graphs = self._captured(sequence, exchange)
+            sequence.graphs[0].replay()
+            move = sequence.graphs[1].replay
+        return Attempt(ids, offsets, stride, seq, place, slot, sequence.as_summary, move, sequence.done)
 
     def _grow(self, count: int) -> None:
         """Scratch for so many ids. The graphs with the old one are given up; whoever has looked at none of their attempts still can."""
@@ -137,29 +151,33 @@ class FusedDirectory(DeviceDirectory):
         self._scratch = _Scratch(self, capacity)
 
     def _next(self, ids32: bool, offsets32: bool) -> _Sequence:
-        """The one whose last run was longest ago: whoever makes attempts has looked at that one."""
+        """The one whose last run was longest ago: whoever makes attempts has looked at that one, and its records are where they belong."""
         ring = self._sequences.setdefault((ids32, offsets32), deque())
+        on_gpu = self.device.type == "cuda"
         if len(ring) < SEQUENCES:
+            assert self._scratch is not None
             sizes = (_kernels().BATCH, 2 + 3 * self.tables + len(self._feature_row) + 2)
-            ring.append(_Sequence(ids32, offsets32, *(torch.zeros(n, dtype=_INT64, pin_memory=self.device.type == "cuda") for n in sizes)))
+            rooms = [torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes]
+            lists = torch.empty(3, min(self._scratch.capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
+            count = torch.zeros(1, dtype=_INT64, device=self.device)
+            ring.append(_Sequence(ids32, offsets32, *rooms, *lists, count, torch.cuda.Event() if on_gpu else None))
         else:
             ring.rotate(-1)
+            if on_gpu:
+                torch.cuda.current_stream(self.device).wait_event(ring[-1].done)
         return ring[-1]
 
-    def _run(self, sequence: _Sequence, exchange: Exchange) -> None:
-        sequence.runs += 1
-        if sequence.graph is not None:
-            sequence.graph.replay()
-        elif self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
-            self._launch(sequence, exchange)
-        else:
-            sequence.graph = torch.cuda.CUDAGraph()
-            sequence.graph.capture_begin(capture_error_mode="thread_local")
-            self._launch(sequence, exchange)
-            sequence.graph.capture_end()
-            sequence.graph.replay()
+    def _captured(self, sequence: _Sequence, exchange: Exchange) -> tuple[Any, Any]:
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        graphs[0].capture_begin(capture_error_mode="thread_local")
+        self._launch(sequence)
+        graphs[0].capture_end()
+        graphs[1].capture_begin(capture_error_mode="thread_local")
+        exchange(sequence.slots, sequence.hosts, sequence.tables, sequence.count)
+        graphs[1].capture_end()
+        return graphs
 
-    def _launch(self, sequence: _Sequence, exchange: Exchange) -> None:
+    def _launch(self, sequence: _Sequence) -> None:
         k, s, tables = _kernels(), self._scratch, self.tables
         assert s is not None
         features = len(self._feature_row)
@@ -207,11 +225,10 @@ class FusedDirectory(DeviceDirectory):
         k._commit[by_position](
             s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
             self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
-            self.write_backs, s.slots, s.hosts, s.tables, s.count, sequence.summary[-1:], tables, TABLES_POW2=pow2["TABLES_POW2"],
+            self.write_backs, sequence.slots, sequence.hosts, sequence.tables, sequence.count, sequence.summary[-1:], tables, TABLES_POW2=pow2["TABLES_POW2"],
             **by_block,
         )  # fmt: skip
-        k._settle[by_position](s.batch, s.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
-        exchange(s.slots, s.hosts, s.tables, s.count)
+        k._settle[by_position](s.batch, sequence.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
 
 
 def _pow2(count: int) -> int:

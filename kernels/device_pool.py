@@ -14,10 +14,11 @@ A batch is first *attempted*: one sequence of launches does all that it needs, a
 comes (``DeviceDirectory.attempt``). Only a batch that the attempt cannot serve, since a row is below or slots are short, goes step by step,
 with the host waiting for the counts of each. Where rows were below, so will be some of the next batch: it is not attempted.
 
-Streams. All of it, exchanges too, runs on a stream of its own, the directory's: in the order of calls, after what the caller's stream had
-queued at the call (the batch's ids are there), and after the last use of every slot that is free to be given away: at a release the stream
-of the backward (or of the forward, without one) records an event, and the next begin waits for it. A forward waits for its own batch.
-Before native code touches host places the host waits for the directory's stream.
+Streams. The directory's operations run on a stream of their own, in the order of calls, after what the caller's stream had queued: the
+batch's ids are there. Exchanges run on a second one, the mover. They wait for the choice of places, and for the last use of what they
+overwrite: at a release the stream of the backward (or of the forward, without one) records an event, for which the next begin lets the
+mover wait; exchanges that were queued before do not. A forward waits for its own batch's slots and exchange. Before native code touches
+host places the host waits for the mover.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,9 @@ class _Held:
     hard: bool
     slots: Tensor  # (n,): of each position, within its table; the caller's
     places: Tensor  # the same through the group
-    ready: list[Any]  # events
+    ready: list[Any]  # events, or None
     attempt: Attempt | None = None  # that the host has not looked at
+    released: bool = False
 
 
 @dataclass
@@ -85,12 +87,8 @@ class _Fill:
 
 @dataclass
 class _Counts:
-    """Rows since creation, of one table."""
+    """Rows since creation, of one table, but for what ``DevicePool._sums`` has."""
 
-    lookups: int = 0
-    hits: int = 0
-    misses: int = 0
-    from_below: int = 0
     flushed_rows: int = 0
     trickled_rows: int = 0
     host_evictions: int = 0
@@ -99,55 +97,69 @@ class _Counts:
 
 
 class _Order:
-    """The stream of a device that has some, and what it waits for; nothing on a CPU, where everything happens at once.
+    """The streams of a device that has some, and what they wait for; nothing on a CPU, where everything happens at once.
 
     Events are used again: making one takes longer than recording it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream: Any = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._called = torch.cuda.Event() if self.stream else None
+        self.directory: Any = None
+        self.mover: Any = None
         self._free: list[Any] = []
         self._kept: deque[tuple[Any, Any]] = deque()
+        if device.type == "cuda":
+            self.directory, self.mover = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
+            self._called = torch.cuda.Event()
 
     def now(self) -> Any:
         """An event after all that the current stream has queued."""
-        if self.stream is None:
-            return None
+        return None if self.mover is None else self._recorded(torch.cuda.current_stream(self.device))
+
+    def moves_now(self) -> Any:
+        """An event after every exchange queued so far."""
+        return None if self.mover is None else self._recorded(self.mover)
+
+    def _recorded(self, stream: Any) -> Any:
         try:
             event = self._free.pop()
         except IndexError:
             event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(stream)
         return event
 
     def wait(self, *events: Any) -> None:
         """The current stream waits."""
-        if self.stream is not None:
+        if self.mover is not None:
             stream = torch.cuda.current_stream(self.device)
             for event in events:
-                stream.wait_event(event)
+                if event is not None:
+                    stream.wait_event(event)
+
+    def on_directory(self) -> AbstractContextManager[Any]:
+        """The directory's stream, after the current one."""
+        return self._on(self.directory) if self.mover is not None else nullcontext()
+
+    def on_mover(self) -> AbstractContextManager[Any]:
+        return self._on(self.mover) if self.mover is not None else nullcontext()
 
     @contextmanager
-    def on_directory(self) -> Iterator[None]:
-        """The directory's stream, after the current one."""
-        before = torch.cuda.current_stream(self.device) if self.stream is not None else None
-        if before is None or self._called is None or before == self.stream:
+    def _on(self, stream: Any) -> Iterator[None]:
+        before = torch.cuda.current_stream(self.device)
+        if before == stream:
             yield
             return
         self._called.record(before)
-        self.stream.wait_event(self._called)
-        torch.cuda.set_stream(self.stream)
+        stream.wait_event(self._called)
+        torch.cuda.set_stream(stream)
         try:
             yield
         finally:
             torch.cuda.set_stream(before)
 
-    def after(self, event: Any, what: Any) -> None:
-        """The directory's stream goes on after the event, until when ``what`` is kept: memory of that stream that others use."""
-        if self.stream is not None:
-            self.stream.wait_event(event)
+    def keep(self, event: Any, *what: Any) -> None:
+        """Keeps memory from being used anew before the event; cheaper than ``Tensor.record_stream``. The event is then used again."""
+        if event is not None:
             self._kept.append((event, what))
 
     def let_go(self) -> None:
@@ -156,14 +168,19 @@ class _Order:
             event, _what = self._kept.popleft()
             self._free.append(event)
 
+    def moves_wait(self, event: Any) -> None:
+        """Exchanges queued from now on come after the event."""
+        if self.mover is not None:
+            self.mover.wait_event(event)
+
     def finish_moves(self) -> None:
         """The host waits for every exchange queued so far."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        if self.mover is not None:
+            self.mover.synchronize()
 
     def finish_all(self) -> None:
         """The host waits for everything queued on the device."""
-        if self.stream is not None:
+        if self.mover is not None:
             torch.cuda.synchronize(self.device)
 
 
@@ -189,6 +206,8 @@ class DevicePool:
         self._last_seq = self._last_announced = 0
         self._attempts = True  # no row was below, lately
         self._counts = [_Counts() for _ in tables]
+        # The sums of all batches: as in an attempt's summary, hits, misses and misses below by table, and where features begin.
+        self._sums = np.zeros(3 * len(tables) + len(table_of_feature) + 1, dtype=np.int64)
         self._device = device
         self._hands = [0] * len(tables)
         self.revoked = self.declined = self.attempted = self.batches = 0
@@ -223,8 +242,10 @@ class DevicePool:
             if found.missing_count and not self._bring(found, seq, hard, dirty):
                 self.declined += 1
                 return None
-            self._count(found.hits, found.lookups)
-            self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now()])
+            self.batches += 1
+            self._sums[: len(self.tables)] += found.hits
+            self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
+            self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now(), self._order.moves_now()])
             return seq, found.slot
 
     def _attempt(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool, announced: int) -> int:
@@ -236,7 +257,10 @@ class DevicePool:
         attempt = self.directory.attempt(
             ids, offsets, stride, seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0), self._exchange
         )
-        attempt.done = self._order.now()
+        with self._order.on_mover():
+            attempt.move()
+            if attempt.done is not None:
+                attempt.done.record(self._order.mover)
         self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt)
         return seq
 
@@ -247,19 +271,19 @@ class DevicePool:
             return held is not None
         attempt, held.attempt = held.attempt, None
         try:
-            outcome = self.directory.outcome(attempt)
+            fits = self.directory.outcome(attempt)
         except BaseException:
             del self._held[seq]
             raise
-        if not outcome.fits:
-            self._attempts = not any(outcome.below)
+        if not fits:
+            tables = len(self.tables)
+            self._attempts = not attempt.summary[2 + 2 * tables : 2 + 3 * tables].any()
             self.declined += not held.hard
             del self._held[seq]
             return False
         self.attempted += 1
-        self._count(outcome.hits, outcome.lookups)
-        for counted, missed in zip(self._counts, outcome.misses, strict=True):
-            counted.misses += missed
+        self.batches += 1
+        self._sums += attempt.summary[2:-1]
         return True
 
     def _look_without_asking(self, seq: int) -> None:
@@ -272,13 +296,6 @@ class DevicePool:
         """The host knows what became of every attempt."""
         for seq in [seq for seq, held in self._held.items() if held.attempt is not None]:
             self._look_without_asking(seq)
-
-    def _count(self, hits: Sequence[int], lookups: Sequence[int]) -> None:
-        self.batches += 1
-        for counted, n in zip(self._counts, hits, strict=True):
-            counted.hits += n
-        for table, n in zip(self._table_of_feature, lookups, strict=True):
-            self._counts[table].lookups += n
 
     def announce(self, ids: Tensor, offsets: Tensor, stride: int) -> int:
         """A coming batch will use these rows. Returns the number to begin or withdraw it by; 0: too many are announced."""
@@ -296,12 +313,18 @@ class DevicePool:
         with self._lock, self._order.on_directory():
             batch = self._announced.pop(number)
             self.directory.announce(*batch, number, False)
-            self._order.after(self._order.now(), batch)
+            self._order.keep(self._order.now(), batch)
 
     def rows_of_a_batch(self, table: int) -> float:
         """Distinct rows, on average; 0 before the first batch."""
-        counted = self._counts[table]
-        return (counted.hits + counted.misses) / max(1, self.batches)
+        hits, misses, _, _ = self._sums_of(table)
+        return (hits + misses) / max(1, self.batches)
+
+    def _sums_of(self, table: int) -> tuple[int, int, int, int]:
+        """Hits, misses and misses below, in rows, and ids looked up."""
+        hits, misses, below = self._sums[: 3 * len(self.tables)].reshape(3, -1)[:, table].tolist()
+        by_feature = np.diff(self._sums[3 * len(self.tables) :])
+        return hits, misses, below, sum(int(n) for t, n in zip(self._table_of_feature, by_feature, strict=True) if t == table)
 
     def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool) -> bool:
         """Gives every missed row a slot, and starts bringing it there. False when there is no room."""
@@ -326,9 +349,7 @@ class DevicePool:
             raise
         directory.commit(misses, slots, hosts, seq, dirty)
         directory.settle(found, misses)
-        for counted, all_missed, below in zip(self._counts, counts, below_counts, strict=True):
-            counted.misses += all_missed
-            counted.from_below += below
+        self._sums[len(self.tables) : 3 * len(self.tables)] += counts + below_counts
         if below_total:
             mine = [x.index_select(0, from_below) for x in (slots, hosts, table)]
             self._fill = _Fill(seq, reads, mine[0], mine[1], mine[2], below_counts)
@@ -439,7 +460,10 @@ class DevicePool:
 
     def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Queues an exchange. Places are counted through the group."""
-        self._exchange(slots, hosts, table, torch.full((1,), slots.numel(), dtype=_INT64, device=self._device))
+        count = torch.full((1,), slots.numel(), dtype=_INT64, device=self._device)
+        with self._order.on_mover():
+            self._exchange(slots, hosts, table, count)
+        self._order.keep(self._order.moves_now(), slots, hosts, table, count)
 
     def _exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor) -> None:
         directory = self.directory
@@ -464,7 +488,7 @@ class DevicePool:
         if not failed:
             self._move(fill.slots, fill.hosts, fill.table)
             if fill.seq in self._held:
-                self._held[fill.seq].ready.append(self._order.now())
+                self._held[fill.seq].ready.append(self._order.moves_now())
             return
         first = 0
         for t, count in enumerate(fill.counts):
@@ -511,7 +535,9 @@ class DevicePool:
         """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
         # Without the lock: a begin on another thread may hold it while it waits for the device.
         self._failed.pop(seq, None)
-        if seq in self._held:
+        held = self._held.get(seq)
+        if held is not None and not held.released:
+            held.released = True
             self._released.append((seq, self._order.now()))
 
     def _let_go(self) -> None:
@@ -519,12 +545,14 @@ class DevicePool:
             seq, event = self._released.popleft()
             self._look_without_asking(seq)
             self._failed.pop(seq, None)
-            self._order.after(event, self._held.pop(seq, None))
+            self._order.moves_wait(event)
+            self._order.keep(event, self._held.pop(seq, None))
         self._order.let_go()
 
     def alive(self, seq: int) -> bool:
         """Whether a ticket is outstanding."""
-        return seq in self._held and all(seq != released for released, _ in self._released)
+        held = self._held.get(seq)
+        return held is not None and not held.released
 
     @property
     def outstanding(self) -> int:
@@ -662,14 +690,14 @@ class DevicePool:
             rows = rows[max(0, rows.numel() - room) :]
             features = len(self._table_of_feature)
             mine = torch.arange(features + 1) > self._table_of_feature.index(table)
-            before = self._counts[table].misses
+            before = self._sums_of(table)[1]
             for some in rows.split(max(1, min(rows.numel() // 32, MOVE_ROWS))) if rows.numel() else ():
                 device = self._device
                 begun = self.begin(some.to(device), torch.where(mine, some.numel(), 0).to(device), 1, True, False)
                 assert begun is not None
                 self.wait(begun[0])
                 self.release(begun[0])
-            return self._counts[table].misses - before
+            return self._sums_of(table)[1] - before
 
     # -- looking in
 
@@ -677,11 +705,11 @@ class DevicePool:
         """Counters since creation: ids looked up, and rows."""
         with self._lock:
             self._look_at_all()
-            counted = self._counts[table]
+            counted, (hits, misses, _, lookups) = self._counts[table], self._sums_of(table)
             return {
-                "lookups": counted.lookups,
-                "unique_rows": counted.hits + counted.misses,
-                "misses": counted.misses,
+                "lookups": lookups,
+                "unique_rows": hits + misses,
+                "misses": misses,
                 "evictions": int(self.directory.evictions[table]),
                 "write_backs": int(self.directory.write_backs[table]),
                 "flushed_rows": counted.flushed_rows,
@@ -693,12 +721,12 @@ class DevicePool:
         """The same of the host places, as of any cache (``CachedVolume.cache_stats``)."""
         with self._lock:
             self._look_at_all()
-            counted = self._counts[table]
+            counted, (_, misses, below, _) = self._counts[table], self._sums_of(table)
             return {
                 "rows": self.tables[table].host_places,
                 "resident_rows": self.directory.resident(HOST, table),
-                "hits": counted.misses - counted.from_below,
-                "misses": counted.from_below,
+                "hits": misses - below,
+                "misses": below,
                 "inserted_rows": int(self.directory.evictions[table]),
                 "evictions": counted.host_evictions,
                 "write_backs": counted.host_write_backs,

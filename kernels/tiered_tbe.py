@@ -13,7 +13,6 @@ import gc
 import itertools
 import math
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,19 +96,30 @@ class _Ids:
 
 
 class _Ticket:
-    """One batch on its way: its number, its slots, and whether its rows are already marked as to be changed."""
+    """One batch on its way: its number, its slots, and whether its rows are already marked as to be changed. One that nobody claims
+    is released with its last reference."""
 
-    __slots__ = ("__weakref__", "abandon", "dirty", "ids", "seq", "slots")
+    __slots__ = ("dirty", "ids", "seq", "slots", "unclaimed_in")
 
     def __init__(self, seq: int, slots: Tensor, ids: Any, dirty: bool) -> None:
         self.seq, self.slots, self.ids, self.dirty = seq, slots, ids, dirty
-        self.abandon: weakref.finalize[Any, _Ticket] | None = None  # releases a ticket that nobody claims
+        self.unclaimed_in: Any = None  # a pool
+
+    def __del__(self) -> None:
+        if self.unclaimed_in is not None:
+            self.unclaimed_in.release(self.seq)
 
 
 class _Token:
-    """Lives in an autograd node's metadata, so that the node's death releases the ticket."""
+    """Lives in an autograd node's metadata, so that the node's death releases the ticket. The pool may use its slots and ids until then."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("_kept", "_pool", "_seq")
+
+    def __init__(self, pool: Any, seq: int, *kept: Any) -> None:
+        self._pool, self._seq, self._kept = pool, seq, kept
+
+    def __del__(self) -> None:
+        self._pool.release(self._seq)
 
 
 class TieredTBE(nn.Module):
@@ -394,7 +404,7 @@ class TieredTBE(nn.Module):
         """For the forward of these ids; whoever loses it releases it."""
         if len(self._waiting) >= WAITING_LIMIT:
             self._forget_revoked()
-        ticket.abandon = weakref.finalize(ticket, _abandon, self._pool, ticket.seq, ticket.slots, ticket.ids)
+        ticket.unclaimed_in = self._pool
         self._waiting.setdefault(_key(indices), deque()).append(ticket)
 
     def _take_waiting(self, indices: Tensor) -> _Ticket | None:
@@ -404,8 +414,7 @@ class TieredTBE(nn.Module):
         ticket = queue.popleft()
         if not queue:
             del self._waiting[_key(indices)]
-        assert ticket.abandon is not None
-        ticket.abandon.detach()
+        ticket.unclaimed_in = None
         return ticket
 
     def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
@@ -464,7 +473,7 @@ class TieredTBE(nn.Module):
         return output
 
     def _release_after_backward(self, node: Any, ticket: _Ticket) -> None:
-        pool, seq, slots = self._pool, ticket.seq, ticket.slots
+        pool, seq = self._pool, ticket.seq
 
         def still_ours(_grads: Any) -> None:
             if not pool.alive(seq):
@@ -479,10 +488,7 @@ class TieredTBE(nn.Module):
 
         node.register_prehook(still_ours)
         node.register_hook(done)
-        token = _Token()
-        node.metadata["mtrains"] = token
-        # The finalizer keeps the slots alive for as long as the pool may ask which of them the ticket pins.
-        weakref.finalize(token, _abandon, pool, seq, slots, ticket.ids)
+        node.metadata["mtrains"] = _Token(pool, seq, ticket.slots, ticket.ids)
 
     # -- rows, as users see them
 
@@ -705,9 +711,3 @@ def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
 def _key(indices: Tensor) -> tuple[int, int]:
     """The identity of a batch's ids, whatever they are cast to later."""
     return indices.data_ptr(), indices.numel()
-
-
-def _abandon(pool: Any, seq: int, slots: Tensor, ids: Any) -> None:
-    """Releases a ticket. The pool may use its slots and ids until then."""
-    pool.release(seq)
-    del slots, ids
