@@ -19,8 +19,7 @@ Invariants between batches (``check`` verifies them): ``place_of_row`` and ``row
 left, exactly the free places have stamp -1, they await nothing, and every place is one of its row's table.
 
 Who leaves first: free places, then rows that no announced batch will use, the longest unused first, then the others, those used
-furthest in the future first. Candidates are queues, one for the slots and one for the host places: that order's first sixteenth of each
-table's places, or what a batch needs, collected in one pass by histogram. A candidate that was used or announced since is skipped; so
+furthest in the future first. Candidates are in queues: that order's first sixteenth of each table's places, or what a batch needs, collected in one pass by histogram. A candidate that was used or announced since is skipped; so
 taking one is stamping it. What is announced is advice: a wrong future costs misses.
 
 Everything is deterministic: claims and bins are integers, of several positions with one row the first one's claim wins, and queues
@@ -45,7 +44,10 @@ from torch import Tensor
 from .. import errors
 
 SLOT, HOST = 0, 1
-"""The two kinds of places."""
+"""The two kinds of places, and their queues."""
+
+ATTEMPTS = 2
+"""The queue of slots for attempts: what becomes of one does not depend on batches that were not attempted."""
 
 WINDOW = 63
 """Batches that can be announced and not begun: as many bits as a positive int64 has."""
@@ -175,7 +177,7 @@ class DeviceDirectory:
         self._first_row, self._first_place = self._tensor(self.first_row), [self._tensor(f) for f in self.first_place]
         self._table_numbers = torch.arange(self.tables + 1, device=device)
         self._numbers = torch.arange(0, device=device)
-        self._queues = [self._empty_queue(), self._empty_queue()]
+        self._queues = [self._empty_queue() for _ in range(3)]
         self.evictions, self.write_backs = (torch.zeros(self.tables, dtype=_INT64, device=device) for _ in range(2))  # rows that left slots
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
@@ -266,10 +268,10 @@ class DeviceDirectory:
         fits, move = True, _nothing
         if found.missing_count:
             misses = self.claim(found, seq, stamps=False)
-            slots = self.choose(SLOT, misses.count, misses.most)
+            slots = self.choose(ATTEMPTS, misses.count, misses.most)
             if (slots.available < misses.count).any():
-                self.refill(SLOT, misses.count.tolist(), seq, before, first_announced=first_announced)
-                slots = self.choose(SLOT, misses.count, misses.most)
+                self.refill(ATTEMPTS, misses.count.tolist(), seq, before, first_announced=first_announced)
+                slots = self.choose(ATTEMPTS, misses.count, misses.most)
             fits = bool((slots.available >= misses.count).all()) and not misses.below_count.any()
             summary[2 + self.tables : 2 + 3 * self.tables] = torch.cat([misses.count, misses.below_count])
             if fits:
@@ -366,9 +368,9 @@ class DeviceDirectory:
         """Takes ``claim`` back: the rows are where they were."""
         self.place_of_row.index_copy_(0, misses.row, torch.where(misses.table < self.tables, misses.was, -1).int())
 
-    def choose(self, kind: int, wanted: Tensor, most: int) -> Choice:
+    def choose(self, queue_of: int, wanted: Tensor, most: int) -> Choice:
         """So many candidates of each table, in their queues' order. Shapes: wanted (tables,)."""
-        queue = self._queues[kind]
+        queue = self._queues[queue_of]
         fresh = (self.stamp.index_select(0, queue.place) == queue.stamp) & (self.window.index_select(0, queue.place) == queue.window)
         before = _before(fresh)
         at_bounds = before.index_select(0, queue.bounds)
@@ -378,18 +380,19 @@ class DeviceDirectory:
         return Choice(places, at_bounds.diff())
 
     def refill(
-        self, kind: int, wanted: Sequence[int], seq: int, before: int, pinned: Tensor | None = None, first_announced: int = 0
+        self, queue_of: int, wanted: Sequence[int], seq: int, before: int, pinned: Tensor | None = None, first_announced: int = 0
     ) -> None:
-        """Makes the queue of one kind anew, as of batch ``seq``: free places, then those that may leave and go first.
+        """Makes a queue anew, as of batch ``seq``: free places, then those that may leave and go first.
 
         These were last used before batch ``before``; or, with ``pinned``, are not in it. ``first_announced``: the oldest batch of those that
         have not begun. Shapes: wanted, the least that each table needs; pinned (slots,) bool.
         """
+        kind = HOST if queue_of == HOST else SLOT
         goal = [max(w, min(size, size // QUEUE_SHARE + 1)) for w, size in zip(wanted, self.sizes[kind], strict=True)]
         place = self._first_to_go(kind, self._tensor(goal), seq, before, pinned, first_announced)
         table = torch.searchsorted(self._first_place[kind][1:], place, right=True)
         bounds = torch.searchsorted(place, self._first_place[kind])
-        self._queues[kind] = _Queue(place, self.stamp.index_select(0, place), self.window.index_select(0, place), table, bounds)
+        self._queues[queue_of] = _Queue(place, self.stamp.index_select(0, place), self.window.index_select(0, place), table, bounds)
 
     def _first_to_go(self, kind: int, goal: Tensor, seq: int, before: int, pinned: Tensor | None, first_announced: int) -> Tensor:
         """So many places of each table, or all that may leave, in the order of places."""

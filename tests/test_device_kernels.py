@@ -49,12 +49,15 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManage
     return within
 
 
-def group(seed: int) -> DeviceTBE:
-    """Three tables of different widths, the second with two features; pools that a batch can just fill."""
+def group(seed: int, cached: bool) -> DeviceTBE:
+    """Three tables of different widths, the second with two features; pools that a batch can just fill. With ``cached``, rows are below."""
     sizes = [(30, 8, 14), (50, 4, 24), (20, 12, 12)]
     return DeviceTBE(
         [
-            TieredTable(f"t{i}", rows, dim, TierChain(pool, (DdrCache(pool), DdrHome())), init=UniformInit(seed + i, -1, 1, columns=dim))
+            TieredTable(
+                f"t{i}", rows, dim, TierChain(pool, (DdrCache(pool), DdrHome()) if cached else (DdrHome(),)),
+                init=UniformInit(seed + i, -1, 1, columns=dim),
+            )
             for i, (rows, dim, pool) in enumerate(sizes)
         ],
         [0, 1, 1, 2], PoolingMode.SUM, SparseType.FP32, EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, learning_rate=0.1, eps=1e-3,
@@ -67,17 +70,19 @@ def group(seed: int) -> DeviceTBE:
 @given(
     seed=st.integers(0, 1000),
     narrow=st.booleans(),
-    steps=st.lists(st.sampled_from(["train", "evaluate", "bad", "hold"]), min_size=8, max_size=16),
+    cached=st.booleans(),
+    steps=st.lists(st.sampled_from(["train", "ahead", "evaluate", "bad", "hold"]), min_size=8, max_size=16),
 )
 def test_a_pool_with_kernels_is_step_by_step_in_the_state_of_one_with_tensor_operations(
-    fused: Callable[[], AbstractContextManager[None]], seed: int, narrow: bool, steps: list[str]
+    fused: Callable[[], AbstractContextManager[None]], seed: int, narrow: bool, cached: bool, steps: list[str]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    plain = group(seed)
+    plain = group(seed, cached)
     with fused():
-        ours = group(seed)
+        ours = group(seed, cached)
         assert type(ours._pool.directory) is FusedDirectory
     held: list[list[torch.Tensor]] = []
+    coming: list[tuple[torch.Tensor, torch.Tensor]] = []
     for step in steps:
         lengths = torch.randint(1, 4, (4 * 3,), generator=generator)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -85,12 +90,20 @@ def test_a_pool_with_kernels_is_step_by_step_in_the_state_of_one_with_tensor_ope
         if step == "bad" and ids.numel():
             ids[-1] = -1
         ids, offsets = (ids.int(), offsets.int()) if narrow else (ids, offsets)
+        if step == "ahead":  # announced, and prefetched one batch before
+            coming.append((ids, offsets))
         outputs: list[torch.Tensor] = []
         errors_: list[str] = []
         for tbe, context in ((plain, nullcontext), (ours, fused)):
             with context(), torch.set_grad_enabled(step != "evaluate"):
                 try:
-                    outputs.append(tbe(ids, offsets))
+                    if step == "ahead":
+                        tbe.announce(ids, offsets)
+                        if len(coming) > 1:
+                            tbe.prefetch(*coming[-2])
+                        if len(coming) < 3:
+                            continue
+                    outputs.append(tbe(*(coming[-3] if step == "ahead" else (ids, offsets))))
                 except MTrainsError as e:
                     errors_.append(str(e))
         assert len(set(errors_)) == (1 if errors_ else 0)
@@ -103,10 +116,11 @@ def test_a_pool_with_kernels_is_step_by_step_in_the_state_of_one_with_tensor_ope
                 for tbe_output in outputs:
                     tbe_output.sum().backward()
         a, b = plain._pool.directory, ours._pool.directory
-        for name in ("place_of_row", "row_of_place", "stamp"):
+        for name in ("place_of_row", "row_of_place", "stamp", "window"):
             assert torch.equal(getattr(a, name)[:-1], getattr(b, name)[:-1]), name
         b.check()
         assert plain.stats() == ours.stats()
+        assert plain._pool.attempted == ours._pool.attempted
         for upper, other in zip(plain._parts, ours._parts, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(upper, other, strict=True))
 
