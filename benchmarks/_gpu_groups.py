@@ -104,10 +104,11 @@ def tiered(shape: Shape, optimizer: EmbOptimType, pool_rows: int, *below: Cache 
 
 class Loop:
     """Training steps with the next batch prefetched between a batch's forward and its backward, on a stream of its own, as TorchRec's
-    prefetch pipeline does; by ``thread``, if there is one, beside the backward."""
+    prefetch pipeline does; by ``thread``, if there is one, beside the backward. ``lookahead`` further batches are announced."""
 
-    def __init__(self, tbe: Any, batches: Batches, prefetch: bool) -> None:
-        self.tbe, self.batches, self.prefetch, self.at = tbe, batches, prefetch, 0
+    def __init__(self, tbe: Any, batches: Batches, prefetch: bool, lookahead: int = 0) -> None:
+        self.tbe, self.batches, self.prefetch, self.lookahead, self.at = tbe, batches, prefetch, lookahead, 0
+        self.announced = 1  # up to this batch
         self.stream = torch.cuda.Stream()
         self.thread: ThreadPoolExecutor | None = None
         self.gradient: torch.Tensor | None = None
@@ -117,6 +118,10 @@ class Loop:
     def _prefetch(self, i: int) -> None:
         with torch.cuda.stream(self.stream):
             self.tbe.prefetch(*self.batches[i], forward_stream=torch.cuda.default_stream())
+            self.announced = max(self.announced, i)
+            while self.announced < i + self.lookahead:
+                self.announced += 1
+                self.tbe.announce(*self.batches[self.announced])
 
     def step(self) -> torch.Tensor:
         """One forward and backward; returns the output."""

@@ -30,27 +30,38 @@ def touch_all(tbe: DeviceTBE, shape: Shape) -> None:
 
 
 def counts(tbe: DeviceTBE) -> dict[str, int]:
-    """Rows since creation, over all tables."""
+    """Rows since creation, over all tables, and I/Os."""
     sums = {k: sum(s[k] for s in tbe.stats()) for k in ("unique_rows", "misses", "evictions")}
-    return {**sums, "misses_to_home": sum(tiers[1]["misses"] for tiers in tbe.tier_stats())}
+    read_ios = sum(v["read_ios"] for v in tbe.volume_stats())
+    return {**sums, "misses_to_home": sum(tiers[1]["misses"] for tiers in tbe.tier_stats()), "read_ios": read_ios}
 
 
 def measure(tbe: Any, batches: Batches, warm_up: int, steps: int, prefetch: bool) -> dict[str, Any]:
-    """Milliseconds a step, and the rows that moved; where batches are prefetched, also with a thread of its own for that."""
+    """Milliseconds a step, and the rows that moved. Ours: with the lookahead that its pools can use; without it, where they can use
+    some; and with a thread of its own for prefetching."""
     loop = Loop(tbe, batches, prefetch)
-    for _ in range(warm_up):
-        loop.step()
-    torch.cuda.synchronize()
-    before = counts(tbe) if isinstance(tbe, DeviceTBE) else {}
-    times = [loop.milliseconds(steps) for _ in range(ROUNDS)]
-    result: dict[str, Any] = {"ms": median(times), "ms_of_rounds": times}
-    if before:
-        after = counts(tbe)
-        result |= {f"{k}_per_step": (after[k] - before[k]) / (ROUNDS * steps) for k in before}
+    result = timed(loop, warm_up, steps)
+    if isinstance(tbe, DeviceTBE):
+        if ahead := tbe.useful_lookahead:
+            loop.lookahead = ahead
+            result = {"lookahead": ahead, "without lookahead": result, **timed(loop, warm_up, steps)}
         loop.thread = ThreadPoolExecutor(1)
         loop.step()
         result["ms_threaded"] = median([loop.milliseconds(steps) for _ in range(ROUNDS)])
     return result
+
+
+def timed(loop: Loop, warm_up: int, steps: int) -> dict[str, Any]:
+    """Milliseconds a step: of rounds, and their median; of tiered tables the rows that moved, too."""
+    for _ in range(warm_up):
+        loop.step()
+    torch.cuda.synchronize()
+    ours = isinstance(loop.tbe, DeviceTBE)
+    before = counts(loop.tbe) if ours else {}
+    times = [loop.milliseconds(steps) for _ in range(ROUNDS)]
+    after = counts(loop.tbe) if ours else {}
+    moved = {f"{k}_per_step": (after[k] - before[k]) / (ROUNDS * steps) for k in before}
+    return {"ms": median(times), "ms_of_rounds": times, **moved}
 
 
 def footprint(shape: Shape, batches: Batches) -> float:
@@ -76,10 +87,7 @@ def of_tiered(
     """Ours, with that share of the rows in the pool."""
     tbe = tiered(shape, optimizer, int(shape.rows * share), *below)
     touch_all(tbe, shape)
-    reads = [v["read_ios"] for v in tbe.volume_stats()]
     result = measure(tbe, batches, warm_up, steps, True)
-    trained = warm_up + 2 * ROUNDS * steps + 1
-    result["read_ios_per_step"] = sum(v["read_ios"] - r for v, r in zip(tbe.volume_stats(), reads, strict=True)) / trained
     result["record_bytes"] = tbe.stats()[0]["record_bytes"]
     tbe.close_caches()
     del tbe

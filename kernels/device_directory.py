@@ -19,8 +19,9 @@ Invariants between batches (``check`` verifies them): ``place_of_row`` and ``row
 left, exactly the free places have stamp -1, they await nothing, and every place is one of its row's table.
 
 Who leaves first: free places, then rows that no announced batch will use, the longest unused first, then the others, those used
-furthest in the future first. Candidates are in queues: that order's first sixteenth of each table's places, or what a batch needs, collected in one pass by histogram. A candidate that was used or announced since is skipped; so
-taking one is stamping it. What is announced is advice: a wrong future costs misses.
+furthest in the future first. Candidates are in queues: that order's first sixteenth of each table's places, or what a batch needs,
+collected in one pass by histogram. A candidate that was used or announced since is skipped; so taking one is stamping it. What is
+announced is advice: a wrong future costs misses.
 
 Everything is deterministic: claims and bins are integers, of several positions with one row the first one's claim wins, and queues
 are in the order of places. A batch goes through ``lookup`` → (``claim`` → ``choose`` → ``commit`` → ``settle``, or ``unclaim``), with
@@ -251,7 +252,7 @@ class DeviceDirectory:
         first_announced: int,
         exchange: Exchange,
     ) -> Attempt:
-        """All that a batch needs, if its rows are in places and slots last used before batch ``before`` suffice; ``exchange`` moves records.
+        """All that a batch needs, if its rows are in places and slots last used before batch ``before`` suffice.
 
         Raises nothing: ``outcome`` does. Shapes: as ``lookup``.
         """
@@ -384,8 +385,8 @@ class DeviceDirectory:
     ) -> None:
         """Makes a queue anew, as of batch ``seq``: free places, then those that may leave and go first.
 
-        These were last used before batch ``before``; or, with ``pinned``, are not in it. ``first_announced``: the oldest batch of those that
-        have not begun. Shapes: wanted, the least that each table needs; pinned (slots,) bool.
+        These were last used before batch ``before``; or, with ``pinned``, are not in it. ``first_announced``: the oldest batch of those
+        that have not begun. Shapes: wanted, the least that each table needs; pinned (slots,) bool.
         """
         kind = HOST if queue_of == HOST else SLOT
         goal = [max(w, min(size, size // QUEUE_SHARE + 1)) for w, size in zip(wanted, self.sizes[kind], strict=True)]

@@ -225,8 +225,8 @@ class FusedDirectory(DeviceDirectory):
         k._commit[by_position](
             s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
             self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
-            self.write_backs, sequence.slots, sequence.hosts, sequence.tables, sequence.count, sequence.summary[-1:], tables, TABLES_POW2=pow2["TABLES_POW2"],
-            **by_block,
+            self.write_backs, sequence.slots, sequence.hosts, sequence.tables, sequence.count, sequence.summary[-1:], tables,
+            TABLES_POW2=pow2["TABLES_POW2"], **by_block,
         )  # fmt: skip
         k._settle[by_position](s.batch, sequence.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
 

@@ -72,11 +72,11 @@ def _add_by_table(counts, table, amount, here):
 @triton.jit
 def _ids_and_offsets(batch, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # type: ignore[no-untyped-def]
     ids, offsets = tl.load(batch + _IDS), tl.load(batch + _OFFSETS)
-    if IDS32:
+    if IDS32:  # noqa: SIM108
         ids_at = ids.to(tl.pointer_type(tl.int32))
     else:
         ids_at = ids.to(tl.pointer_type(tl.int64))
-    if OFFSETS32:
+    if OFFSETS32:  # noqa: SIM108
         offsets_at = offsets.to(tl.pointer_type(tl.int32))
     else:
         offsets_at = offsets.to(tl.pointer_type(tl.int64))
@@ -493,7 +493,7 @@ def exchange(
     upper: Tensor, lower: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
-    """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; places through the group."""
+    """The first ``count`` rows of one plane's layer change places. Starts and widths: in elements, by table; places: through the group."""
     columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
     rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))

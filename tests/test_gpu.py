@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,9 +128,9 @@ def home(request: pytest.FixtureRequest) -> Iterator[SsdHome | DdrHome]:
 
 
 @pytest.mark.parametrize("home", ["ddr", "ssd"], indirect=True)
-@pytest.mark.parametrize("pipeline", [TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist])
+@pytest.mark.parametrize("pipeline", [TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist, mtrains.TieredTrainPipeline])
 def test_a_pipeline_on_a_gpu_trains_tiered_tables_bit_for_bit_like_fused_ones(
-    pipeline: type[TrainPipelineSparseDist] | type[PrefetchTrainPipelineSparseDist], home: SsdHome | DdrHome
+    pipeline: Callable[..., TrainPipelineSparseDist | PrefetchTrainPipelineSparseDist], home: SsdHome | DdrHome
 ) -> None:
     torch.use_deterministic_algorithms(True)
     try:

@@ -147,9 +147,9 @@ def test_an_id_out_of_range_is_refused_before_anything_changes(bad: int) -> None
     with pytest.raises(IdOutOfRangeError, match=rf"id {bad} of table 't0'.*position 1.*\[0, {ROWS}\)"):
         tbe(*bags(0, bad))
     b = bags(0, bad)
-    with pytest.raises(IdOutOfRangeError):
+    with pytest.raises(IdOutOfRangeError):  # noqa: PT012 – on a device the host looks at what became of a prefetch when its forward comes
         tbe.prefetch(*b)
-        tbe(*b)  # on a device the host looks at what became of a prefetch when its forward comes
+        tbe(*b)
     tbe._pool.check()
     assert tbe.stats()[0]["lookups"] == 0
     assert tbe._pool.outstanding == 0
