@@ -202,6 +202,7 @@ class DevicePool:
         self._held: dict[int, _Held] = {}
         self._failed: dict[int, errors.MTrainsError] = {}  # why attempts were refused that nobody has asked for yet
         self._released: deque[tuple[int, Any]] = deque()  # with events
+        self._attempted: deque[int] = deque(maxlen=SEQUENCES)  # the last of them
         self._announced: dict[int, tuple[Tensor, Tensor, int]] = {}  # by number
         self._last_seq = self._last_announced = 0
         self._attempts = True  # no row was below, lately
@@ -250,10 +251,10 @@ class DevicePool:
 
     def _attempt(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool, announced: int) -> int:
         """Queues all that the batch needs."""
-        unlooked = [seq for seq, held in self._held.items() if held.attempt is not None]
-        if len(unlooked) >= SEQUENCES:
-            self._look_without_asking(unlooked[0])
+        if len(self._attempted) == SEQUENCES:  # the directory uses what it told of that one in again
+            self._look_without_asking(self._attempted[0])
         seq = self._last_seq = self._last_seq + 1
+        self._attempted.append(seq)
         attempt = self.directory.attempt(
             ids, offsets, stride, seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0), self._exchange
         )
