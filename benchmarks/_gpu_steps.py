@@ -23,7 +23,7 @@ def touch_all(tbe: DeviceTBE, shape: Shape) -> None:
     step, tables = tbe.pool_rows[0] // 2, len(shape.dims)
     for first in range(0, shape.rows, step):
         rows = torch.arange(first, min(first + step, shape.rows), device=DEVICE)
-        ticket = tbe._begin(rows.repeat(tables), torch.arange(tables + 1, device=DEVICE) * rows.numel(), None, True, True)
+        ticket = tbe._begin(rows.repeat(tables), torch.arange(tables + 1, device=DEVICE) * rows.numel(), None, True)
         assert ticket is not None
         tbe._pool.wait(ticket.seq)
         tbe._pool.release(ticket.seq)

@@ -18,7 +18,7 @@ An attempt's launches, each of which needs what the one before has written every
     choose      by candidate: the k-th of a table is for its k-th miss. The summary, for the host
     commit      by winner: rows and places; or the claim taken back. The summary's seal
     settle      by position that misses: its slot
-    exchange    records, in rounds
+    exchange    records, in rounds, ordered by pages of host places: counted by page; where each page's begin; the order
 
 ``decided``: whether the queue is made anew, whether offsets are sound, then by table the first winner, and the first candidate.
 """
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,8 +42,15 @@ _IDS, _OFFSETS, _OUT, _COUNT, _STRIDE, _SEQ, _BEFORE, _DIRTY, _ANNOUNCED, _FIRST
 _BATCH = tl.constexpr(BATCH)
 _LOWEST = tl.constexpr(-(1 << 31))
 
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 512, 132
-"""Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
+EXCHANGE_ELEMENTS = 512
+"""Of a tile."""
+
+EXCHANGE_PROGRAMS, LEAST_PROGRAMS, ROWS_OF_A_PROGRAM = 132, 32, 1024
+"""Programs with tiles under way, by rows: enough for the bus, and few, since what trains beside them takes longer (docs/gpu.md)."""
+
+PAGES_POW2 = 12
+"""At most two to the power of this many *pages*: stretches of host places that are exchanged one after the other. With 5 GB of host
+places one is 2 MB, as the pages of memory are: in any other order translations of addresses take most of the time."""
 
 
 @triton.jit
@@ -464,16 +472,53 @@ def _settle(batch, count_in, missing_in, row_in, feature_in, feature_slot, place
 
 
 @triton.jit
+def _count_pages(hosts, first_host, count_in, counts, rank_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < tl.load(count_in)
+    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+    tl.store(rank_out + at, tl.atomic_add(counts + page, 1, mask=here), mask=here)
+
+
+@triton.jit
+def _start_pages(counts, starts, pages, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    _scan_blocks(counts, starts, pages, CHUNK)
+
+
+@triton.jit
+def _order_pages(  # type: ignore[no-untyped-def]
+    hosts, first_host, count_in, starts, rank_in, order_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < tl.load(count_in)
+    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+    rank = tl.load(rank_in + at, mask=here, other=0)
+    tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
+
+
+def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int) -> Tensor:
+    """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,) → (n,) int32."""
+    shift, blocks = max(0, host_places.bit_length() - PAGES_POW2), triton.cdiv(hosts.numel(), BLOCK)
+    pages = (host_places >> shift) + 1
+    counts = hosts.new_zeros(pages, dtype=torch.int32)
+    starts, rank, order = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel(), hosts.numel()))
+    _count_pages[(blocks,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
+    _start_pages[(1,)](counts, starts, pages, CHUNK=CHUNK)
+    _order_pages[(blocks,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
+    return order
+
+
+@triton.jit
 def _exchange(  # type: ignore[no-untyped-def]
-    upper, lower, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    upper, lower, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEAST: tl.constexpr, ROWS_OF_A_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    count = tl.load(count_in)
+    count = tl.load(count_in).to(tl.int32)
+    programs = tl.minimum(tl.maximum(count // ROWS_OF_A_PROGRAM, LEAST), tl.num_programs(0))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(0) * ROWS
+    first = tl.where(tl.program_id(0) < programs, tl.program_id(0) * ROWS, count)
     while first < count:
-        at = first + tl.arange(0, ROWS)
-        here = at < count
+        here = first + tl.arange(0, ROWS) < count
+        at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
         table = tl.load(tables + at, mask=here, other=0)
         # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
         width = tl.multiple_of(tl.load(widths + table), ALIGN)
@@ -486,18 +531,18 @@ def _exchange(  # type: ignore[no-untyped-def]
         goes = tl.load(up_at, mask=mask)
         tl.store(down_at, goes, mask=mask)
         tl.store(up_at, comes, mask=mask)
-        first += tl.num_programs(0) * ROWS
+        first += programs * ROWS
 
 
 def exchange(
-    upper: Tensor, lower: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
+    upper: Tensor, lower: Tensor, order: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
-    """The first ``count`` rows of one plane's layer change places. Starts and widths: in elements, by table; places: through the group."""
+    """The first ``count`` rows of one plane's layer change places, in this order. Starts, widths: in elements; places: through the group."""
     columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
     rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
-        upper, lower, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
-        ALIGN=align, ROWS=rows, COLUMNS=columns,
+        upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
+        ALIGN=align, ROWS=rows, COLUMNS=columns, LEAST=LEAST_PROGRAMS, ROWS_OF_A_PROGRAM=ROWS_OF_A_PROGRAM,
     )  # fmt: skip
