@@ -486,77 +486,63 @@ def _start_pages(counts, starts, pages, CHUNK: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def _order_pages(  # type: ignore[no-untyped-def]
-    slots, hosts, tables, first_host, count_in, starts, rank_in, slots_out, hosts_out, tables_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+    hosts, first_host, count_in, starts, rank_in, order_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < tl.load(count_in)
-    host = tl.load(hosts + at, mask=here, other=0)
-    page = (host - tl.load(first_host)) >> SHIFT
-    to = tl.load(starts + page, mask=here, other=0) + tl.load(rank_in + at, mask=here, other=0)
-    tl.store(slots_out + to, tl.load(slots + at, mask=here, other=0), mask=here)
-    tl.store(hosts_out + to, host, mask=here)
-    tl.store(tables_out + to, tl.load(tables + at, mask=here, other=0), mask=here)
+    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+    rank = tl.load(rank_in + at, mask=here, other=0)
+    tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
 
 
-def by_page(slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, first_host: Tensor, host_places: int) -> list[Tensor]:
-    """The first ``count`` of what is to be exchanged in the order of pages of host places; within a page in any. Shapes: (n,)."""
+def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int) -> Tensor:
+    """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,) → (n,) int32."""
     shift, blocks = max(0, host_places.bit_length() - PAGES_POW2), triton.cdiv(hosts.numel(), BLOCK)
     pages = (host_places >> shift) + 1
     counts = hosts.new_zeros(pages, dtype=torch.int32)
-    starts, rank = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel()))
-    ordered = [torch.empty_like(x) for x in (slots, hosts, tables)]
+    starts, rank, order = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel(), hosts.numel()))
     _count_pages[(blocks,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
     _start_pages[(1,)](counts, starts, pages, CHUNK=CHUNK)
-    _order_pages[(blocks,)](slots, hosts, tables, first_host, count, starts, rank, *ordered, SHIFT=shift, BLOCK=BLOCK)
-    return ordered
-
-
-@triton.jit
-def _rows_at(  # type: ignore[no-untyped-def]
-    at, count, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, ALIGN: tl.constexpr
-):
-    """Where some rows are, in elements, and how wide; those behind the last one are 0 wide."""
-    here = at < count
-    table = tl.load(tables + at, mask=here, other=0)
-    # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
-    width = tl.load(widths + table)
-    up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
-    down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
-    return tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN), tl.multiple_of(tl.where(here, width, 0), ALIGN)
+    _order_pages[(blocks,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
+    return order
 
 
 @triton.jit
 def _exchange(  # type: ignore[no-untyped-def]
-    upper, lower, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
+    upper, lower, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEAST: tl.constexpr, ROWS_OF_A_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_in).to(tl.int32)
     programs = tl.minimum(tl.maximum(count // ROWS_OF_A_PROGRAM, LEAST), tl.num_programs(0))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.where(tl.program_id(0) < programs, at, count)
-    up, down, width = _rows_at(at, count, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, ALIGN)
-    while tl.min(at) < count:
-        mask = column[None, :] < width[:, None]
+    first = tl.where(tl.program_id(0) < programs, tl.program_id(0) * ROWS, count)
+    while first < count:
+        here = first + tl.arange(0, ROWS) < count
+        at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
+        table = tl.load(tables + at, mask=here, other=0)
+        # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
+        width = tl.multiple_of(tl.load(widths + table), ALIGN)
+        up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
+        down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
+        up, down = tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN)
+        mask = here[:, None] & (column[None, :] < width[:, None])
         up_at, down_at = upper + up[:, None] + column[None, :], lower + down[:, None] + column[None, :]
         comes = tl.load(down_at, mask=mask)
         goes = tl.load(up_at, mask=mask)
-        # Where the next ones are is found out while these come.
-        at += programs * ROWS
-        up, down, width = _rows_at(at, count, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, ALIGN)
         tl.store(down_at, goes, mask=mask)
         tl.store(up_at, comes, mask=mask)
+        first += programs * ROWS
 
 
 def exchange(
-    upper: Tensor, lower: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
+    upper: Tensor, lower: Tensor, order: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
-    """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements; places through the group."""
+    """The first ``count`` rows of one plane's layer change places, in this order. Starts, widths: in elements; places: through the group."""
     columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
     rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
-        upper, lower, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
+        upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
         ALIGN=align, ROWS=rows, COLUMNS=columns, LEAST=LEAST_PROGRAMS, ROWS_OF_A_PROGRAM=ROWS_OF_A_PROGRAM,
     )  # fmt: skip

@@ -107,11 +107,11 @@ class Planes:
         """The same, fused: what comes and what goes are on the bus at once."""
         from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
 
-        slots, hosts, table = device_kernels.by_page(slots, hosts, table, count, firsts[1], sum(self._host_places))
+        order = device_kernels.by_page(hosts, count, firsts[1], sum(self._host_places))
         for plane in self._planes:
             for layer in plane.layers:
                 device_kernels.exchange(
-                    plane.upper, plane.lower, slots, hosts, table, count, firsts, *layer.elements, layer.widest, layer.align
+                    plane.upper, plane.lower, order, slots, hosts, table, count, firsts, *layer.elements, layer.widest, layer.align
                 )
 
     @property
