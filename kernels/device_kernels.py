@@ -42,11 +42,8 @@ _IDS, _OFFSETS, _OUT, _COUNT, _STRIDE, _SEQ, _BEFORE, _DIRTY, _ANNOUNCED, _FIRST
 _BATCH = tl.constexpr(BATCH)
 _LOWEST = tl.constexpr(-(1 << 31))
 
-EXCHANGE_ELEMENTS = 512
-"""Of a tile."""
-
-EXCHANGE_PROGRAMS, LEAST_PROGRAMS, ROWS_OF_A_PROGRAM = 132, 32, 1024
-"""Programs with tiles under way, by rows: enough for the bus, and few, since what trains beside them takes longer (docs/gpu.md)."""
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 512, 132
+"""Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
 
 PAGES_POW2 = 12
 """At most two to the power of this many *pages*: stretches of host places that are exchanged one after the other. With 5 GB of host
@@ -510,12 +507,11 @@ def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int) 
 @triton.jit
 def _exchange(  # type: ignore[no-untyped-def]
     upper, lower, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEAST: tl.constexpr, ROWS_OF_A_PROGRAM: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_in).to(tl.int32)
-    programs = tl.minimum(tl.maximum(count // ROWS_OF_A_PROGRAM, LEAST), tl.num_programs(0))
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.where(tl.program_id(0) < programs, tl.program_id(0) * ROWS, count)
+    first = tl.program_id(0) * ROWS
     while first < count:
         here = first + tl.arange(0, ROWS) < count
         at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
@@ -531,18 +527,18 @@ def _exchange(  # type: ignore[no-untyped-def]
         goes = tl.load(up_at, mask=mask)
         tl.store(down_at, goes, mask=mask)
         tl.store(up_at, comes, mask=mask)
-        first += programs * ROWS
+        first += tl.num_programs(0) * ROWS
 
 
 def exchange(
     upper: Tensor, lower: Tensor, order: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
-    """The first ``count`` rows of one plane's layer change places, in this order. Starts, widths: in elements; places: through the group."""
+    """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; ``order``: of the rows."""
     columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
     rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
         upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
-        ALIGN=align, ROWS=rows, COLUMNS=columns, LEAST=LEAST_PROGRAMS, ROWS_OF_A_PROGRAM=ROWS_OF_A_PROGRAM,
+        ALIGN=align, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
