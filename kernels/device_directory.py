@@ -37,7 +37,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,13 +71,30 @@ QUEUE_SHARE = 16
 _INT32, _INT64 = torch.int32, torch.int64
 
 
-@dataclass
-class Lookup:
-    """One batch of ids, by position. Shapes: (n,)."""
+class Batch(NamedTuple):
+    """Ids of one batch: feature f's begin at ``offsets[f * stride]``. Shapes: ids (n,), int32 or int64, and so offsets."""
 
     ids: Tensor
     offsets: Tensor
     stride: int
+
+
+class Turn(NamedTuple):
+    """What an attempt is told of its batch: its number; slots of which batches may not be taken, from ``before`` on; whether it changes its
+    rows; the number under which it was announced, or 0; and the oldest of those that are announced."""
+
+    seq: int
+    before: int
+    dirty: bool
+    announced: int = 0
+    first_announced: int = 0
+
+
+@dataclass
+class Lookup:
+    """One batch of ids, by position. Shapes: (n,)."""
+
+    batch: Batch
     place: Tensor  # int64, through the group; of a position that misses: the host place, or -1
     slot: Tensor  # int64, within the table: what the TBE looks up; of a position that misses nothing yet
     missing: Tensor  # bool
@@ -90,9 +107,7 @@ class Lookup:
 class Attempt:
     """One batch of ids on its way to slots, and what became of it, once the host has looked (``DeviceDirectory.outcome``)."""
 
-    ids: Tensor
-    offsets: Tensor
-    stride: int
+    batch: Batch
     seq: int
     place: Tensor  # as in Lookup; if it fits, of every position the slot
     slot: Tensor
@@ -207,15 +222,12 @@ class DeviceDirectory:
 
     # -- one batch
 
-    def lookup(self, ids: Tensor, offsets: Tensor, stride: int, seq: int, dirty: bool, announced: int = 0) -> Lookup:
+    def lookup(self, batch: Batch, seq: int, dirty: bool, announced: int = 0) -> Lookup:
         """Where the rows of a batch are; those in slots are stamped. ``announced``: the number under which the batch was, or 0.
 
-        Shapes: ids (n,); offsets, int32 or int64 as they are: feature f's ids begin at ``offsets[f * stride]``.
         Raises: IdOutOfRangeError, ConfigurationError for offsets that do not fit; some slots may have been stamped.
         """
-        feature = self._features_at(offsets, stride, self._count_up(ids.numel()))
-        bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
-        row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
+        feature, bad, row = self._rows_of(batch)
         place = torch.where(bad, -1, self.place_of_row.index_select(0, row)).long()
         slot = place - self._feature_slot.index_select(0, feature)
         hit = (place >= 0) & (place < self.slots)
@@ -224,10 +236,16 @@ class DeviceDirectory:
         if announced:
             self._set_windows(place, announced, False)
         hit_rows = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
-        numbers = torch.cat([torch.stack([bad.sum(), missing.sum()]), hit_rows, self._begins(offsets, stride).long()])
+        numbers = torch.cat([torch.stack([bad.sum(), missing.sum()]), hit_rows, self._begins(batch).long()])
         bad_count, missing_count, *rest = numbers.tolist()
         hits, begins = rest[: self.tables], rest[self.tables :]
-        return Lookup(ids, offsets, stride, place, slot, missing, missing_count, hits, self._lookups(ids, begins, bad_count))
+        return Lookup(batch, place, slot, missing, missing_count, hits, self._lookups(batch.ids, begins, bad_count))
+
+    def _rows_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """By position: the feature, whether the id is out of range, and the row, through the group."""
+        feature = self._features_at(batch, self._count_up(batch.ids.numel()))
+        bad = (batch.ids < 0) | (batch.ids >= self._feature_rows.index_select(0, feature))
+        return feature, bad, torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + batch.ids)
 
     def _lookups(self, ids: Tensor, begins: list[int], bad_count: int) -> list[int]:
         """Ids by feature. Raises: IdOutOfRangeError, ConfigurationError."""
@@ -240,31 +258,18 @@ class DeviceDirectory:
             self._refuse_id(ids, begins)
         return lookups
 
-    def attempt(
-        self,
-        ids: Tensor,
-        offsets: Tensor,
-        stride: int,
-        seq: int,
-        before: int,
-        dirty: bool,
-        announced: int,
-        first_announced: int,
-        exchange: Exchange,
-    ) -> Attempt:
-        """All that a batch needs, if its rows are in places and slots last used before batch ``before`` suffice.
-
-        Raises nothing: ``outcome`` does. Shapes: as ``lookup``.
-        """
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
+        """All that a batch needs, if its rows are in places and enough slots may be taken. Raises nothing: ``outcome`` does."""
+        seq, before, dirty, announced, first_announced = turn
         summary = torch.zeros(2 + 3 * self.tables + self._feature_row.numel() + 2, dtype=_INT64)
-        summary[2 + 3 * self.tables : -1] = self._begins(offsets, stride)
+        summary[2 + 3 * self.tables : -1] = self._begins(batch)
         summary[-1] = seq
         try:
-            found = self.lookup(ids, offsets, stride, seq, dirty, announced)
+            found = self.lookup(batch, seq, dirty, announced)
         except errors.MTrainsError:
             summary[0] = 1
-            nothing = ids.new_full((ids.numel(),), -1, dtype=_INT64)
-            return Attempt(ids, offsets, stride, seq, nothing, nothing, summary.numpy(), _nothing)
+            nothing = batch.ids.new_full((batch.ids.numel(),), -1, dtype=_INT64)
+            return Attempt(batch, seq, nothing, nothing, summary.numpy(), _nothing)
         summary[2 : 2 + self.tables] = torch.tensor(found.hits)
         fits, move = True, _nothing
         if found.missing_count:
@@ -284,7 +289,7 @@ class DeviceDirectory:
             else:
                 self.unclaim(misses)
         summary[1] = fits
-        return Attempt(ids, offsets, stride, seq, found.place, found.slot, summary.numpy(), move)
+        return Attempt(batch, seq, found.place, found.slot, summary.numpy(), move)
 
     def outcome(self, attempt: Attempt) -> bool:
         """Whether an attempt's batch fits; the host waits until that is known, not for the exchange. Once for each, in their order.
@@ -299,14 +304,12 @@ class DeviceDirectory:
         assert summary[-1] == attempt.seq
         if summary[1]:
             return True
-        self._lookups(attempt.ids, summary[2 + 3 * self.tables : -1].tolist(), int(summary[0]))
+        self._lookups(attempt.batch.ids, summary[2 + 3 * self.tables : -1].tolist(), int(summary[0]))
         return False
 
-    def announce(self, ids: Tensor, offsets: Tensor, stride: int, number: int, comes: bool) -> None:
-        """A batch with this number will use these rows; or, without ``comes``, will not after all. Shapes: as ``lookup``."""
-        feature = self._features_at(offsets, stride, self._count_up(ids.numel()))
-        bad = (ids < 0) | (ids >= self._feature_rows.index_select(0, feature))
-        row = torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + ids)
+    def announce(self, batch: Batch, number: int, comes: bool) -> None:
+        """A batch with this number will use these rows; or, without ``comes``, will not after all."""
+        _feature, bad, row = self._rows_of(batch)
         self._set_windows(torch.where(bad, -1, self.place_of_row.index_select(0, row)).long(), number, comes)
 
     def _set_windows(self, places: Tensor, number: int, comes: bool) -> None:
@@ -315,16 +318,17 @@ class DeviceDirectory:
         bit, windows = 1 << number % WINDOW, self.window.index_select(0, places)
         self.window[places] = windows | bit if comes else windows & ~bit
 
-    def _begins(self, offsets: Tensor, stride: int) -> Tensor:
+    def _begins(self, batch: Batch) -> Tensor:
+        _ids, offsets, stride = batch
         features = self._feature_row.numel()
         return offsets[::stride][: features + 1] if stride else offsets.expand(features + 1)
 
-    def _features_at(self, offsets: Tensor, stride: int, positions: Tensor) -> Tensor:
-        ends = self._begins(offsets, stride)[1:].long().contiguous()
+    def _features_at(self, batch: Batch, positions: Tensor) -> Tensor:
+        ends = self._begins(batch)[1:].long().contiguous()
         return torch.searchsorted(ends, positions, right=True).clamp_max_(ends.numel() - 1)
 
     def _refuse_id(self, ids: Tensor, begins: list[int]) -> None:
-        feature = self._features_at(self._tensor(begins), 1, self._count_up(ids.numel()))
+        feature = self._features_at(Batch(ids, self._tensor(begins), 1), self._count_up(ids.numel()))
         position = int(((ids < 0) | (ids >= self._feature_rows.index_select(0, feature))).nonzero()[0])
         f = int(feature[position])
         table = int(self._feature_table[f])
@@ -349,8 +353,8 @@ class DeviceDirectory:
         """The distinct rows that a batch misses. Those in host places are stamped, so that they are no candidates."""
         most = found.missing_count
         at = torch.nonzero_static(found.missing, size=most).squeeze(1)
-        feature_at = self._features_at(found.offsets, found.stride, at)
-        row_at = row = self._feature_row.index_select(0, feature_at) + found.ids.index_select(0, at)
+        feature_at = self._features_at(found.batch, at)
+        row_at = row = self._feature_row.index_select(0, feature_at) + found.batch.ids.index_select(0, at)
         claims = (self._count_up(most) - (most + 1)).int()  # -(most + 1) … -2: the first position has the smallest
         self.place_of_row.scatter_reduce_(0, row, claims, "amin")
         wins = self.place_of_row.index_select(0, row) == claims

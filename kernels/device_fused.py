@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange
+from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, Batch, DeviceDirectory, Exchange, Turn
 
 SEQUENCES = 4
 """Of one kind, so attempts that the host need not have looked at; a guess: batches are rarely prefetched further ahead."""
@@ -104,30 +104,18 @@ class FusedDirectory(DeviceDirectory):
     def _of_feature(self) -> tuple[Tensor, ...]:
         return self._feature_row, self._feature_rows, self._feature_slot, self._feature_table
 
-    def announce(self, ids: Tensor, offsets: Tensor, stride: int, number: int, comes: bool) -> None:
-        _kernels().announce(ids, offsets, stride, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
+    def announce(self, batch: Batch, number: int, comes: bool) -> None:
+        _kernels().announce(*batch, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
 
-    def attempt(
-        self,
-        ids: Tensor,
-        offsets: Tensor,
-        stride: int,
-        seq: int,
-        before: int,
-        dirty: bool,
-        announced: int,
-        first_announced: int,
-        exchange: Exchange,
-    ) -> Attempt:
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
+        ids, offsets, stride = batch
         count = ids.numel()
         if self._scratch is None or count > self._scratch.capacity:
             self._grow(count)
         sequence = self._next(ids.dtype is _INT32, offsets.dtype is _INT32)
         out = torch.empty((2, count), dtype=_INT64, device=self.device)
         place, slot = out.unbind(0)
-        sequence.as_given[:10] = (
-            ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, seq, before, dirty, announced, first_announced,
-        )  # fmt: skip
+        sequence.as_given[:10] = (ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn)
         sequence.runs += 1
         if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
             self._launch(sequence)
@@ -137,7 +125,7 @@ class FusedDirectory(DeviceDirectory):
                 sequence.graphs = self._captured(sequence, exchange)
             sequence.graphs[0].replay()
             move = sequence.graphs[1].replay
-        return Attempt(ids, offsets, stride, seq, place, slot, sequence.as_summary, move, sequence.done)
+        return Attempt(batch, turn.seq, place, slot, sequence.as_summary, move, sequence.done)
 
     def _grow(self, count: int) -> None:
         """Scratch for so many ids. The graphs with the old one are given up; whoever has looked at none of their attempts still can."""
@@ -157,10 +145,10 @@ class FusedDirectory(DeviceDirectory):
         if len(ring) < SEQUENCES:
             assert self._scratch is not None
             sizes = (_kernels().BATCH, 2 + 3 * self.tables + len(self._feature_row) + 2)
-            rooms = [torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes]
-            lists = torch.empty(3, min(self._scratch.capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
+            given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
+            slots, hosts, tables = torch.empty(3, min(self._scratch.capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
             count = torch.zeros(1, dtype=_INT64, device=self.device)
-            ring.append(_Sequence(ids32, offsets32, *rooms, *lists, count, torch.cuda.Event() if on_gpu else None))
+            ring.append(_Sequence(ids32, offsets32, given, summary, slots, hosts, tables, count, torch.cuda.Event() if on_gpu else None))
         else:
             ring.rotate(-1)
             if on_gpu:

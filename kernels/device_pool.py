@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
-from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses
+from .device_directory import HOST, SLOT, WINDOW, Attempt, Batch, DeviceDirectory, Lookup, Misses, Turn
 from .device_fused import SEQUENCES, FusedDirectory
 from .device_planes import Planes, native_part
 
@@ -203,7 +203,7 @@ class DevicePool:
         self._failed: dict[int, errors.MTrainsError] = {}  # why attempts were refused that nobody has asked for yet
         self._released: deque[tuple[int, Any]] = deque()  # with events
         self._attempted: deque[int] = deque(maxlen=SEQUENCES)  # the last of them
-        self._announced: dict[int, tuple[Tensor, Tensor, int]] = {}  # by number
+        self._announced: dict[int, Batch] = {}  # by number
         self._last_seq = self._last_announced = 0
         self._attempts = True  # no row was below, lately
         self._counts = [_Counts() for _ in tables]
@@ -220,10 +220,10 @@ class DevicePool:
 
     # -- batches
 
-    def begin(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool, announced: int = 0) -> tuple[int, Tensor] | None:
+    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0) -> tuple[int, Tensor] | None:
         """Starts a batch; None when it is not ``hard`` and there is no room. Ids and offsets stay as they are until it is released.
 
-        Shapes: ids (n,); feature f's begin at ``offsets[f * stride]``. Returns its number, and the slot of each id, counted within its
+        Returns its number, and the slot of each id, counted within its
         table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0.
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
         was changed. What the reads of the batch before failed with.
@@ -232,13 +232,13 @@ class DevicePool:
             self._let_go()
             self._finish_fill()
             self._announced.pop(announced, None)
-            if self._attempts and ids.numel():
-                seq = self._attempt(ids, offsets, stride, hard, dirty, announced)
+            if self._attempts and batch.ids.numel():
+                seq = self._attempt(batch, hard, dirty, announced)
                 if not hard or self._look(seq):
                     return seq, self._held[seq].slots
             self._look_at_all()
             seq = self._last_seq = self._last_seq + 1
-            found = self.directory.lookup(ids, offsets, stride, seq, dirty, announced)
+            found = self.directory.lookup(batch, seq, dirty, announced)
             self._attempts = True
             if found.missing_count and not self._bring(found, seq, hard, dirty):
                 self.declined += 1
@@ -249,15 +249,14 @@ class DevicePool:
             self._held[seq] = _Held(hard, found.slot, found.place, [self._order.now(), self._order.moves_now()])
             return seq, found.slot
 
-    def _attempt(self, ids: Tensor, offsets: Tensor, stride: int, hard: bool, dirty: bool, announced: int) -> int:
+    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> int:
         """Queues all that the batch needs."""
         if len(self._attempted) == SEQUENCES:  # the directory uses what it told of that one in again
             self._look_without_asking(self._attempted[0])
         seq = self._last_seq = self._last_seq + 1
         self._attempted.append(seq)
-        attempt = self.directory.attempt(
-            ids, offsets, stride, seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0), self._exchange
-        )
+        turn = Turn(seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0))
+        attempt = self.directory.attempt(batch, turn, self._exchange)
         with self._order.on_mover():
             attempt.move()
             if attempt.done is not None:
@@ -298,23 +297,28 @@ class DevicePool:
         for seq in [seq for seq, held in self._held.items() if held.attempt is not None]:
             self._look_without_asking(seq)
 
-    def announce(self, ids: Tensor, offsets: Tensor, stride: int) -> int:
+    def announce(self, batch: Batch) -> int:
         """A coming batch will use these rows. Returns the number to begin or withdraw it by; 0: too many are announced."""
         with self._lock, self._order.on_directory():
             number = self._last_announced + 1
             if self._announced and number - min(self._announced) >= WINDOW:
                 return 0
             self._last_announced = number
-            self.directory.announce(ids, offsets, stride, number, True)
-            self._announced[number] = (ids, offsets, stride)
+            self.directory.announce(batch, number, True)
+            self._announced[number] = batch
             return number
 
     def withdraw(self, number: int) -> None:
         """The announced batch will not come."""
         with self._lock, self._order.on_directory():
             batch = self._announced.pop(number)
-            self.directory.announce(*batch, number, False)
+            self.directory.announce(batch, number, False)
             self._order.keep(self._order.now(), batch)
+
+    @property
+    def announced(self) -> int:
+        """Batches announced and not begun."""
+        return len(self._announced)
 
     def rows_of_a_batch(self, table: int) -> float:
         """Distinct rows, on average; 0 before the first batch."""
@@ -694,7 +698,7 @@ class DevicePool:
             before = self._sums_of(table)[1]
             for some in rows.split(max(1, min(rows.numel() // 32, MOVE_ROWS))) if rows.numel() else ():
                 device = self._device
-                begun = self.begin(some.to(device), torch.where(mine, some.numel(), 0).to(device), 1, True, False)
+                begun = self.begin(Batch(some.to(device), torch.where(mine, some.numel(), 0).to(device), 1), True, False)
                 assert begun is not None
                 self.wait(begun[0])
                 self.release(begun[0])

@@ -8,8 +8,6 @@ whose volume then only knows initial values and what was flushed.
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +22,11 @@ from torch import Tensor
 
 from .. import errors
 from ..tiers import Cache, DdrCache, DdrHome
-from .device_directory import WINDOW
+from .device_directory import WINDOW, Batch
 from .device_planes import Planes
 from .device_pool import DevicePool, DeviceTable
-from .tiered_tbe import _INT32, _INT64, STATES, BatchSizes, TieredTable, TieredTBE, _key, _Ticket
+from .tickets import Ids, Ticket
+from .tiered_tbe import STATES, BatchSizes, TieredTable, TieredTBE
 
 DEVICE_STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     **STATES,
@@ -40,10 +39,13 @@ stock (benchmarks/gpu.py)."""
 
 
 class DeviceTBE(TieredTBE):
-    """A group of tiered tables on ``device``. Everything else, and the errors, as ``TieredTBE``.
+    """A group of tiered tables on ``device``. Everything else, and the errors, as ``TieredTBE``; what a prefetched batch's ids or offsets
+    are refused for, its forward may raise. Of announced rows that are in no place nothing is remembered; bad ids are passed over there.
 
     Raises: ConfigurationError for a first ``DdrCache`` with fewer rows than the pool, or too little memory.
     """
+
+    announced_limit = WINDOW
 
     def __init__(self, tables: Sequence[TieredTable], *args: Any, device: torch.device, **kwargs: Any) -> None:
         # A device of no number is the current one, which may be another later.
@@ -105,61 +107,27 @@ class DeviceTBE(TieredTBE):
 
     # -- batches
 
-    def _batch(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> tuple[Tensor, Tensor, int]:
-        """Ids, offsets and stride as the pool reads them."""
-        if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
-            raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
+    def _as_pool_reads(self, indices: Tensor, read: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
         if batch_sizes:
-            begins, stride = self._feature_starts(offsets, batch_sizes), 1
+            batch = Batch(read, self._feature_starts(offsets, batch_sizes), 1)
         else:
-            begins, stride = offsets.contiguous(), self._bags_of_a_feature(offsets)
-        ids = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
-        return ids.contiguous(), begins, stride
+            batch = Batch(read, offsets.contiguous(), self._bags_of_a_feature(offsets))
+        return Ids(batch, read.numel(), indices)
 
-    def _start(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, hard: bool, dirty: bool) -> _Ticket | None:
-        number, batch = self._take_announced(indices) or (0, self._batch(indices, offsets, batch_sizes))
-        begun: tuple[int, Tensor] | None
-        if hard:
-            begun = self._with_room(lambda announced: self._pool.begin(*batch, True, dirty, announced), number)
-        else:
-            begun = self._pool.begin(*batch, False, dirty, number)
-        return None if begun is None else _Ticket(begun[0], begun[1], (indices, batch), dirty)
-
-    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
-        ticket = self._start(indices, offsets, batch_sizes, hard=True, dirty=dirty)
+    def _begin_hard(self, ids: Ids, dirty: bool, announced: int) -> Ticket:
+        ticket = self._begun(ids, True, dirty, announced)
         assert ticket is not None
         return ticket
 
-    def prefetch(
-        self,
-        indices: Tensor,
-        offsets: Tensor,
-        forward_stream: Any = None,
-        batch_size_per_feature_per_rank: BatchSizes | None = None,
-    ) -> None:
-        """As ``TieredTBE.prefetch``; what the batch's ids or offsets are refused for, its forward may raise."""
-        del forward_stream
-        ticket = self._start(indices, offsets, batch_size_per_feature_per_rank, hard=False, dirty=torch.is_grad_enabled())
-        if ticket is not None:
-            self._keep(ticket, indices)
+    def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
+        return self._begun(ids, False, dirty, announced)
 
-    def announce(self, indices: Tensor, offsets: Tensor, batch_size_per_feature_per_rank: BatchSizes | None = None) -> bool:
-        """As ``TieredTBE.announce``, for at most ``WINDOW`` batches; of rows in no place nothing is remembered, bad ids are passed over."""
-        if not self._evicting:
-            return True
-        batch = self._batch(indices, offsets, batch_size_per_feature_per_rank)
-        number = self._pool.announce(*batch)
-        if number:
-            self._announced.setdefault(_key(indices), deque()).append((number, batch))
-        return bool(number)
+    def _begun(self, ids: Ids, hard: bool, dirty: bool, announced: int) -> Ticket | None:
+        begun = self._pool.begin(ids.batch, hard, dirty, announced)
+        return None if begun is None else Ticket(begun[0], begun[1], ids, dirty)
 
-    @property
-    def useful_lookahead(self) -> int:
-        """As ``TieredTBE.useful_lookahead``."""
-        if not self._evicting:
-            return 0
-        held = [self.pool_rows[i] / rows for i in self._evicting if (rows := self._pool.rows_of_a_batch(i))]
-        return max(1, min(WINDOW, math.ceil(min(held)))) if held else 1
+    def _rows_of_a_batch(self, table: int) -> float:
+        return self._pool.rows_of_a_batch(table)  # which does not wait for the device
 
     # -- rows, as users see them
 

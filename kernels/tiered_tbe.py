@@ -34,15 +34,13 @@ from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
 from .homes import open_home, open_table, volume_of
 from .spans import span
+from .tickets import WAITING_LIMIT, Ids, Ticket, Token, key
 
 BATCH_LIMIT = (1 << 31) - 2
 """Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
 
 ANNOUNCED_LIMIT = 64
 """Batches that can be announced and not begun: a slot's state has one bit for each."""
-
-WAITING_LIMIT = 64
-"""Prefetched batches that wait for their forward before those that were revoked meanwhile are forgotten."""
 
 MAX_ROWS = (1 << 31) - 2
 """Rows of one table shard: a directory entry is a signed 32-bit slot or miss number."""
@@ -85,43 +83,6 @@ class TieredTable:
         return [len(r) for r in column_ranges(self.columns)]
 
 
-class _Ids:
-    """The ids of one batch, as the slot pool reads them: it needs them until the batch has begun or was withdrawn."""
-
-    __slots__ = ("given", "native", "read", "starts")
-
-    def __init__(self, given: Tensor, read: Tensor, starts: Tensor) -> None:
-        self.given, self.read, self.starts = given, read, starts
-        self.native = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr())
-
-
-class _Ticket:
-    """One batch on its way: its number, its slots, and whether its rows are already marked as to be changed. One that nobody claims
-    is released with its last reference."""
-
-    __slots__ = ("dirty", "ids", "seq", "slots", "unclaimed_in")
-
-    def __init__(self, seq: int, slots: Tensor, ids: Any, dirty: bool) -> None:
-        self.seq, self.slots, self.ids, self.dirty = seq, slots, ids, dirty
-        self.unclaimed_in: Any = None  # a pool
-
-    def __del__(self) -> None:
-        if self.unclaimed_in is not None:
-            self.unclaimed_in.release(self.seq)
-
-
-class _Token:
-    """Lives in an autograd node's metadata, so that the node's death releases the ticket. The pool may use its slots and ids until then."""
-
-    __slots__ = ("_kept", "_pool", "_seq")
-
-    def __init__(self, pool: Any, seq: int, *kept: Any) -> None:
-        self._pool, self._seq, self._kept = pool, seq, kept
-
-    def __del__(self) -> None:
-        self._pool.release(self._seq)
-
-
 class TieredTBE(nn.Module):
     """A group of tiered tables in one stock TBE.
 
@@ -131,7 +92,7 @@ class TieredTBE(nn.Module):
     Raises: UnsupportedError for an optimizer outside the allow-list; ConfigurationError for a shape that cannot work.
     """
 
-    optimizers = STATES
+    optimizers, announced_limit = STATES, ANNOUNCED_LIMIT
     device = torch.device("cpu")
 
     def __init__(
@@ -173,8 +134,8 @@ class TieredTBE(nn.Module):
         self._tables_of_features = [self.table_of_shard[s] for s in feature_table_map]
         self._feature_rows = torch.tensor([self.tables[t].rows for t in self._tables_of_features], dtype=torch.int64)
         self._warning = torch.zeros(1, dtype=torch.int64)
-        self._waiting: dict[tuple[int, int], deque[_Ticket]] = {}
-        self._announced: dict[tuple[int, int], deque[tuple[int, _Ids]]] = {}  # by number
+        self._waiting: dict[tuple[int, int], deque[Ticket]] = {}
+        self._announced: dict[tuple[int, int], deque[tuple[int, Ids]]] = {}  # by number
         self.stall_seconds = 0.0
         """Time that forward passes have waited for their rows to be in slots."""
         self._make_tbe()
@@ -310,18 +271,30 @@ class TieredTBE(nn.Module):
             raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}")
         return bags
 
-    def _ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> _Ids:
+    def _ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
+        """Raises: ConfigurationError."""
         if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
             raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
-        starts = self._feature_starts(offsets, batch_sizes)
         read = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
-        return _Ids(indices, read.contiguous(), starts)
+        return self._as_pool_reads(indices, read.contiguous(), offsets, batch_sizes)
 
-    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> _Ticket:
+    def _as_pool_reads(self, indices: Tensor, read: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
+        starts = self._feature_starts(offsets, batch_sizes)
+        batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr())
+        return Ids(batch, read.numel(), indices, read, starts)
+
+    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> Ticket:
         number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_sizes))
-        slots = torch.empty(ids.read.numel(), dtype=_INT64)
-        seq = self._with_room(lambda announced: self._pool.begin(ids.native, slots.data_ptr(), dirty, announced), number)
-        return _Ticket(seq, slots, ids, dirty)
+        return self._with_room(lambda announced: self._begin_hard(ids, dirty, announced), number)
+
+    def _begin_hard(self, ids: Ids, dirty: bool, announced: int) -> Ticket:
+        slots = torch.empty(ids.count, dtype=_INT64)
+        return Ticket(self._pool.begin(ids.batch, slots.data_ptr(), dirty, announced), slots, ids, dirty)
+
+    def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
+        """None where there is no room now."""
+        slots = torch.empty(ids.count, dtype=_INT64)
+        return Ticket(self._pool.prefetch(ids.batch, slots.data_ptr(), dirty, announced), slots, ids, dirty)
 
     def _with_room(self, begin: Callable[[int], Any], announced: int = 0) -> Any:
         """``begin(announced)``; where there is no room, once more when dead graphs have let their slots go. A batch is announced once."""
@@ -344,15 +317,15 @@ class TieredTBE(nn.Module):
 
         Rows that announced batches use are evicted after all others, those used last first, and come along where that costs no I/O.
         Advice alone: it changes no result. Batches are expected to begin in the order in which they were announced. Shapes: as ``forward``.
-        Returns False, and does nothing, when ``ANNOUNCED_LIMIT`` batches are announced and not begun.
+        Returns False, and does nothing, when ``announced_limit`` batches are announced and not begun.
         Raises: IdOutOfRangeError.
         """
         if not self._evicting:
             return True
         ids = self._ids(indices, offsets, batch_size_per_feature_per_rank)
-        number = self._pool.announce(ids.native)
+        number = self._pool.announce(ids.batch)
         if number:
-            self._announced.setdefault(_key(indices), deque()).append((number, ids))
+            self._announced.setdefault(key(indices), deque()).append((number, ids))
         return bool(number)
 
     def withdraw(self, indices: Tensor) -> None:
@@ -362,13 +335,13 @@ class TieredTBE(nn.Module):
         elif ticket := self._take_waiting(indices):
             self._pool.release(ticket.seq)
 
-    def _take_announced(self, indices: Tensor) -> tuple[int, _Ids] | None:
-        queue = self._announced.get(_key(indices))
+    def _take_announced(self, indices: Tensor) -> tuple[int, Ids] | None:
+        queue = self._announced.get(key(indices))
         if queue is None:
             return None
         announced = queue.popleft()
         if not queue:
-            del self._announced[_key(indices)]
+            del self._announced[key(indices)]
         return announced
 
     @property
@@ -379,9 +352,13 @@ class TieredTBE(nn.Module):
         """
         if not self._evicting:
             return 0
-        of_evicting = [(self.pool_rows[i], self._pool.stats(i)) for i in self._evicting]
-        held = [pool_rows * stats["batches"] / stats["unique_rows"] for pool_rows, stats in of_evicting if stats["unique_rows"]]
-        return max(1, min(ANNOUNCED_LIMIT, math.ceil(min(held)))) if held else 1
+        held = [self.pool_rows[i] / rows for i in self._evicting if (rows := self._rows_of_a_batch(i))]
+        return max(1, min(self.announced_limit, math.ceil(min(held)))) if held else 1
+
+    def _rows_of_a_batch(self, table: int) -> float:
+        """Distinct rows, on average; 0 before the first batch."""
+        stats = self._pool.stats(table)
+        return stats["unique_rows"] / max(1, stats["batches"])
 
     def prefetch(
         self,
@@ -390,34 +367,35 @@ class TieredTBE(nn.Module):
         forward_stream: Any = None,
         batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> None:
-        """Starts bringing a batch's rows into slots, on a native thread; its forward must get the same ``indices`` tensor.
+        """Starts bringing a batch's rows into slots, while others train; its forward must get the same ``indices`` tensor.
 
         Shapes: as ``forward``. When there is no room, nothing happens and forward does the work.
         Raises: IdOutOfRangeError.
         """
         del forward_stream
         number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
-        slots, dirty = torch.empty(ids.read.numel(), dtype=_INT64), torch.is_grad_enabled()
-        self._keep(_Ticket(self._pool.prefetch(ids.native, slots.data_ptr(), dirty, number), slots, ids, dirty), indices)
+        ticket = self._begin_soft(ids, torch.is_grad_enabled(), number)
+        if ticket is not None:
+            self._keep(ticket, indices)
 
-    def _keep(self, ticket: _Ticket, indices: Tensor) -> None:
+    def _keep(self, ticket: Ticket, indices: Tensor) -> None:
         """For the forward of these ids; whoever loses it releases it."""
         if len(self._waiting) >= WAITING_LIMIT:
             self._forget_revoked()
         ticket.unclaimed_in = self._pool
-        self._waiting.setdefault(_key(indices), deque()).append(ticket)
+        self._waiting.setdefault(key(indices), deque()).append(ticket)
 
-    def _take_waiting(self, indices: Tensor) -> _Ticket | None:
-        queue = self._waiting.get(_key(indices))
+    def _take_waiting(self, indices: Tensor) -> Ticket | None:
+        queue = self._waiting.get(key(indices))
         if queue is None:
             return None
         ticket = queue.popleft()
         if not queue:
-            del self._waiting[_key(indices)]
+            del self._waiting[key(indices)]
         ticket.unclaimed_in = None
         return ticket
 
-    def _claim(self, indices: Tensor, dirty: bool) -> _Ticket | None:
+    def _claim(self, indices: Tensor, dirty: bool) -> Ticket | None:
         ticket = self._take_waiting(indices)
         return ticket if ticket and self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
 
@@ -429,12 +407,12 @@ class TieredTBE(nn.Module):
         self._announced.clear()
 
     def _forget_revoked(self) -> None:
-        for key, queue in list(self._waiting.items()):
+        for batch, queue in list(self._waiting.items()):
             alive = deque(t for t in queue if self._pool.alive(t.seq))
             if alive:
-                self._waiting[key] = alive
+                self._waiting[batch] = alive
             else:
-                del self._waiting[key]
+                del self._waiting[batch]
 
     def forward(
         self,
@@ -472,7 +450,7 @@ class TieredTBE(nn.Module):
             self._release_after_backward(output.grad_fn, ticket)
         return output
 
-    def _release_after_backward(self, node: Any, ticket: _Ticket) -> None:
+    def _release_after_backward(self, node: Any, ticket: Ticket) -> None:
         pool, seq = self._pool, ticket.seq
 
         def still_ours(_grads: Any) -> None:
@@ -488,7 +466,7 @@ class TieredTBE(nn.Module):
 
         node.register_prehook(still_ours)
         node.register_hook(done)
-        node.metadata["mtrains"] = _Token(pool, seq, ticket.slots, ticket.ids)
+        node.metadata["mtrains"] = Token(pool, ticket)
 
     # -- rows, as users see them
 
@@ -706,8 +684,3 @@ def _runs(rows: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     breaks = (in_order.diff() != 1).nonzero().flatten() + 1
     starts = [0, *breaks.tolist(), rows.numel()] if rows.numel() else [0]
     return order, [(int(in_order[a]), b - a) for a, b in itertools.pairwise(starts)]
-
-
-def _key(indices: Tensor) -> tuple[int, int]:
-    """The identity of a batch's ids, whatever they are cast to later."""
-    return indices.data_ptr(), indices.numel()

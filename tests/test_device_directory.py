@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrec_mtrains.kernels.device_directory import HOST, SLOT, DeviceDirectory
+from torchrec_mtrains.kernels.device_directory import HOST, SLOT, WINDOW, Batch, DeviceDirectory
 
 from torchrec_mtrains.errors import ConfigurationError, IdOutOfRangeError
 
@@ -29,7 +29,7 @@ def bring(directory: DeviceDirectory, ids: list[list[int]], seq: int, before: in
     """A batch as the pool brings it, evicting from host places into nowhere. Returns (table, row) of what left a slot."""
     flat = torch.tensor([i for of_feature in ids for i in of_feature], dtype=torch.int64)
     offsets = torch.tensor([0, *(len(of_feature) for of_feature in ids)]).cumsum(0)
-    found = directory.lookup(flat, offsets, 1, seq, dirty)
+    found = directory.lookup(Batch(flat, offsets, 1), seq, dirty)
     resident = [rows_in(directory, SLOT, t) for t in range(2)]
     wanted = [{i for f, of_feature in enumerate(ids) if TABLE_OF_FEATURE[f] == t for i in of_feature} for t in range(2)]
     assert found.hits == [len(wanted[t] & resident[t].keys()) for t in range(2)]
@@ -120,7 +120,7 @@ def test_a_claim_taken_back_leaves_every_row_where_it_was(history: list) -> None
         flat = torch.tensor([i for of_feature in ids for i in of_feature], dtype=torch.int64)
         offsets = torch.tensor([0, *(len(of_feature) for of_feature in ids)]).cumsum(0)
         places = directory.place_of_row[:-1].clone()
-        found = directory.lookup(flat, offsets, 1, seq, dirty)
+        found = directory.lookup(Batch(flat, offsets, 1), seq, dirty)
         if found.missing_count:
             directory.unclaim(directory.claim(found, seq))
         assert torch.equal(places, directory.place_of_row[:-1])
@@ -138,10 +138,10 @@ def test_the_longest_unused_rows_leave_first() -> None:
 def test_ids_and_offsets_that_do_not_fit_are_refused_by_name() -> None:
     directory = make()
     with pytest.raises(IdOutOfRangeError, match=r"id 25 of table 'b' \(feature 2 of the group, position 1\) is outside \[0, 25\)"):
-        directory.lookup(torch.tensor([0, 1, 2, 25]), torch.tensor([0, 1, 2, 4]), 1, 1, True)
+        directory.lookup(Batch(torch.tensor([0, 1, 2, 25]), torch.tensor([0, 1, 2, 4]), 1), 1, True)
     for offsets in ([0, 2, 1, 4], [1, 2, 3, 4], [0, 1, 2, 3]):
         with pytest.raises(ConfigurationError, match="offsets must not decrease"):
-            directory.lookup(torch.tensor([0, 1, 2, 3]), torch.tensor(offsets), 1, 1, True)
+            directory.lookup(Batch(torch.tensor([0, 1, 2, 3]), torch.tensor(offsets), 1), 1, True)
     directory.check()
 
 
@@ -156,3 +156,63 @@ def test_rows_of_outstanding_batches_are_no_candidates() -> None:
     pinned[[0, 3, 9]] = True
     directory.refill(SLOT, [16, 0], 5, 0, pinned)
     assert directory.choose(SLOT, torch.tensor([16, 0]), 16).available.tolist()[0] == 13
+
+
+def flat(ids: list[list[int]]) -> Batch:
+    return Batch(
+        torch.tensor([i for of_feature in ids for i in of_feature], dtype=torch.int64),
+        torch.tensor([0, *(len(of_feature) for of_feature in ids)]).cumsum(0),
+        1,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories(2), st.integers(1, 3), st.integers(0, 100))
+def test_rows_of_announced_batches_are_the_last_to_go_and_those_used_last_the_first_of_them(history: list, window: int, first: int) -> None:
+    """A batch is announced ``window`` batches before it begins, every fifth is withdrawn and announced again; numbers go round the bits."""
+    directory, awaited = make(), {}  # by (table, row), the announced batches that will use it, of rows that were in places
+    batches = [ids for *ids, _ in history]
+
+    def announce(b: int, comes: bool) -> None:
+        directory.announce(flat(batches[b]), first + b, comes)
+        for f, of_feature in enumerate(batches[b]):
+            t = TABLE_OF_FEATURE[f]
+            in_places = rows_in(directory, SLOT, t).keys() | rows_in(directory, HOST, t).keys()
+            for row in in_places & set(of_feature):
+                (set.add if comes else set.discard)(awaited.setdefault((t, row), set()), first + b)
+
+    for seq, (*ids, dirty) in enumerate(history, start=1):
+        for b in range(seq if seq > 1 else 1, min(seq + window, len(batches))):
+            if b == seq + window - 1 or seq == 1:
+                announce(b, True)
+                if b % 5 == 0:
+                    announce(b, False)
+                    announce(b, True)
+        for t in range(2):  # the batch begins: nobody awaits it any more
+            for row in (i for f, of_feature in enumerate(ids) if TABLE_OF_FEATURE[f] == t for i in of_feature):
+                awaited.get((t, row), set()).discard(first + seq - 1)
+        directory.announce(flat(ids), first + seq - 1, False)
+        bring(directory, ids, seq, seq, dirty)
+        for t in range(2):
+            here = {kind: rows_in(directory, kind, t) for kind in (SLOT, HOST)}
+            for row in [r for (of, r) in awaited if of == t and r not in here[SLOT] and r not in here[HOST]]:
+                del awaited[t, row]  # of rows that are below nothing is remembered
+            for kind in (SLOT, HOST):
+                for row, place in here[kind].items():
+                    assert int(directory.window[place]) == sum(1 << n % WINDOW for n in awaited.get((t, row), ()))
+        directory.refill(SLOT, [4, 2], seq + 1, seq + 1, first_announced=first + seq)
+        chosen = set(directory.choose(SLOT, torch.tensor([4, 2]), 6).places.tolist())
+        for t, count in enumerate((4, 2)):
+            mine = directory.segment(SLOT, t)
+            row_in = {place: row for row, place in rows_in(directory, SLOT, t).items()}
+
+            def turn(place: int, t: int = t, row_in: dict[int, int] = row_in) -> tuple[int, int]:
+                if place not in row_in:
+                    return 0, 0
+                coming = awaited.get((t, row_in[place]))
+                return (2, -min(coming)) if coming else (1, int(directory.stamp[place]) >> 1)
+
+            taken = [p for p in range(mine.start, mine.stop) if p in chosen]
+            left = [p for p in range(mine.start, mine.stop) if p not in chosen]
+            assert len(taken) == count
+            assert max(map(turn, taken)) <= min(map(turn, left))
