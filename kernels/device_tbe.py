@@ -22,9 +22,10 @@ from torch import Tensor
 
 from .. import errors
 from ..tiers import Cache, DdrCache, DdrHome
+from .device_batches import DeviceTable
 from .device_directory import WINDOW, Batch
 from .device_planes import Planes
-from .device_pool import DevicePool, DeviceTable
+from .device_pool import DevicePool
 from .tickets import Ids, Ticket
 from .tiered_tbe import STATES, BatchSizes, TieredTable, TieredTBE
 

@@ -18,7 +18,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType  # noqa:
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode  # noqa: E402
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torchrec_mtrains.kernels import device_pool  # noqa: E402
+from torchrec_mtrains.kernels import device_batches  # noqa: E402
 from torchrec_mtrains.kernels.deferred_init import UniformInit  # noqa: E402
 from torchrec_mtrains.kernels.device_fused import FusedDirectory  # noqa: E402
 from torchrec_mtrains.kernels.device_planes import Planes  # noqa: E402
@@ -38,7 +38,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManage
     @contextmanager
     def within() -> Iterator[None]:
         with monkeypatch.context() as m:
-            m.setattr(device_pool, "directory_type", lambda device: FusedDirectory)
+            m.setattr(device_batches, "directory_type", lambda device: FusedDirectory)
             m.setattr(
                 Planes,
                 "exchange",

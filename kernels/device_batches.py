@@ -1,0 +1,511 @@
+"""``DeviceBatches``: tickets that move batches through the slot pools of a group on a device and host memory below them.
+
+What ``SlotPool`` (csrc/slot_pool.h) is on a CPU; tickets, soft and hard, and what always holds are described there. The differences:
+
+- The directory is ``DeviceDirectory``. A row that is in no slot is in a *host place*, or below, in its table's volume.
+- A miss is an exchange: the missed row's record comes out of a host place into a slot, and the record that was in the slot goes into
+  that host place. Records are exchanged by the device, all tables in one operation a plane (``Planes``), and the host sees none
+  of it. A row from below is read by native code into a host place first, for which a place is chosen and what is there evicted into
+  the volume. So the host places are an exclusive cache whose order of eviction is that of entry, and each table has at
+  least as many as slots: whatever a batch needs from below has a place.
+- Reads of one batch are in flight at most: the next begin waits for them.
+
+A batch is first *attempted*: one sequence of launches does all that it needs, and the host looks at what became of it when its forward
+comes (``DeviceDirectory.attempt``). Only a batch that the attempt cannot serve, since a row is below or slots are short, goes step by step,
+with the host waiting for the counts of each. Where rows were below, so will be some of the next batch: it is not attempted.
+
+Streams. The directory's operations run on a stream of their own, in the order of calls, after what the caller's stream had queued: the
+batch's ids are there. Exchanges run on a second one, the mover. They wait for the choice of places, and for the last use of what they
+overwrite: at a release the stream of the backward (or of the forward, without one) records an event, for which the next begin lets the
+mover wait; exchanges that were queued before do not. A forward waits for its own batch's slots and exchange. Before native code touches
+host places the host waits for the mover.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import errors
+from . import _core
+from .device_directory import HOST, SLOT, WINDOW, Attempt, Batch, DeviceDirectory, Lookup, Misses, Turn
+from .device_fused import SEQUENCES, FusedDirectory
+from .device_planes import Planes, native_part
+from .device_streams import Streams
+
+MOVE_ROWS = 65536
+"""Rows that a flush copies to host memory at a time; a guess."""
+
+_INT64 = torch.int64
+
+
+@dataclass
+class DeviceTable:
+    """One table of the group, as its pool sees it."""
+
+    name: str
+    volume: Any  # native, below the host places
+    id: int
+    rows: int
+    pool_rows: int
+    host_places: int
+    upper: list[Tensor]  # the record's parts in slots, (pool_rows, …) each, in the record's order
+    lower: list[Tensor]  # and in host places, on the CPU
+    has_all: bool  # as many host places as rows, which are all there from the beginning
+
+
+@dataclass
+class _Held:
+    """An outstanding ticket: what it pins, and when its rows are in their slots."""
+
+    hard: bool
+    slots: Tensor  # (n,): of each position, within its table; the caller's
+    places: Tensor  # the same through the group
+    ready: list[Any]  # events, or None
+    attempt: Attempt | None = None  # that the host has not looked at
+    released: bool = False
+
+
+@dataclass
+class _Fill:
+    """Rows from below on their way: into which host places native code reads them, and for which slots."""
+
+    seq: int
+    reads: list[tuple[Any, int, list[int]]]  # volume, token, tables
+    slots: Tensor  # through the group, by miss
+    hosts: Tensor
+    table: Tensor
+    counts: list[int]  # by table
+
+
+@dataclass
+class _Counts:
+    """Rows since creation, of one table, but for what ``DevicePool._sums`` has."""
+
+    flushed_rows: int = 0
+    trickled_rows: int = 0
+    host_evictions: int = 0
+    host_write_backs: int = 0
+    host_flushed_rows: int = 0
+
+
+class DeviceBatches:
+    """The pools of ``tables``, whose features are ``table_of_feature``; see the module."""
+
+    def __init__(self, tables: Sequence[DeviceTable], table_of_feature: Sequence[int], planes: Planes, device: torch.device) -> None:
+        self._fill: _Fill | None = None
+        self.tables, self._planes, self._table_of_feature = list(tables), planes, list(table_of_feature)
+        self.directory = directory_type(device)(
+            [t.name for t in tables],
+            [t.rows for t in tables],
+            [t.pool_rows for t in tables],
+            [t.host_places for t in tables],
+            table_of_feature,
+            device,
+        )
+        self._streams = Streams(device)
+        self._held: dict[int, _Held] = {}
+        self._failed: dict[int, errors.MTrainsError] = {}  # why attempts were refused that nobody has asked for yet
+        self._released: deque[tuple[int, Any]] = deque()  # with events
+        self._attempted: deque[int] = deque(maxlen=SEQUENCES)  # the last of them
+        self._announced: dict[int, Batch] = {}  # by number
+        self._last_seq = self._last_announced = 0
+        self._attempts = True  # no row was below, lately
+        self._counts = [_Counts() for _ in tables]
+        # The sums of all batches: as in an attempt's summary, hits, misses and misses below by table, and where features begin.
+        self._sums = np.zeros(3 * len(tables) + len(table_of_feature) + 1, dtype=np.int64)
+        self._device = device
+        self._hands = [0] * len(tables)
+        self.revoked = self.declined = self.attempted = self.batches = 0
+        self._lock = threading.RLock()  # hooks run on autograd's thread
+        for t, table in enumerate(self.tables):
+            if table.has_all:
+                _fill_host_places(table)
+                self.directory.fill(t)
+
+    # -- batches
+
+    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0) -> tuple[int, Tensor] | None:
+        """Starts a batch; None when it is not ``hard`` and there is no room. Ids and offsets stay as they are until it is released.
+
+        Returns its number, and the slot of each id, counted within its
+        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0.
+        Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
+        was changed. What the reads of the batch before failed with.
+        """
+        with self._lock, self._streams.on_directory():
+            self._let_go()
+            self._finish_fill()
+            self._announced.pop(announced, None)
+            if self._attempts and batch.ids.numel():
+                seq = self._attempt(batch, hard, dirty, announced)
+                if not hard or self._look(seq):
+                    return seq, self._held[seq].slots
+            self._look_at_all()
+            seq = self._last_seq = self._last_seq + 1
+            found = self.directory.lookup(batch, seq, dirty, announced)
+            self._attempts = True
+            if found.missing_count and not self._bring(found, seq, hard, dirty):
+                self.declined += 1
+                return None
+            self.batches += 1
+            self._sums[: len(self.tables)] += found.hits
+            self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
+            self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
+            return seq, found.slot
+
+    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> int:
+        """Queues all that the batch needs."""
+        if len(self._attempted) == SEQUENCES:  # the directory uses what it told of that one in again
+            self._look_without_asking(self._attempted[0])
+        seq = self._last_seq = self._last_seq + 1
+        self._attempted.append(seq)
+        turn = Turn(seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0))
+        attempt = self.directory.attempt(batch, turn, self._exchange)
+        with self._streams.on_mover():
+            attempt.move()
+            if attempt.done is not None:
+                attempt.done.record(self._streams.mover)
+        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt)
+        return seq
+
+    def _look(self, seq: int) -> bool:
+        """Whether the batch of a ticket has its slots. The host waits for an attempt's look-up. Raises: what it was refused for."""
+        held = self._held.get(seq)
+        if held is None or held.attempt is None:
+            return held is not None
+        attempt, held.attempt = held.attempt, None
+        try:
+            fits = self.directory.outcome(attempt)
+        except BaseException:
+            del self._held[seq]
+            raise
+        if not fits:
+            tables = len(self.tables)
+            self._attempts = not attempt.summary[2 + 2 * tables : 2 + 3 * tables].any()
+            self.declined += not held.hard
+            del self._held[seq]
+            return False
+        self.attempted += 1
+        self.batches += 1
+        self._sums += attempt.summary[2:-1]
+        return True
+
+    def _look_without_asking(self, seq: int) -> None:
+        try:
+            self._look(seq)
+        except errors.MTrainsError as e:
+            self._failed[seq] = e
+
+    def _look_at_all(self) -> None:
+        """The host knows what became of every attempt."""
+        for seq in [seq for seq, held in self._held.items() if held.attempt is not None]:
+            self._look_without_asking(seq)
+
+    def announce(self, batch: Batch) -> int:
+        """A coming batch will use these rows. Returns the number to begin or withdraw it by; 0: too many are announced."""
+        with self._lock, self._streams.on_directory():
+            number = self._last_announced + 1
+            if self._announced and number - min(self._announced) >= WINDOW:
+                return 0
+            self._last_announced = number
+            self.directory.announce(batch, number, True)
+            self._announced[number] = batch
+            return number
+
+    def withdraw(self, number: int) -> None:
+        """The announced batch will not come."""
+        with self._lock, self._streams.on_directory():
+            batch = self._announced.pop(number)
+            self.directory.announce(batch, number, False)
+            self._streams.keep(self._streams.now(), batch)
+
+    @property
+    def announced(self) -> int:
+        """Batches announced and not begun."""
+        return len(self._announced)
+
+    def rows_of_a_batch(self, table: int) -> float:
+        """Distinct rows, on average; 0 before the first batch."""
+        hits, misses, _, _ = self._sums_of(table)
+        return (hits + misses) / max(1, self.batches)
+
+    def _sums_of(self, table: int) -> tuple[int, int, int, int]:
+        """Hits, misses and misses below, in rows, and ids looked up."""
+        hits, misses, below = self._sums[: 3 * len(self.tables)].reshape(3, -1)[:, table].tolist()
+        by_feature = np.diff(self._sums[3 * len(self.tables) :])
+        return hits, misses, below, sum(int(n) for t, n in zip(self._table_of_feature, by_feature, strict=True) if t == table)
+
+    def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool) -> bool:
+        """Gives every missed row a slot, and starts bringing it there. False when there is no room."""
+        directory = self.directory
+        misses = directory.claim(found, seq)
+        try:
+            places = self._find_room(found, misses, seq, hard)
+            if places is None:
+                directory.unclaim(misses)
+                return False
+            slots, choice, counts, below_counts = places
+            total, below_total = sum(counts), sum(below_counts)
+            table, hosts = misses.table[:total], misses.was[:total]
+            reads: list[tuple[Any, int, list[int]]] = []
+            if choice is not None:
+                from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
+                hosts = hosts.index_copy(0, from_below, choice)
+                self._attempts = False
+                reads = self._read_below(misses, from_below, choice, below_counts, dirty)
+        except BaseException:
+            directory.unclaim(misses)
+            raise
+        directory.commit(misses, slots, hosts, seq, dirty)
+        directory.settle(found, misses)
+        self._sums[len(self.tables) : 3 * len(self.tables)] += counts + below_counts
+        if below_total:
+            mine = [x.index_select(0, from_below) for x in (slots, hosts, table)]
+            self._fill = _Fill(seq, reads, mine[0], mine[1], mine[2], below_counts)
+            in_host = torch.nonzero_static(~misses.below[:total], size=total - below_total).squeeze(1)
+            slots, hosts, table = (x.index_select(0, in_host) for x in (slots, hosts, table))
+        if total > below_total:
+            self._move(slots, hosts, table)
+        return True
+
+    def _find_room(self, found: Lookup, misses: Misses, seq: int, hard: bool) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
+        """Slots for all misses, host places for those from below, if there are any, and the counts of both by table."""
+        directory, first = self.directory, min(self._announced, default=0)
+        slots = directory.choose(SLOT, misses.count, misses.most)
+        counts, have, below = self._pull(misses.count, slots.available, misses.below_count)
+        if _short(have, counts):
+            directory.refill(SLOT, counts, seq, min([seq, *self._held]), first_announced=first)
+            slots = directory.choose(SLOT, misses.count, misses.most)
+            (have,) = self._pull(slots.available)
+        while _short(have, counts):  # the stamps are conservative: which slots tickets use is the exact answer
+            directory.refill(SLOT, counts, seq, 0, self._pinned(found), first)
+            slots = directory.choose(SLOT, misses.count, misses.most)
+            (have,) = self._pull(slots.available)
+            if not _short(have, counts):
+                break
+            if not hard:
+                return None
+            if not self._revoke_youngest():
+                self._refuse(found, counts, have)
+        places = slots.places[: sum(counts)]
+        if not any(below):
+            return places, None, counts, below
+        hosts = directory.choose(HOST, misses.below_count, sum(below))
+        (have,) = self._pull(hosts.available)
+        if _short(have, below):
+            directory.refill(HOST, below, seq, seq, first_announced=first)
+            hosts = directory.choose(HOST, misses.below_count, sum(below))
+            (have,) = self._pull(hosts.available)
+            assert not _short(have, below), "a table has as many host places as slots"
+        return places, hosts.places, counts, below
+
+    def _pull(self, *by_table: Tensor) -> list[list[int]]:
+        return torch.stack(by_table).tolist()
+
+    def _pinned(self, found: Lookup | None) -> Tensor:
+        """The slots that outstanding tickets use, and this batch. Shapes: (slots,) bool."""
+        pinned = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._device)
+        if found is not None:
+            pinned[torch.where(found.missing, self.directory.slots, found.place)] = True
+        for held in self._held.values():
+            pinned[held.places] = True
+        return pinned[:-1]
+
+    def _revoke_youngest(self) -> bool:
+        for seq in sorted(self._held, reverse=True):
+            if not self._held[seq].hard:
+                del self._held[seq]
+                self.revoked += 1
+                return True
+        return False
+
+    def _refuse(self, found: Lookup, counts: list[int], have: list[int]) -> None:
+        table = next(t for t, (c, h) in enumerate(zip(counts, have, strict=True)) if h < c)
+        mine = self.directory.segment(SLOT, table)
+        own = torch.zeros(self.directory.slots + 1, dtype=torch.bool, device=self._device)
+        own[torch.where(found.missing, self.directory.slots, found.place)] = True
+        needed, others = counts[table] + int(own[mine].sum()), int(self._pinned(None)[mine].sum())
+        raise errors.PoolTooSmallError(
+            f"table {self.tables[table].name!r}: this batch has {needed} distinct rows, its slot pool has {self.tables[table].pool_rows} "
+            f"(pool_rows), and {others} slots are pinned by {len(self._held)} forward passes whose backward has not run. Nothing was "
+            f"changed. Raise pool_rows to at least {needed + others}, use smaller batches, or drop outputs that need no backward"
+        )
+
+    def _read_below(self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], dirty: bool) -> list[tuple[Any, int, list[int]]]:
+        """Evicts what is in host places into the volumes, and starts reading missed rows into them. Returns (volume, token, tables)."""
+        directory, table = self.directory, misses.table.index_select(0, which)
+        rows = misses.row.index_select(0, which) - directory._first_row.index_select(0, table)
+        columns = [rows, hosts, directory.row_of_place.index_select(0, hosts).long(), directory.stamp.index_select(0, hosts)]
+        rows_, hosts_, leaving, stamps = torch.stack(columns).cpu().numpy()
+        self._streams.finish_moves()  # out of these places, and into them
+        by_volume: dict[int, tuple[Any, list[Any], list[int]]] = {}
+        first = 0
+        for t, count in enumerate(counts):
+            mine, first = slice(first, first + count), first + count
+            if not count:
+                continue
+            of, places = self.tables[t], (hosts_[mine] - directory.first_place[HOST][t]).astype(np.int32)
+            parts = [native_part(p) for p in of.lower]
+            for is_dirty in (False, True):
+                goes = (leaving[mine] >= 0) & ((stamps[mine] & 1) == is_dirty)
+                if goes.any():
+                    _core.evict_rows(of.volume, of.id, leaving[mine][goes], places[goes], parts, is_dirty)
+                    self._counts[t].host_evictions += int(goes.sum())
+                    self._counts[t].host_write_backs += int(goes.sum()) * is_dirty
+            request = _core.GetRequest(of.id, np.ascontiguousarray(rows_[mine]), places, parts, dirty)
+            _, requests, tables = by_volume.setdefault(id(of.volume), (of.volume, [], []))
+            requests.append(request)
+            tables.append(t)
+        directory.give_up(hosts, table)
+        reads: list[tuple[Any, int, list[int]]] = []
+        try:
+            for volume, requests, tables in by_volume.values():
+                reads.append((volume, _core.submit_gets(volume, requests), tables))
+        except BaseException:
+            for volume, token, _ in reads:  # they write into host places until then
+                volume.wait(token)
+            raise
+        return reads
+
+    def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
+        """Queues an exchange. Places are counted through the group."""
+        count = torch.full((1,), slots.numel(), dtype=_INT64, device=self._device)
+        with self._streams.on_mover():
+            self._exchange(slots, hosts, table, count)
+        self._streams.keep(self._streams.moves_now(), slots, hosts, table, count)
+
+    def _exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor) -> None:
+        directory = self.directory
+        self._planes.exchange(slots, hosts, table, count, (directory._first_place[SLOT], directory._first_place[HOST]))
+
+    def _finish_fill(self) -> None:
+        """The host waits for the reads in flight, and queues their exchange. Rows that could not be read leave the pool again.
+
+        Raises: the first error. Soft tickets from that batch on are revoked.
+        """
+        fill, self._fill = self._fill, None
+        if fill is None:
+            return
+        failed: list[int] = []
+        cause: BaseException | None = None
+        for volume, token, tables in fill.reads:
+            try:
+                volume.wait(token)
+            except BaseException as e:
+                cause = cause or e
+                failed += tables
+        if not failed:
+            self._move(fill.slots, fill.hosts, fill.table)
+            if fill.seq in self._held:
+                self._held[fill.seq].ready.append(self._streams.moves_now())
+            return
+        first = 0
+        for t, count in enumerate(fill.counts):
+            mine, first = slice(first, first + count), first + count
+            if t in failed:
+                self.directory.give_back(fill.slots[mine], fill.hosts[mine], fill.table[mine])
+            elif count:
+                self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine])
+        for seq in [s for s, held in self._held.items() if s >= fill.seq and not held.hard]:
+            del self._held[seq]
+        assert cause is not None
+        raise cause
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """No read and no exchange is in flight, and what is queued on the device is done; the directory's stream is current."""
+        with self._streams.on_directory():
+            self._let_go()
+            self._look_at_all()
+            self._finish_fill()
+            self._streams.finish_all()
+            yield
+
+    def acquire(self, seq: int, dirty: bool) -> bool:
+        """Soft → hard. False when the ticket was revoked, or got no room. ``dirty``: its rows will be changed, and were not marked so.
+
+        Raises: IdOutOfRangeError, ConfigurationError: what the batch is refused for.
+        """
+        with self._lock:
+            if refused := self._failed.pop(seq, None):
+                raise refused
+            if not self._look(seq):
+                return False
+            held = self._held[seq]
+            held.hard = True
+            if dirty:
+                with self._streams.on_directory():
+                    self.directory.mark_dirty(held.places)
+            return True
+
+    def wait(self, seq: int) -> None:
+        """After this the current stream finds the batch's rows in their slots. Raises: what its reads failed with."""
+        with self._lock:
+            try:
+                if self._fill is not None and self._fill.seq <= seq:
+                    with self._streams.on_directory():
+                        self._finish_fill()
+            except BaseException:
+                self._held.pop(seq, None)
+                raise
+            self._streams.wait(*self._held[seq].ready)
+
+    def release(self, seq: int) -> None:
+        """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
+        # Without the lock: a begin on another thread may hold it while it waits for the device.
+        self._failed.pop(seq, None)
+        held = self._held.get(seq)
+        if held is not None and not held.released:
+            held.released = True
+            self._released.append((seq, self._streams.now()))
+
+    def _let_go(self) -> None:
+        while self._released:
+            seq, event = self._released.popleft()
+            self._look_without_asking(seq)
+            self._failed.pop(seq, None)
+            self._streams.moves_wait(event)
+            self._streams.keep(event, self._held.pop(seq, None))
+        self._streams.let_go()
+
+    def alive(self, seq: int) -> bool:
+        """Whether a ticket is outstanding."""
+        held = self._held.get(seq)
+        return held is not None and not held.released
+
+    @property
+    def outstanding(self) -> int:
+        """Tickets begun and not released."""
+        with self._lock:
+            self._let_go()
+            return len(self._held)
+
+    def __del__(self) -> None:
+        for volume, token, _ in self._fill.reads if self._fill is not None else ():
+            with suppress(errors.MTrainsError):  # nobody waits for these rows any more
+                volume.wait(token)  # it writes into host places until then
+
+
+def directory_type(device: torch.device) -> type[DeviceDirectory]:
+    """Of the directories of a device the fastest."""
+    return FusedDirectory if device.type == "cuda" else DeviceDirectory
+
+
+def _fill_host_places(table: DeviceTable) -> None:
+    parts = [native_part(p) for p in table.lower]
+    for first in range(0, table.rows, MOVE_ROWS):
+        rows = np.arange(first, min(first + MOVE_ROWS, table.rows))
+        table.volume.wait(_core.submit_gets(table.volume, [_core.GetRequest(table.id, rows, rows.astype(np.int32), parts, False)]))
+
+
+def _short(have: Sequence[int], wanted: Sequence[int]) -> bool:
+    return any(h < w for h, w in zip(have, wanted, strict=True))
