@@ -1,9 +1,10 @@
 """``FusedDirectory``: ``DeviceDirectory`` with kernels where every batch passes: an attempt, and announcements.
 
-An attempt is a fixed sequence of launches (``device_kernels``) over scratch for batches of up to ``capacity`` ids. On a CUDA device it is
-captured as two graphs, which are replayed from then on: all up to the exchange, one launch instead of thirteen, and the exchange, which
-runs beside the next attempt. There are several sequences, which share the scratch, since they run one after the other; each has rooms of
-its own for what the host passes and reads, in memory that both see, and for what is to be exchanged.
+An attempt is a fixed sequence of launches (``device_kernels``) over scratch for the largest batch yet. On a CUDA device it is captured as
+two graphs, which are replayed from then on: all up to the exchange, one launch instead of thirteen, and the exchange, which runs beside
+the next attempt. Sequences are of a kind for each power of two that batches have ids up to, and there are several of a kind. They share
+the scratch, since they run one after the other; each has rooms of its own for what the host passes and reads, in memory that both see,
+and for what is to be exchanged.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class _Scratch:
         def empty(count: int, dtype: torch.dtype = _INT32) -> Tensor:
             return torch.empty(max(1, count), dtype=dtype, device=directory.device)
 
-        self.capacity, self.blocks = capacity, capacity // k.BLOCK
+        self.capacity, blocks = capacity, capacity // k.BLOCK
         self.queue_blocks = -(-max(queue_room(s) for s in sizes) // k.BLOCK)
         self.slot_blocks = -(-max(sizes) // k.SLOT_BLOCK)
         self.row, self.feature = empty(capacity, _INT64), empty(capacity)
         self.missing, self.wins = empty(capacity, _INT8), empty(capacity, _INT8)
-        self.block_wins, self.win_starts = empty(self.blocks), empty(self.blocks)
+        self.block_wins, self.win_starts = empty(blocks), empty(blocks)
         self.fresh = empty(tables * self.queue_blocks * k.BLOCK, _INT8)
         self.block_fresh, self.fresh_starts = empty(tables * self.queue_blocks), empty(tables * self.queue_blocks)
         self.bucket = empty(directory.slots)
@@ -64,8 +65,9 @@ class _Scratch:
 
 @dataclass
 class _Sequence:
-    """One sequence of launches, and what the host gives it and reads from it."""
+    """One sequence of launches for batches of up to ``capacity`` ids, and what the host gives it and reads from it."""
 
+    capacity: int
     ids32: bool
     offsets32: bool
     given: Tensor
@@ -98,7 +100,7 @@ class FusedDirectory(DeviceDirectory):
         self._queue_place = torch.empty(sum(rooms), dtype=_INT32, device=self.device)
         self._queue_stamp, self._queue_window = torch.empty(2, sum(rooms), dtype=_INT64, device=self.device).unbind(0)
         self._scratch: _Scratch | None = None
-        self._sequences: dict[tuple[bool, bool], deque[_Sequence]] = {}
+        self._sequences: dict[tuple[int, bool, bool], deque[_Sequence]] = {}  # by kind
 
     @property
     def _of_feature(self) -> tuple[Tensor, ...]:
@@ -110,9 +112,10 @@ class FusedDirectory(DeviceDirectory):
     def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
         ids, offsets, stride = batch
         count = ids.numel()
-        if self._scratch is None or count > self._scratch.capacity:
-            self._grow(count)
-        sequence = self._next(ids.dtype is _INT32, offsets.dtype is _INT32)
+        capacity = max(_kernels().BLOCK, _pow2(count))
+        if self._scratch is None or capacity > self._scratch.capacity:
+            self._grow(capacity)
+        sequence = self._next(capacity, ids.dtype is _INT32, offsets.dtype is _INT32)
         out = torch.empty((2, count), dtype=_INT64, device=self.device)
         place, slot = out.unbind(0)
         sequence.as_given[:10] = (ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn)
@@ -127,28 +130,25 @@ class FusedDirectory(DeviceDirectory):
             move = sequence.graphs[1].replay
         return Attempt(batch, turn.seq, place, slot, sequence.as_summary, move, sequence.done)
 
-    def _grow(self, count: int) -> None:
+    def _grow(self, capacity: int) -> None:
         """Scratch for so many ids. The graphs with the old one are given up; whoever has looked at none of their attempts still can."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._sequences.clear()
-        self._scratch = None
-        capacity = _kernels().BLOCK
-        while capacity < count:
-            capacity *= 2
+        self._scratch = None  # before there is another
         self._scratch = _Scratch(self, capacity)
 
-    def _next(self, ids32: bool, offsets32: bool) -> _Sequence:
+    def _next(self, capacity: int, ids32: bool, offsets32: bool) -> _Sequence:
         """The one whose last run was longest ago: whoever makes attempts has looked at that one, and its records are where they belong."""
-        ring = self._sequences.setdefault((ids32, offsets32), deque())
+        ring = self._sequences.setdefault((capacity, ids32, offsets32), deque())
         on_gpu = self.device.type == "cuda"
         if len(ring) < SEQUENCES:
-            assert self._scratch is not None
             sizes = (_kernels().BATCH, 2 + 3 * self.tables + len(self._feature_row) + 2)
             given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
-            slots, hosts, tables = torch.empty(3, min(self._scratch.capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
+            slots, hosts, tables = torch.empty(3, min(capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
             count = torch.zeros(1, dtype=_INT64, device=self.device)
-            ring.append(_Sequence(ids32, offsets32, given, summary, slots, hosts, tables, count, torch.cuda.Event() if on_gpu else None))
+            done = torch.cuda.Event() if on_gpu else None
+            ring.append(_Sequence(capacity, ids32, offsets32, given, summary, slots, hosts, tables, count, done))
         else:
             ring.rotate(-1)
             if on_gpu:
@@ -172,7 +172,8 @@ class FusedDirectory(DeviceDirectory):
         feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}
         pow2 = {"FEATURES_POW2": _pow2(features + 1), "TABLES_POW2": _pow2(tables)}
         ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
-        by_position, by_candidate, by_slot = (s.blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
+        blocks = sequence.capacity // k.BLOCK
+        by_position, by_candidate, by_slot = (blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
         by_block, first_slot = {"BLOCK": k.BLOCK}, self._first_place[SLOT]
         k._start[(-(-s.counters.numel() // 2048),)](sequence.given, s.batch, s.counters, s.counters.numel(), BLOCK=2048)
         k._look[by_position](
@@ -180,14 +181,14 @@ class FusedDirectory(DeviceDirectory):
             s.hits, self.slots, self._sink_place, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
         )  # fmt: skip
         k._claim[by_position](s.missing, s.row, self.place_of_row, s.missing_count, **by_block)
-        k._win[(s.blocks + tables * s.queue_blocks,)](
+        k._win[(blocks + tables * s.queue_blocks,)](
             s.batch, s.missing, s.row, s.feature, self._feature_table, self.place_of_row, s.missing_count, s.wins, s.block_wins, s.misses,
             s.below, self._queue_place, self._queue_stamp, self._queue_window, self._queue_start, self._queue_fill, self.stamp, self.window,
-            s.fresh, s.block_fresh, s.available, s.blocks, s.queue_blocks, **by_block,
+            s.fresh, s.block_fresh, s.available, blocks, s.queue_blocks, **by_block,
         )  # fmt: skip
         k._scan[(1,)](
-            s.batch, s.missing_count, s.block_wins, s.win_starts, s.block_fresh, s.fresh_starts, s.misses, s.available, s.decided, s.blocks,
-            tables * s.queue_blocks, tables, FEATURES=features, CHUNK=k.CHUNK, **pow2, **ids32, **offsets32,
+            s.batch, s.bad, s.missing_count, s.block_wins, s.win_starts, s.block_fresh, s.fresh_starts, s.misses, s.available, s.decided,
+            blocks, tables * s.queue_blocks, tables, FEATURES=features, CHUNK=k.CHUNK, **pow2, **ids32, **offsets32,
         )  # fmt: skip
         k._age[by_slot](
             s.batch, s.decided, first_slot, self.stamp, self.window, s.bucket, s.bins, BUCKETS=BUCKETS, FAR_BATCHES=FAR_BATCHES,

@@ -236,7 +236,7 @@ def _scan_blocks(counts, starts, size, CHUNK: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _scan(  # type: ignore[no-untyped-def]
-    batch, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, blocks, fresh_blocks,
+    batch, bad, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, blocks, fresh_blocks,
     tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr, IDS32: tl.constexpr,
     OFFSETS32: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +256,8 @@ def _scan(  # type: ignore[no-untyped-def]
         wanted, have = tl.load(misses + t, mask=t < tables, other=0), tl.load(available + t, mask=t < tables, other=0)
         tl.store(decided + 2 + t, tl.cumsum(wanted, 0) - wanted, mask=t < tables)
         tl.store(decided + 2 + tables + t, tl.cumsum(have, 0) - have, mask=t < tables)
-        refills = tl.max((have < wanted).to(tl.int32))
+        if (tl.load(bad) == 0) & (broken == 0):  # a batch that is refused changes no queue
+            refills = tl.max((have < wanted).to(tl.int32))
     tl.store(decided, refills.to(tl.int64))
     tl.store(decided + 1, (broken == 0).to(tl.int64))
 

@@ -66,6 +66,7 @@ def group(seed: int, cached: bool) -> DeviceTBE:
 
 
 # A prefetched batch that nobody asks for while so many others come that the kernels use its room again.
+@example(seed=615, narrow=False, cached=False, steps=["train", "train", "bad", *["train"] * 5])
 @example(seed=0, narrow=False, cached=False, steps=["ahead", "ahead", *["train"] * 8, "ahead", "ahead"])
 @pytest.mark.skipif(ON_GPU, reason="pools on the GPU take the kernels: benchmarks/gpu.py and test_gpu.py")
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
