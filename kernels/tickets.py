@@ -1,11 +1,14 @@
 """What a group of tiered tables holds of batches on their way: their ids, and the tickets of those that have begun.
 
-Both are found by the identity of a batch's ids (``key``), and live as long as the pool may use them.
+Both are found by the identity of a batch's ids (``ByIds``), and live as long as the pool may use them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -49,6 +52,44 @@ class Token:
         self._pool.release(self._seq)
 
 
-def key(indices: Tensor) -> tuple[int, int]:
-    """The identity of a batch's ids, whatever they are cast to later."""
+T = TypeVar("T")
+
+
+class ByIds(Generic[T]):
+    """Items of batches, found by the identity of the ids tensor, whatever it is cast to later; of several with one, the oldest first."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, int], deque[T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._queues)
+
+    def __iter__(self) -> Iterator[T]:
+        return itertools.chain.from_iterable(self._queues.values())
+
+    def put(self, indices: Tensor, item: T) -> None:
+        """Behind the others of this tensor."""
+        self._queues.setdefault(_key(indices), deque()).append(item)
+
+    def take(self, indices: Tensor) -> T | None:
+        """The oldest of this tensor; None, if there is none."""
+        queue = self._queues.get(_key(indices))
+        if queue is None:
+            return None
+        item = queue.popleft()
+        if not queue:
+            del self._queues[_key(indices)]
+        return item
+
+    def keep(self, which: Callable[[T], bool]) -> None:
+        """Forgets the others."""
+        kept = {key: deque(filter(which, queue)) for key, queue in self._queues.items()}
+        self._queues = {key: queue for key, queue in kept.items() if queue}
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._queues.clear()
+
+
+def _key(indices: Tensor) -> tuple[int, int]:
     return indices.data_ptr(), indices.numel()

@@ -13,7 +13,6 @@ import gc
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,7 @@ from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
 from .homes import open_home, open_table, volume_of
 from .spans import span
-from .tickets import WAITING_LIMIT, Ids, Ticket, Token, key
+from .tickets import WAITING_LIMIT, ByIds, Ids, Ticket, Token
 
 BATCH_LIMIT = (1 << 31) - 2
 """Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
@@ -134,8 +133,8 @@ class TieredTBE(nn.Module):
         self._tables_of_features = [self.table_of_shard[s] for s in feature_table_map]
         self._feature_rows = torch.tensor([self.tables[t].rows for t in self._tables_of_features], dtype=torch.int64)
         self._warning = torch.zeros(1, dtype=torch.int64)
-        self._waiting: dict[tuple[int, int], deque[Ticket]] = {}
-        self._announced: dict[tuple[int, int], deque[tuple[int, Ids]]] = {}  # by number
+        self._waiting: ByIds[Ticket] = ByIds()
+        self._announced: ByIds[tuple[int, Ids]] = ByIds()  # with their numbers
         self.stall_seconds = 0.0
         """Time that forward passes have waited for their rows to be in slots."""
         self._make_tbe()
@@ -284,7 +283,7 @@ class TieredTBE(nn.Module):
         return Ids(batch, read.numel(), indices, read, starts)
 
     def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> Ticket:
-        number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_sizes))
+        number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_sizes))
         return self._with_room(lambda announced: self._begin_hard(ids, dirty, announced), number)
 
     def _begin_hard(self, ids: Ids, dirty: bool, announced: int) -> Ticket:
@@ -325,24 +324,15 @@ class TieredTBE(nn.Module):
         ids = self._ids(indices, offsets, batch_size_per_feature_per_rank)
         number = self._pool.announce(ids.batch)
         if number:
-            self._announced.setdefault(key(indices), deque()).append((number, ids))
+            self._announced.put(indices, (number, ids))
         return bool(number)
 
     def withdraw(self, indices: Tensor) -> None:
         """The batch with these ids, announced or prefetched, will not come after all; nothing, if there is none."""
-        if announced := self._take_announced(indices):
+        if announced := self._announced.take(indices):
             self._pool.withdraw(announced[0])
         elif ticket := self._take_waiting(indices):
             self._pool.release(ticket.seq)
-
-    def _take_announced(self, indices: Tensor) -> tuple[int, Ids] | None:
-        queue = self._announced.get(key(indices))
-        if queue is None:
-            return None
-        announced = queue.popleft()
-        if not queue:
-            del self._announced[key(indices)]
-        return announced
 
     @property
     def useful_lookahead(self) -> int:
@@ -373,7 +363,7 @@ class TieredTBE(nn.Module):
         Raises: IdOutOfRangeError.
         """
         del forward_stream
-        number, ids = self._take_announced(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
+        number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
         ticket = self._begin_soft(ids, torch.is_grad_enabled(), number)
         if ticket is not None:
             self._keep(ticket, indices)
@@ -381,18 +371,14 @@ class TieredTBE(nn.Module):
     def _keep(self, ticket: Ticket, indices: Tensor) -> None:
         """For the forward of these ids; whoever loses it releases it."""
         if len(self._waiting) >= WAITING_LIMIT:
-            self._forget_revoked()
+            self._waiting.keep(lambda t: self._pool.alive(t.seq))
         ticket.unclaimed_in = self._pool
-        self._waiting.setdefault(key(indices), deque()).append(ticket)
+        self._waiting.put(indices, ticket)
 
     def _take_waiting(self, indices: Tensor) -> Ticket | None:
-        queue = self._waiting.get(key(indices))
-        if queue is None:
-            return None
-        ticket = queue.popleft()
-        if not queue:
-            del self._waiting[key(indices)]
-        ticket.unclaimed_in = None
+        ticket = self._waiting.take(indices)
+        if ticket is not None:
+            ticket.unclaimed_in = None
         return ticket
 
     def _claim(self, indices: Tensor, dirty: bool) -> Ticket | None:
@@ -402,17 +388,9 @@ class TieredTBE(nn.Module):
     def _forget_coming(self) -> None:
         """Lets go of what was prefetched and announced."""
         self._waiting.clear()
-        for number, _ in [a for queue in self._announced.values() for a in queue]:
+        for number, _ in self._announced:
             self._pool.withdraw(number)
         self._announced.clear()
-
-    def _forget_revoked(self) -> None:
-        for batch, queue in list(self._waiting.items()):
-            alive = deque(t for t in queue if self._pool.alive(t.seq))
-            if alive:
-                self._waiting[batch] = alive
-            else:
-                del self._waiting[batch]
 
     def forward(
         self,

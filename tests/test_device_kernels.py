@@ -136,7 +136,7 @@ def test_a_prefetched_batch_is_found_however_many_others_train_before_its_turn(f
         tbe.prefetch(*coming)
         for _ in range(3 * SEQUENCES):  # the kernels' rooms are used again
             tbe(*bags(2)).sum().backward()
-        ticket = next(iter(tbe._waiting.values()))[0].seq
+        ticket = next(iter(tbe._waiting)).seq
         assert tbe._pool.alive(ticket)
         before = tbe._pool.batches
         output = tbe(*coming)
