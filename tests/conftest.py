@@ -13,6 +13,9 @@ import torch.distributed as dist
 # Batches are tiny: a second thread costs more than it brings, and 2 ranks share the cores.
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it then: tests/test_device_kernels.py
+
 
 def pytest_report_header() -> str:
     """Names the I/O back end of SSD volumes; tests/test_io_backend.py judges it."""

@@ -1,8 +1,7 @@
-"""The fused kernels do what the tensor operations beside them do. Without a GPU they run in Triton's interpreter."""
+"""The fused kernels do what the tensor operations beside them do. Without a GPU they run in Triton's interpreter (conftest.py)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA wheels; pip install triton to run its kernels on a CPU")
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType  # noqa: E402
