@@ -12,10 +12,6 @@ namespace mtrains {
 namespace {
 
 std::vector<int64_t> scaled(const std::vector<int64_t>& pool_rows, int64_t rows, int64_t sampled) {
-  if (rows < 1 || rows > INT32_MAX - 1 || sampled < 1 || sampled > rows) {
-    throw Error(ErrorKind::kConfiguration, "a profile is of tables of 1 to " + std::to_string(INT32_MAX - 1) + " rows and samples 1 to all of them, got " +
-                                               std::to_string(rows) + " and " + std::to_string(sampled));
-  }
   if (sampled > INT32_MAX / 4) throw Error(ErrorKind::kConfiguration, "a profile samples at most " + std::to_string(INT32_MAX / 4) + " rows, got " + std::to_string(sampled));
   if (!std::is_sorted(pool_rows.begin(), pool_rows.end())) throw Error(ErrorKind::kConfiguration, "the pool sizes of a profile must rise");
   std::vector<int64_t> pools;
