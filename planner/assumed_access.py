@@ -56,10 +56,8 @@ def _groups(rows: int, exponent: float) -> tuple[np.ndarray, np.ndarray]:
     first, last = edges[:-1].astype(np.float64), edges[1:].astype(np.float64) - 1
     exact = first == last  # groups of one rank
     lower, upper = np.maximum(first - 0.5, 0.5), last + 0.5
-    if abs(exponent - 1) < 1e-9:
-        mass = np.log(upper / lower)
-    else:
-        mass = (upper ** (1 - exponent) - lower ** (1 - exponent)) / (1 - exponent)
+    power = 1 - exponent
+    mass = np.log(upper / lower) if abs(power) < 1e-9 else (upper**power - lower**power) / power
     mass = np.where(exact, first**-exponent, mass)
     counts = last - first + 1
     return counts, mass / mass.sum() / counts
@@ -104,7 +102,13 @@ def _s3_fifo_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray) -> n
 
 @lru_cache(maxsize=4096)
 def assumed_access(
-    rows: int, lookups_per_batch: float, batch_samples: int, zipf_exponent: float = 1.05, *, name: str = "assumed", row_bytes: int | None = None
+    rows: int,
+    lookups_per_batch: float,
+    batch_samples: int,
+    zipf_exponent: float = 1.05,
+    *,
+    name: str = "assumed",
+    row_bytes: int | None = None,
 ) -> TableAccess:
     """A table of ``rows`` with ``lookups_per_batch`` lookups in a global batch of ``batch_samples``.
 
@@ -146,7 +150,7 @@ def assumed_access(
         reuse_batches=(*np.diff(within, prepend=0.0).tolist(), float(1 - within[-1])),
         drift=0.0,
         drift_batches=0,
-        miss_curve=curve(_s3_fifo_misses(counts, use, pools)),
+        miss_curves=(curve(_s3_fifo_misses(counts, use, pools)),),
         lru_miss_curve=curve(_lru_misses(counts, use, pools)),
         row_bytes=row_bytes,
         assumed=True,

@@ -31,7 +31,9 @@ def jobs(draw: st.DrawFn) -> tuple[int, Batches]:
     return rows, batches
 
 
-def profiled(rows: int, batches: Batches, pools: list[int], lookahead: int = 0, outstanding: int = 0, sampled: int | None = None, seed: int = 0) -> Any:
+def profiled(
+    rows: int, batches: Batches, pools: list[int], lookahead: int = 0, outstanding: int = 0, sampled: int | None = None, seed: int = 0
+) -> Any:
     profiler = _core.TableProfiler(rows, sampled or rows, seed, pools, [lookahead], outstanding, 4)
     for ids in batches:
         profiler.push(ids)

@@ -20,8 +20,8 @@ MissSimulator::MissSimulator(int64_t rows, const std::vector<int64_t>& pool_rows
   }
 }
 
-void MissSimulator::know(std::vector<int64_t> batch) {
-  window_.push_back(std::move(batch));
+void MissSimulator::know(std::span<const int64_t> batch) {
+  window_.emplace_back(batch.begin(), batch.end());
   if (lookahead_ == 0) return look_up();
   const std::vector<int64_t>& ids = window_.back();
   const uint64_t number = looked_up_ + window_.size();

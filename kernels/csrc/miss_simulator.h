@@ -28,7 +28,7 @@ class MissSimulator {
 
   MissSimulator(int64_t rows, const std::vector<int64_t>& pool_rows, uint32_t lookahead, uint32_t outstanding);
 
-  void know(std::vector<int64_t> batch);  // the next batch; the oldest of the window is looked up when that is full, or there is none
+  void know(std::span<const int64_t> batch);  // the next batch; the oldest of the window is looked up when that is full, or there is none
   void finish();                          // no batch comes any more: looks up what the window holds
 
   uint32_t lookahead() const { return lookahead_; }
