@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrec_mtrains.errors import ConfigurationError, IdOutOfRangeError
 from torchrec_mtrains.kernels import MemoryVolume, _core
 from torchrec_mtrains.kernels.tiered_tbe import BATCH_LIMIT
+
+from torchrec_mtrains.errors import ConfigurationError, IdOutOfRangeError
 
 Batches = list[np.ndarray]
 
