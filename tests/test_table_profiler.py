@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from typing import Any
 
@@ -126,7 +127,8 @@ def test_counts_are_those_of_the_ids(job: tuple[int, Batches]) -> None:
     rows, batches = job
     counts = profiled(rows, batches, [rows]).counts()
     ids = np.concatenate(batches)
-    assert counts["batches"] == len(batches) and counts["lookups"] == len(ids)
+    assert counts["batches"] == len(batches)
+    assert counts["lookups"] == len(ids)
     assert counts["unique_rows"] == sum(len(np.unique(b)) for b in batches)
     assert counts["unique_rows_of_quarter"] == sum(len(np.unique(b[: len(b) // 4])) for b in batches)
     assert counts["used_rows"] == len(np.unique(ids))
@@ -135,7 +137,7 @@ def test_counts_are_those_of_the_ids(job: tuple[int, Batches]) -> None:
         whole = [np.unique(np.concatenate(batches[b : b + scale])) for b in range(0, len(batches) - scale + 1, scale)]
         group = counts[f"sampled_groups_of_{scale}"]
         assert (group["complete"], group["unique_rows"]) == (len(whole), sum(map(len, whole)))
-        fresh = [len(np.setdiff1d(b, a)) for a, b in zip(whole, whole[1:], strict=False)]
+        fresh = [len(np.setdiff1d(b, a)) for a, b in itertools.pairwise(whole)]
         assert group["fresh_rows"] == sum(fresh)
 
 
@@ -155,7 +157,8 @@ def test_reuse_is_by_batches_since_the_last_use(job: tuple[int, Batches]) -> Non
 def test_a_sample_has_as_many_rows_as_asked_for(rows: int, data: st.DataObject) -> None:
     sampled, seed = data.draw(st.integers(1, rows)), data.draw(st.integers(0, 2**64 - 1))
     uses = profiled(rows, [np.arange(rows)], [rows], sampled=sampled, seed=seed).uses_of_sample()
-    assert len(uses) == sampled and (uses == 1).all()
+    assert len(uses) == sampled
+    assert (uses == 1).all()
 
 
 @settings(deadline=None)
@@ -189,7 +192,8 @@ def test_an_id_outside_the_table_is_refused_and_changes_nothing() -> None:
         profiler.push(np.array([3, 10]))
     with pytest.raises(IdOutOfRangeError):
         profiler.push(np.array([-1], np.int32))
-    assert profiler.counts()["lookups"] == 0 and profiler.pools()[0]["misses"] == [0]
+    assert profiler.counts()["lookups"] == 0
+    assert profiler.pools()[0]["misses"] == [0]
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
