@@ -4,7 +4,8 @@ It streams. Of every table, all rows are counted at 2 bits each, and a sample of
 ``CURVE_POINTS`` sizes for each of ``LOOKAHEADS`` (``kernels/csrc/table_profiler.h``). A sampled row costs about 4 bytes in every pool and a
 slot about 28. One table at a time works on a thread, so those of a batch share the cores.
 
-A curve is counted over the second half of the batches; the first half fills the pools. Pools that are not full by then have missed
+A curve is counted over the second half of the batches; the first half fills the pools. A long lookahead window
+has seen fewer batches begin than were read; at least a third of those are counted. Pools that are not full by then have missed
 nothing but first uses: ``full_rows`` of the curve says from which size on. What a batch misses is that of the sample ÷ its share of the
 rows, at most the unique rows, which are counted exactly.
 """
@@ -72,7 +73,7 @@ class TableMeter:
             table.rows, self._sampled, options.seed, self._sizes, list(LOOKAHEADS), options.prefetch_depth, self._drift_batches
         )
         self._batches, self._every = 0, 1
-        self._misses = [self._counted()]
+        self._moments = [self._counted()]
 
     def push(self, ids: np.ndarray) -> None:
         """The ids of one global batch, (n,) int32 or int64.
@@ -82,30 +83,25 @@ class TableMeter:
         self._native.push(ids)
         self._batches += 1
         if self._batches % self._every == 0:
-            self._misses.append(self._counted())
-            if len(self._misses) > _MOMENTS:
-                self._misses = self._misses[::2]
+            self._moments.append(self._counted())
+            if len(self._moments) > _MOMENTS:
+                self._moments = self._moments[::2]
                 self._every *= 2
 
-    def _counted(self) -> dict[str, Any]:
-        """Misses so far, kept at some moments: which of them is the middle is known at the end."""
-        return {"batches": self._batches, "windows": self._native.pools(), "lru": self._native.lru_misses()}
+    def _counted(self) -> list[dict[str, Any]]:
+        """Misses so far, of each window and of LRU, kept at some moments: which of them is the middle is known at the end."""
+        windows, misses = self._native.pools(), self._native.lru_misses()
+        lru = {"lookahead": 0, "batches": self._batches, "misses": misses, "write_backs": misses, "resident": windows[0]["resident"]}
+        return [*windows, lru]
 
     def access(self, ended: bool) -> TableAccess:
         """What was measured. ``ended``: the data have no more batches, so lookahead windows are emptied, as a job's are."""
         if ended:
             self._native.finish()
-        counts, end, batches = self._native.counts(), self._counted(), self._batches
-        middle = max((m for m in self._misses if m["batches"] <= batches / 2), key=lambda m: m["batches"])
+        self._moments.append(self._counted())
+        counts, end, batches = self._native.counts(), self._moments[-1], self._batches
         unique, lookups = counts["unique_rows"] / batches, counts["lookups"] / batches
-        curves = [
-            self._curve(last, first, counts["used_rows"], unique)
-            for last, first in zip(end["windows"], middle["windows"], strict=True)
-            if last["batches"] > first["batches"]
-        ]
-        lru = {"lookahead": 0, "resident": self._sizes, "batches": batches}
-        lru_first = {"resident": end["windows"][0]["resident"], "batches": middle["batches"]}
-        uses = np.sort(self._native.uses_of_sample())[::-1].cumsum(dtype=np.float64)
+        curves = [self._curve(window, counts["used_rows"], unique) for window, at_end in enumerate(end) if at_end["batches"]]
         reuse, ranges = np.array(counts["sampled_reuse"]), np.array(counts["lookups_of_range"])
         return TableAccess(
             name=self.table.name,
@@ -117,24 +113,19 @@ class TableMeter:
             used_rows=counts["used_rows"],
             unique_rows_by_samples=self._unique_rows_by_samples(counts, unique),
             lookup_share_by_row_range=_shares(ranges),
-            lookup_share_by_popularity=tuple(
-                (share, float(uses[max(0, round(share * len(uses)) - 1)] / max(uses[-1], 1))) for share in POPULARITY_SHARES
-            ),
+            lookup_share_by_popularity=self._popularity(counts["lookups"]),
             reuse_batches=_shares(reuse),
             drift=self._drift(counts["sampled_windows"]),
             drift_batches=self._drift_batches,
-            miss_curves=tuple(curves),
-            lru_miss_curve=self._curve(
-                {**lru, "misses": end["lru"], "write_backs": end["lru"]},
-                {**lru_first, "misses": middle["lru"], "write_backs": middle["lru"]},
-                counts["used_rows"],
-                unique,
-            ),
+            miss_curves=tuple(curves[:-1]),
+            lru_miss_curve=curves[-1],
             row_bytes=self._row_bytes,
         )
 
-    def _curve(self, last: dict[str, Any], first: dict[str, Any], used_rows: int, unique: float) -> MissCurve:
-        """Of the misses between two moments."""
+    def _curve(self, window: int, used_rows: int, unique: float) -> MissCurve:
+        moments = [moment[window] for moment in self._moments]
+        last, half = moments[-1], self._batches / 2
+        first = max((m for m in moments if m["batches"] <= min(half, last["batches"] * 2 / 3)), key=lambda m: m["batches"])
         scale = self.table.rows / self._sampled / (last["batches"] - first["batches"])
         misses, write_backs = (
             np.minimum((np.array(last[name]) - first[name]) * scale, unique).tolist() for name in ("misses", "write_backs")
@@ -158,6 +149,14 @@ class TableMeter:
             sampled_share=self._sampled / self.table.rows,
             full_rows=full[0] if full else self.table.rows,
         )
+
+    def _popularity(self, lookups: int) -> tuple[tuple[float, float], ...]:
+        """From the cold end: a sample has its share of cold rows, and of the hottest too many or none."""
+        uses = np.sort(self._native.uses_of_sample())[::-1]
+        colder = uses.sum() - uses.cumsum(dtype=np.int64)
+        places = [max(0, round(share * len(uses)) - 1) for share in POPULARITY_SHARES]
+        shares = 1 - colder[places] * (self.table.rows / self._sampled) / max(1, lookups)
+        return tuple(zip(POPULARITY_SHARES, np.clip(shares, 0, 1).tolist(), strict=True))
 
     def _unique_rows_by_samples(self, counts: dict[str, Any], unique: float) -> tuple[tuple[float, float], ...]:
         """Of parts of a batch and the batch exact, of several batches by the sample."""
