@@ -165,7 +165,7 @@ class TableAccess:
         factor = batch_samples / self.batch_samples
         unique = self.unique_rows(batch_samples)
         sizes = self.miss_curves[0].pool_rows
-        windows = [min(MOST_LOOKAHEAD, max(1, math.ceil(p / unique))) if lookahead is None else lookahead for p in sizes]
+        windows = [min(MOST_LOOKAHEAD, max(1, math.ceil(p / max(unique, 1)))) if lookahead is None else lookahead for p in sizes]
         misses, write_backs = (
             [min(unique, self._in_window(k, w * factor, name) * factor) for k, w in enumerate(windows)]
             for name in ("misses_per_batch", "write_backs_per_batch")

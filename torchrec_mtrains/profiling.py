@@ -159,16 +159,16 @@ class TableMeter:
         return tuple(zip(POPULARITY_SHARES, np.clip(shares, 0, 1).tolist(), strict=True))
 
     def _unique_rows_by_samples(self, counts: dict[str, Any], unique: float) -> tuple[tuple[float, float], ...]:
-        """Of parts of a batch and the batch exact, of several batches by the sample."""
+        """Of parts of a batch and of the batch exact; what further batches add, mostly cold rows, by the sample."""
         batches, samples, of_batch = counts["batches"], self._batch_samples, counts["sampled_groups_of_1"]
         parts = (samples / 16, counts["unique_rows_of_sixteenth"] / batches), (samples / 4, counts["unique_rows_of_quarter"] / batches)
         points = [(part, rows) for part, rows in parts if part >= 1 and rows > 0]
         points.append((float(samples), unique))
         for scale in (4, 16):
             group = counts[f"sampled_groups_of_{scale}"]
-            if group["complete"] and of_batch["unique_rows"]:
-                ratio = (group["unique_rows"] / group["complete"]) / (of_batch["unique_rows"] / of_batch["complete"])
-                points.append((float(samples * scale), min(float(self.table.rows), unique * ratio)))
+            if group["complete"]:
+                added = group["unique_rows"] / group["complete"] - of_batch["unique_rows"] / of_batch["complete"]
+                points.append((float(samples * scale), min(float(self.table.rows), unique + added * self.table.rows / self._sampled)))
         return tuple(points)
 
     @staticmethod
