@@ -27,9 +27,8 @@ from .data import BatchSource, TableShape
 from .errors import ConfigurationError
 from .kernels import _core
 from .planner.access_profile import AccessProfile, MissCurve, TableAccess
-from .planner.assumed_access import POPULARITY_SHARES, curve_sizes
+from .planner.assumed_access import LOOKAHEADS, POPULARITY_SHARES, curve_sizes
 
-LOOKAHEADS = (0, 8, 64)
 LEAST_SAMPLED_ROWS = 50_000
 MOST_SAMPLED_ROWS = 1_000_000
 """Of one table: its simulation takes 460 MB."""
