@@ -26,9 +26,7 @@ void MissSimulator::know(std::span<const int64_t> batch) {
   const std::vector<int64_t>& ids = window_.back();
   const uint64_t number = looked_up_ + window_.size();
   for (Pool& pool : pools_) {
-    if (!pool.directory) continue;
-    pool.directory->announce(ids.data(), 0, static_cast<int64_t>(ids.size()), bit(number));
-    pool.directory->set_first_announced(looked_up_ + 1);
+    if (pool.directory) pool.directory->announce(ids.data(), 0, static_cast<int64_t>(ids.size()), bit(number));
   }
   if (window_.size() == lookahead_) look_up();
 }
