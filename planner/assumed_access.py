@@ -171,6 +171,8 @@ def _assumed(rows: int, lookups_per_batch: float, batch_samples: int, zipf_expon
         points = (unique, *falling, 0.0)
         return MissCurve(sizes, points, points, batch_samples, lookahead, full_rows=rows)
 
+    by_window = np.minimum.accumulate([_our_misses(counts, use, pools, window) for window in LOOKAHEADS])
+
     def unique_of(lookups: float) -> float:
         return float((counts * -np.expm1(-lookups * probability)).sum())
 
@@ -191,7 +193,7 @@ def _assumed(rows: int, lookups_per_batch: float, batch_samples: int, zipf_expon
         reuse_batches=(*np.diff(within, prepend=0.0).tolist(), float(1 - within[-1])),
         drift=0.0,
         drift_batches=0,
-        miss_curves=tuple(curve(_our_misses(counts, use, pools, window), window) for window in LOOKAHEADS),
+        miss_curves=tuple(map(curve, by_window, LOOKAHEADS)),
         lru_miss_curve=curve(_lru_misses(counts, use, pools)),
         assumed=True,
     )
