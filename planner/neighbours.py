@@ -6,9 +6,9 @@ has room for beside the batches in flight, if it keeps just the rows whose next 
 that with y reads a batch of blocks of B records, of N rows on the SSD, a row is spared with probability 1 - exp(-reach · y · (B - 1) ÷ N);
 y is the misses that are left. First uses have no record to read, and are spared by nothing.
 
-Jobs whose samples use rows together are spared more: the volume packs such rows. Over 27 synthetic jobs without (records of 7 to 68 a block,
-pools of 3 to 15 batches, windows of 4 to 64) the mean error of the miss ratio is 0.020, where the curves alone have 0.067; with pools of 6 batches
-and more 0.010, where they have 0.059, and that of reads 0.011.
+Jobs whose samples use rows together are spared more: the volume packs such rows. Over 27 synthetic jobs without (records of 7 to 68 a
+block, pools of 3 to 15 batches, windows of 4 to 64) the mean error of the miss ratio is 0.020, where the curves alone have 0.067;
+with pools of 6 batches and more 0.010, where they have 0.059, and that of reads 0.011.
 """
 
 from __future__ import annotations
