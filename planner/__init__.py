@@ -2,6 +2,8 @@
 
 from .. import errors as _errors  # noqa: F401  (relative: a top-level `import planner` fails at once)
 from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses a TorchRec that cannot work)
+from .access_profile import AccessProfile, MissCurve, TableAccess
+from .assumed_access import assumed_access
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
@@ -12,14 +14,18 @@ from .storage_reservations import DdrStorageReservation
 from .topology import PmemDevice, TieredTopology
 
 __all__ = [
+    "AccessProfile",
     "CheckpointSchedule",
     "DdrStorageReservation",
     "InsufficientStorageError",
+    "MissCurve",
     "PmemDevice",
+    "TableAccess",
     "TierBytes",
     "TieredParameterConstraints",
     "TieredShardingPlanner",
     "TieredTopology",
+    "assumed_access",
     "chain_bytes",
     "plan_cells",
     "render_plan",
