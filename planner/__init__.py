@@ -6,12 +6,19 @@ from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
 from .errors import InsufficientStorageError
+from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, LinkProfile, MemoryProfile
 from .planners import TieredShardingPlanner
 from .stats import plan_cells, render_plan
 from .storage_reservations import DdrStorageReservation
 from .topology import PmemDevice, TieredTopology
 
 __all__ = [
+    "MemoryProfile",
+    "LinkProfile",
+    "KernelCosts",
+    "HardwareProfile",
+    "DevicePoint",
+    "BlockDeviceProfile",
     "CheckpointSchedule",
     "DdrStorageReservation",
     "InsufficientStorageError",
