@@ -13,15 +13,15 @@ from .storage_reservations import DdrStorageReservation
 from .topology import PmemDevice, TieredTopology
 
 __all__ = [
-    "MemoryProfile",
-    "LinkProfile",
-    "KernelCosts",
-    "HardwareProfile",
-    "DevicePoint",
     "BlockDeviceProfile",
     "CheckpointSchedule",
     "DdrStorageReservation",
+    "DevicePoint",
+    "HardwareProfile",
     "InsufficientStorageError",
+    "KernelCosts",
+    "LinkProfile",
+    "MemoryProfile",
     "PmemDevice",
     "TierBytes",
     "TieredParameterConstraints",

@@ -18,6 +18,7 @@ The file is JSON: the fields below under their names, and ``format_version``. A 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
     """Log y over log x between points in ascending x; the first and last y outside."""
     if x <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x <= x1:
             share = math.log(x / x0) / math.log(x1 / x0)
             return min(max(y0, y1), max(min(y0, y1), math.exp((1 - share) * math.log(y0) + share * math.log(y1))))
@@ -59,7 +60,7 @@ def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
 
 @dataclass(frozen=True)
 class DevicePoint:
-    """One measurement of a block device: random operations of ``block_bytes``, ``queue_depth`` of them in flight, of which a share reads."""
+    """One measurement of a block device: random operations of ``block_bytes``, ``queue_depth`` in flight, of which a share reads."""
 
     block_bytes: int
     queue_depth: int
