@@ -2,6 +2,7 @@
 
 from .. import errors as _errors  # noqa: F401  (relative: a top-level `import planner` fails at once)
 from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses a TorchRec that cannot work)
+from .built_in_hardware import hardware_profiles
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
@@ -28,6 +29,7 @@ __all__ = [
     "TieredShardingPlanner",
     "TieredTopology",
     "chain_bytes",
+    "hardware_profiles",
     "plan_cells",
     "render_plan",
 ]

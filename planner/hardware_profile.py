@@ -132,7 +132,7 @@ class BlockDeviceProfile:
 @dataclass(frozen=True)
 class MemoryProfile:
     """Byte-addressable memory. ``random_read_rows_per_s``: rows of so many bytes, each anywhere, copied out by one core; none: the
-    bandwidth bounds them. ``latency_ns`` None: not measured."""
+    bandwidth bounds them. ``latency_ns`` None: not measured. A GPU's rows, and published ones, are of the whole device."""
 
     name: str
     read_bytes_per_s: float
@@ -260,8 +260,11 @@ class HardwareProfile:
             )
         try:
             return _profile(cls, read)
-        except TypeError as e:
-            raise ConfigurationError(f"hardware profile '{path}' lacks or has other fields than format {FORMAT_VERSION}: {e}") from e
+        except (TypeError, KeyError, AttributeError, ValueError) as e:
+            raise ConfigurationError(
+                f"hardware profile '{path}' lacks fields of format {FORMAT_VERSION} or has others: {e!r}; "
+                "make it again with `mtrains calibrate`"
+            ) from e
 
 
 def _profile(cls: type[HardwareProfile], read: dict[str, Any]) -> HardwareProfile:

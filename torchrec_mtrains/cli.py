@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .calibrate_command import calibrate
 from .checkpoint_commands import checkpoint, inspect
 from .command import typed_errors
 from .errors import ConfigurationError
@@ -176,6 +177,7 @@ def main() -> None:
     keep_freed_memory_small()
 
 
+main.add_command(calibrate)
 main.add_command(checkpoint)
 main.add_command(inspect)
 

@@ -27,6 +27,6 @@ class Effort:
         assert self.batches >= 2
 
 
-FULL = Effort(probe_seconds=0.12, rounds=3, file_bytes=1 << 30, area_bytes=256 << 20, rows=400_000, batch_rows=4096, batches=12, steps=12)
+FULL = Effort(probe_seconds=0.12, rounds=5, file_bytes=1 << 30, area_bytes=256 << 20, rows=400_000, batch_rows=4096, batches=20, steps=8)
 QUICK = Effort(probe_seconds=0.01, rounds=1, file_bytes=4 << 20, area_bytes=4 << 20, rows=8_000, batch_rows=256, batches=4, steps=2)
 """Shows that a calibration runs; its numbers say nothing."""

@@ -8,8 +8,8 @@ is missed:
     ssd          an SsdVolume, clean victims
     ssd, dirty   the same, batches that change their rows: every victim is put into the log
 
-What a kind costs more than another is the cost of what it does more. They take turns; differences are of medians. Time is that of all
-threads of the process. The log has room for all that is put, so nothing is cleaned.
+What a kind costs more than another is the cost of what it does more. They take turns, and differences are taken in each round; what is
+reported are medians over the rounds. Time is that of all threads of the process. The log has room for all that is put: nothing is cleaned.
 """
 
 from __future__ import annotations
@@ -144,13 +144,13 @@ def measure(paths: Sequence[str], pmem_path: str | None, effort: Effort, say: Sa
 
 
 def _costs(kinds: dict[str, _Kind]) -> PoolCosts:
-    ns = {name: median(kind.ns) for name, kind in kinds.items()}
+    def more(kind: str, than: str) -> float:
+        return max(0.0, median(a - b for a, b in zip(kinds[kind].ns, kinds[than].ns, strict=True)))
+
     per_io = per_write_back = per_cache_hit = None
     if "cache" in kinds:
-        per_cache_hit = max(0.0, ns["cache"] - ns["memory"])
+        per_cache_hit = more("cache", "memory")
     if "ssd" in kinds:
-        per_io = max(0.0, ns["ssd"] - ns["memory"]) / median(kinds["ssd"].ios)
-        dirty = kinds["ssd, dirty"]
-        more_ios = max(0.0, median(dirty.ios) - median(kinds["ssd"].ios)) * per_io
-        per_write_back = max(0.0, ns["ssd, dirty"] - ns["ssd"] - more_ios) / median(dirty.write_backs)
-    return PoolCosts(ns["memory"], per_io, per_write_back, per_cache_hit)
+        per_io = more("ssd", "memory") / median(kinds["ssd"].ios)
+        per_write_back = more("ssd, dirty", "ssd") / median(kinds["ssd, dirty"].write_backs)
+    return PoolCosts(median(kinds["memory"].ns), per_io, per_write_back, per_cache_hit)
