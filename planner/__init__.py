@@ -2,6 +2,8 @@
 
 from .. import errors as _errors  # noqa: F401  (relative: a top-level `import planner` fails at once)
 from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses a TorchRec that cannot work)
+from .access_profile import AccessProfile, MissCurve, TableAccess
+from .assumed_access import assumed_access
 from .built_in_hardware import hardware_profiles
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
@@ -14,6 +16,7 @@ from .storage_reservations import DdrStorageReservation
 from .topology import PmemDevice, TieredTopology
 
 __all__ = [
+    "AccessProfile",
     "BlockDeviceProfile",
     "CheckpointSchedule",
     "DdrStorageReservation",
@@ -23,11 +26,14 @@ __all__ = [
     "KernelCosts",
     "LinkProfile",
     "MemoryProfile",
+    "MissCurve",
     "PmemDevice",
+    "TableAccess",
     "TierBytes",
     "TieredParameterConstraints",
     "TieredShardingPlanner",
     "TieredTopology",
+    "assumed_access",
     "chain_bytes",
     "hardware_profiles",
     "plan_cells",

@@ -55,7 +55,7 @@ def calibrate(
     What has no path is absent from the profile; HBM and PCIe are there if torch sees a GPU. ``say`` hears of each measurement before it.
     Other work on the machine is measured with it.
 
-    Raises: ConfigurationError for a folder that is missing or not writable; VolumeIoError, VolumeFullError for a device that fails or is full.
+    Raises: ConfigurationError for a folder that is missing or not writable; VolumeIoError, VolumeFullError for devices.
     """
     has_gpu = torch.cuda.is_available()
     ssd: BlockDeviceProfile | None = block_device.measure(paths, effort, say) if paths else None
