@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from torch.autograd import _profiler_enabled
 from torch.profiler import record_function
 
 from . import _core
@@ -29,16 +30,19 @@ _events: list[Event] | None = None  # while a trace is recorded
 
 
 class span:
-    """``with span("forward 7"):``. Times are of ``time.perf_counter_ns``, as the native side's."""
+    """``with span("forward 7"):``. Times are of ``time.perf_counter_ns``, as the native side's. While nobody profiles it costs next to
+    nothing (a range of torch's that nobody records takes 4 µs)."""
 
     __slots__ = ("_begin_ns", "_profiled", "_what")
 
     def __init__(self, what: str) -> None:
         self._what, self._begin_ns = what, 0
+        self._profiled: record_function | None = None
 
     def __enter__(self) -> None:
-        self._profiled = record_function(f"## {self._what} ##")
-        self._profiled.__enter__()
+        if _profiler_enabled():
+            self._profiled = record_function(f"## {self._what} ##")
+            self._profiled.__enter__()
         if _events is not None:
             self._begin_ns = time.perf_counter_ns()
 
@@ -46,7 +50,8 @@ class span:
         events = _events
         if events is not None and self._begin_ns:
             events.append(Event(self._what, self._begin_ns, time.perf_counter_ns(), 0, 0, threading.get_native_id()))
-        self._profiled.__exit__(*failure)
+        if self._profiled is not None:
+            self._profiled.__exit__(*failure)
 
 
 def start(most_events: int) -> bool:

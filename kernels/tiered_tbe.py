@@ -168,6 +168,7 @@ class TieredTBE(nn.Module):
         self.stall_seconds = 0.0
         """Time that forward passes have waited for their rows to be in slots."""
         self._make_tbe()
+        self._evicting = [i for i, t in enumerate(self.tables) if self.pool_rows[i] < t.rows]
         self._open(rank)
         self._make_pool()
 
@@ -336,6 +337,8 @@ class TieredTBE(nn.Module):
         Returns False, and does nothing, when ``ANNOUNCED_LIMIT`` batches are announced and not begun.
         Raises: IdOutOfRangeError.
         """
+        if not self._evicting:
+            return True
         ids = self._ids(indices, offsets, batch_size_per_feature_per_rank)
         number = self._pool.announce(ids.native)
         if number:
@@ -360,12 +363,14 @@ class TieredTBE(nn.Module):
 
     @property
     def useful_lookahead(self) -> int:
-        """How many batches to announce: what the smallest pool holds of as many rows as batches had on average, within the limit."""
-        held = [
-            pool_rows * stats["batches"] / stats["unique_rows"]
-            for pool_rows, stats in zip(self.pool_rows, map(self._pool.stats, range(len(self.tables))), strict=True)
-            if stats["unique_rows"]
-        ]
+        """How many batches to announce: what the smallest pool holds of as many rows as batches had on average, within the limit.
+
+        Pools with a slot for every row evict nothing, and have no use for it.
+        """
+        if not self._evicting:
+            return 0
+        of_evicting = [(self.pool_rows[i], self._pool.stats(i)) for i in self._evicting]
+        held = [pool_rows * stats["batches"] / stats["unique_rows"] for pool_rows, stats in of_evicting if stats["unique_rows"]]
         return max(1, min(ANNOUNCED_LIMIT, math.ceil(min(held)))) if held else 1
 
     def prefetch(

@@ -2,24 +2,37 @@
 
 from .. import errors as _errors  # noqa: F401  (relative: a top-level `import planner` fails at once)
 from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses a TorchRec that cannot work)
+from .access_profile import AccessProfile, MissCurve, TableAccess
+from .assumed_access import assumed_access
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
 from .errors import InsufficientStorageError
+from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, LinkProfile, MemoryProfile
 from .planners import TieredShardingPlanner
 from .stats import plan_cells, render_plan
 from .storage_reservations import DdrStorageReservation
 from .topology import PmemDevice, TieredTopology
 
 __all__ = [
+    "AccessProfile",
+    "BlockDeviceProfile",
     "CheckpointSchedule",
     "DdrStorageReservation",
+    "DevicePoint",
+    "HardwareProfile",
     "InsufficientStorageError",
+    "KernelCosts",
+    "LinkProfile",
+    "MemoryProfile",
+    "MissCurve",
     "PmemDevice",
+    "TableAccess",
     "TierBytes",
     "TieredParameterConstraints",
     "TieredShardingPlanner",
     "TieredTopology",
+    "assumed_access",
     "chain_bytes",
     "plan_cells",
     "render_plan",

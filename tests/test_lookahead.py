@@ -20,10 +20,10 @@ STEPS = 20
 JOB = Job([Table(600, 8, ["a"], 200)], batch_size=4)
 
 
-def windows_of(steps: int, **options: int | None) -> list[int]:
+def windows_of(steps: int, job: Job = JOB, **options: int | None) -> list[int]:
     """The window after each step. Runs on every rank; a second rank's batches are ten times as large."""
     large = dist.get_rank() == 1
-    twins = Twins(Job(JOB.tables, batch_size=JOB.batch_size, max_length=30 if large else 3), steps=steps)
+    twins = Twins(Job(job.tables, batch_size=job.batch_size, max_length=30 if large else 3), steps=steps)
     dmp = twins.model(True)
     pipeline, data, seen = mtrains.TieredTrainPipeline(dmp, twins.optimizer(dmp), CPU, **options), iter(twins.batches), []
     for _ in range(steps):
@@ -62,6 +62,16 @@ def test_left_out_it_is_what_the_pools_can_use(one_rank: None) -> None:
     (group,) = mtrains.tiered_groups(dmp)
     assert abs(pipeline.lookahead - group.useful_lookahead) <= 3
     assert pipeline.lookahead > 10
+
+
+def test_pools_with_a_slot_for_every_row_have_no_use_for_it(one_rank: None) -> None:
+    twins = Twins(Job([Table(600, 8, ["a"], 600)], batch_size=4), steps=STEPS)
+    dmp = twins.model(True)
+    pipeline, data = mtrains.TieredTrainPipeline(dmp, twins.optimizer(dmp), CPU), iter(twins.batches)
+    for _ in range(STEPS - 4):
+        pipeline.progress(data)
+    (group,) = mtrains.tiered_groups(dmp)
+    assert (pipeline.lookahead, group.useful_lookahead, group._pool.announced) == (0, 0, 0)
 
 
 def test_without_tiered_tables_there_is_none(one_rank: None) -> None:
@@ -106,3 +116,22 @@ def bounded_windows() -> list[int]:
     """With bytes for two or three of the second rank's batches."""
     warnings.simplefilter("ignore")
     return windows_of(STEPS, lookahead=5, lookahead_bytes=2000)
+
+
+def test_a_rank_whose_pools_hold_every_row_takes_the_window_of_the_others(two_ranks: Ranks) -> None:
+    first, second = two_ranks.run(windows_beside_a_whole_pool)
+    assert first == second
+    assert max(first) > 1, "as many as the other pool of 200 rows has room for, at its large batches"
+
+
+def windows_beside_a_whole_pool() -> list[int]:
+    """The first rank's pool evicts nothing, the second's does."""
+    return windows_of(2 * STEPS, Job([Table(600, 8, ["a"], 600), Table(600, 8, ["b"], 200, rank=1)], batch_size=4))
+
+
+def test_ranks_whose_pools_hold_every_row_have_no_window(two_ranks: Ranks) -> None:
+    assert two_ranks.run(windows_of_whole_pools) == [[0] * STEPS] * 2
+
+
+def windows_of_whole_pools() -> list[int]:
+    return windows_of(STEPS, Job([Table(600, 8, ["a"], 600), Table(600, 8, ["b"], 600, rank=1)], batch_size=4))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .groups import tiered_groups
     from .kernels.initial_values import uniform_init_fn
     from .parameter_sharding import TieredParameterSharding
+    from .planner.access_profile import AccessProfile
     from .rank_failures import fail_together
     from .registration import register, unregister
     from .resizing import resize
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessProfile",
     "DdrCache",
     "DdrHome",
     "PmemCache",
@@ -66,6 +68,7 @@ __all__ = [
 
 # Loaded when first used: the planner works without the native core, and the vocabulary without TorchRec.
 _MODULE_OF = {
+    "AccessProfile": ".planner.access_profile",
     "TieredEmbeddingBagCollectionSharder": ".sharder",
     "TieredEmbeddingCollectionSharder": ".sharder",
     "TieredFeatureProcessedEmbeddingBagCollectionSharder": ".wrapping_sharders",

@@ -3,8 +3,9 @@
 Input dist is a collective, so every rank must start as many of them in every step. What one rank wishes depends on its own
 batches and pools; the window is the smallest wish of all ranks. They agree on the window of a step while the step before trains.
 
-A rank wishes for what was asked for, or else for what its pools can use (``TieredTBE.window``); but for no more batches than fit in
-``limit_bytes``, and for at most one more than it has: a window fills while the job trains, not before its first step.
+A rank wishes for what was asked for, or else for what its pools can use (``TieredTBE.useful_lookahead``); but for no more batches than
+fit in ``limit_bytes``, and for at most one more than it has: a window fills while the job trains, not before its first step. A rank
+whose pools have no use for any takes what the others say, as far as its bytes go; where no rank has, there is no window.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .errors import ConfigurationError
 MOST_BATCHES = 64
 """As many as a slot pool keeps in mind: one bit a batch in the window of a row."""
 
+_ANY = MOST_BATCHES + 1  # what a rank says that takes what the others say
+
 
 class Lookahead:
     """The window of one pipeline, in batches. ``asked`` None: what the pools can use."""
@@ -35,17 +38,23 @@ class Lookahead:
         self._agreeing: tuple[torch.Tensor, Any] | None = None
         self._warned = False
 
-    def propose(self, held_bytes: Sequence[int], one_more: int, wish: int, pg: dist.ProcessGroup | None, device: torch.device) -> None:
+    def propose(
+        self, held_bytes: Sequence[int], one_more: int, wish: int | None, pg: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
         """Begin to agree on the next step's window. Called in every step, by all ranks of ``pg``.
 
         ``held_bytes``: of the batches in the window, the next one first. ``one_more``: of a batch to come, as far as can be known.
-        ``wish``: the batches that this rank would have in the window.
+        ``wish``: the batches that this rank would have in the window; None: what the others say.
         """
-        wish = self._affordable([*held_bytes, one_more], min(wish, len(held_bytes) + 1))
-        if pg is None or pg.size() == 1:
-            self.batches = wish
+        alone = pg is None or pg.size() == 1
+        if wish is None and alone:
+            wish = 0
+        most = len(held_bytes) + 1
+        said = self._affordable([*held_bytes, one_more], most if wish is None else min(wish, most))
+        if alone:
+            self.batches = said
         else:
-            smallest = torch.tensor([wish], device=device)
+            smallest = torch.tensor([_ANY if wish is None and said == most else said], device=device)
             self._agreeing = smallest, dist.all_reduce(smallest, dist.ReduceOp.MIN, group=pg, async_op=True)
 
     def agree(self) -> None:
@@ -53,7 +62,8 @@ class Lookahead:
         if self._agreeing is not None:
             smallest, work = self._agreeing
             work.wait()
-            self.batches, self._agreeing = int(smallest.item()), None
+            said = int(smallest.item())
+            self.batches, self._agreeing = 0 if said == _ANY else said, None
 
     def _affordable(self, held_bytes: Sequence[int], wish: int) -> int:
         taken = 0

@@ -31,9 +31,9 @@ from torchrec.distributed.train_pipeline.utils import _start_data_dist, _to_devi
 from .batch_bytes import batch_bytes
 from .coming_ids import announce, withdraw
 from .errors import ConfigurationError
-from .groups import tiered_collections, tiered_groups
+from .groups import tiered_groups
 from .kernels.spans import span
-from .lookahead import MOST_BATCHES, Lookahead
+from .lookahead import Lookahead
 
 ASK_EVERY = 8
 """Batches from one look at what the pools can use to the next."""
@@ -125,7 +125,8 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         if not 0 <= prefetch_depth <= MOST_PREFETCHED:
             raise ConfigurationError(f"prefetch_depth must be 0 to {MOST_PREFETCHED} batches, got {prefetch_depth}")
         self.prefetch_depth, self._lookahead = prefetch_depth, Lookahead(lookahead, lookahead_bytes)
-        self.trained_batches, self._usable = 0, 0
+        self.trained_batches = 0
+        self._usable: int | None = None
         super().__init__(
             model,
             optimizer,
@@ -279,12 +280,10 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
     # -- the window
 
     def _ask_pools(self) -> None:
-        """What the slot pools of this rank can use; a rank without any takes what the others say. Before prefetching: pools answer when
-        what was prefetched has begun."""
+        """What the slot pools of this rank can use; None where none has a use for it. Before prefetching: pools answer when what was
+        prefetched has begun."""
         if self._lookahead.asked is None and self.contexts[0].index % ASK_EVERY == 0:
-            tiered = any(collection.tiered_tables() for collection in tiered_collections(self._model))
-            none = MOST_BATCHES if tiered else 0
-            self._usable = min((group.useful_lookahead for group in tiered_groups(self._model)), default=none)
+            self._usable = min(filter(None, (group.useful_lookahead for group in tiered_groups(self._model))), default=None)
 
     def _propose_window(self) -> None:
         asked = self._lookahead.asked

@@ -2,7 +2,8 @@
 
 Half of the kills come at an instant drawn from the whole time of an attempt; half wait for a phase that is short (open,
 checkpoint, index snapshot, push, pull, cleaning) and come at an instant drawn from within it. An index snapshot is written
-in the background of the others: it counts where the kill left the file short. Of two ranks one or both are killed. Now and then the
+in the background of the others: it counts where the kill left the file short. So is cleaning: it counts where the cleaner moved
+records in the last moment before the kill, which is told beside the phase. Of two ranks one or both are killed. Now and then the
 disk is lost: volumes and checkpoints are removed, and the job has to pull what it pushed last.
 
 What must hold, at every kill: each step that was trained has the loss of the undisturbed run, on every rank; no step is
@@ -20,6 +21,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS
 
 import argparse
 import json
+import math
 import random
 import shutil
 import signal
@@ -36,9 +38,10 @@ from victims import Life, Phases
 
 HANG_S = 120  # without a new phase or loss; guess: far above the longest step or checkpoint
 LONGEST_DELAY_S = 1.0  # of a kill that waits for no phase: some 20 steps
-SNAPSHOT = "index snapshot"
+SNAPSHOT, CLEANING = "index snapshot", "cleaning"
 # Typical s a phase lasts, measured.
-TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.001, "push": 0.02, "pull": 0.02, "train, cleaning": 0.005}
+TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.001, "push": 0.02, "pull": 0.02, CLEANING: 0.001}
+MOMENT_S = 0.002  # the cleaner is at work if it moved records in the last one
 LOSE_DISK_SHARE = 0.1  # of the attempts
 
 
@@ -59,6 +62,7 @@ class Soak:
 
     def __init__(self, root: Path, ranks: int, seed: int | None) -> None:
         self.root, self.phases, self.ranks = root, Phases(ranks), ranks
+        self.moved, self.moved_at = 0, -math.inf  # records that the watched rank's cleaner has moved; when that was last seen to change
         self.file = root / "state.json"
         root.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
@@ -99,7 +103,7 @@ class Soak:
         status = dict.fromkeys(range(self.ranks))
         watched = rng.randrange(self.ranks)
         self._wait_for_the_instant(rng, pids, status, watched)
-        phase = self._phase(watched)
+        phase = self._phase(watched) + (f", {CLEANING}" if self._cleaning(watched) else "")
         both, gap_s = rng.random() < 0.5, rng.random() * 0.05
         done = all(s is not None for s in status.values())
         if not done:
@@ -126,6 +130,13 @@ class Soak:
         sizes = [bytes_of(file) for file in self.life.snapshots(rank)]
         return SNAPSHOT if any(size is not None and size < whole for size in sizes) else phase
 
+    def _cleaning(self, rank: int) -> bool:
+        """Whether the rank's cleaner moved records in the last moment. What happens between two calls counts for the later one."""
+        moved, now = self.phases.moved(rank), time.monotonic()
+        if moved != self.moved:
+            self.moved, self.moved_at = moved, now
+        return now < self.moved_at + MOMENT_S
+
     def _prepare(self, rng: random.Random) -> None:
         lose = rng.random() < LOSE_DISK_SHARE
         if self.life.lost.exists() or (lose and (self.life.dest / "LATEST").exists()):
@@ -144,9 +155,10 @@ class Soak:
         targets = ["pull"] if "pull" in mine and self.life.lost.exists() else [p for p in mine if p != "pull"]
         target = rng.choice(targets) if rng.random() < 0.5 else None
         count = 0 if target in ("open", "pull") else rng.randrange(3)  # so many of them pass by; these two come once an attempt
+        self.moved, self.moved_at = 0, -math.inf
         start = time.monotonic()
         until = start + rng.random() * LONGEST_DELAY_S if target is None else float("inf")
-        armed, before = False, ""
+        armed, before = False, False
         progress, since = self._progress(), start
         while time.monotonic() < until:
             self._reap(pids, status)
@@ -157,11 +169,12 @@ class Soak:
                 raise SoakFailure(f"attempt {self.state['attempts']}: ended by itself, in {self.life.root}: {ended}")
             if None not in status.values():
                 return
+            cleaning = self._cleaning(watched)
             if target is not None and not armed:
-                phase = self._phase(watched)
-                if phase == target != before:
+                there = cleaning if target == CLEANING else self._phase(watched) == target
+                if there and not before:
                     armed, count = count == 0, count - 1
-                before = phase
+                before = there
                 if armed:
                     until = time.monotonic() + rng.random() * TARGETS[target]
             if (now := self._progress()) != progress:
@@ -213,7 +226,7 @@ class Soak:
 
     def summary(self) -> str:
         s = self.state
-        phases = ", ".join(f"{phase} {count}" for phase, count in Counter(s["phases"]).most_common())
+        phases = "; ".join(f"{phase} {count}" for phase, count in Counter(s["phases"]).most_common())
         return (
             f"{s['ranks']} rank(s), seed {s['seed']}: {s['kills']} kills in {s['attempts']} attempts ({phases}); "
             f"{s['losses']:,} losses compared, {s['lives']} jobs trained to their end, {s['disks']} disks lost and pulled back; "

@@ -1,7 +1,8 @@
 """The processes that the soak kills: forked from a parent that has imported everything and started no thread.
 
-A victim is one rank of the soak's job. It says in shared memory what it is doing, writes down every loss, and goes on until
-it is killed or done. Rank 0 pushes every third checkpoint; a job whose disk is said to be lost pulls it back first.
+A victim is one rank of the soak's job. It says in shared memory what it is doing and how many records its cleaner has moved,
+writes down every loss, and goes on until it is killed or done. Rank 0 pushes every third checkpoint; a job whose disk is said
+to be lost pulls it back first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import mmap
 import os
 import shutil
 import signal
+import struct
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,37 +24,45 @@ from pathlib import Path
 import soak_job
 import torch
 import torch.distributed as dist
-from torchrec_mtrains.kernels import SsdVolume
+from torchrec_mtrains.kernels import SsdVolume, durability
 
-from torchrec_mtrains import show, tier_counters
+from torchrec_mtrains import show
 from torchrec_mtrains.checkpoint_folder import LATEST
 from torchrec_mtrains.checkpoint_transfer import pull, push
+from torchrec_mtrains.groups import tiered_groups
 from torchrec_mtrains.train import Job, StepRecord
 
 # After every checkpoint, if there is room: by default one would come with the first gigabytes of log.
 SsdVolume.__init__.__kwdefaults__["snapshot_after_bytes"] = 0
 
-PHASES = ("fork", "open", "train", "train, cleaning", "checkpoint", "push", "pull", "end")
+PHASES = ("fork", "open", "train", "checkpoint", "push", "pull", "end")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PUSH_EVERY = 3  # checkpoints
 PEER_TIMEOUT_S = 60  # guess: far above the longest wait for another rank
+LOOK_AT_CLEANER_EVERY_S = 0.0005
 
 
 class Phases:
-    """One byte a rank, shared by parent and victims."""
+    """Of each rank two numbers, shared by parent and victims: its phase, and the records that its cleaner has moved."""
 
     def __init__(self, ranks: int) -> None:
-        self._bytes = mmap.mmap(-1, ranks)
+        self._bytes = mmap.mmap(-1, 16 * ranks)
         self.ranks = ranks
 
     def reset(self) -> None:
-        self._bytes[:] = bytes(self.ranks)
+        self._bytes[:] = bytes(16 * self.ranks)
 
     def mark(self, rank: int, phase: str) -> None:
-        self._bytes[rank] = PHASES.index(phase)
+        struct.pack_into("q", self._bytes, 16 * rank, PHASES.index(phase))
 
     def of(self, rank: int) -> str:
-        return PHASES[self._bytes[rank]]
+        return PHASES[struct.unpack_from("q", self._bytes, 16 * rank)[0]]
+
+    def mark_moved(self, rank: int, rows: int) -> None:
+        struct.pack_into("q", self._bytes, 16 * rank + 8, rows)
+
+    def moved(self, rank: int) -> int:
+        return struct.unpack_from("q", self._bytes, 16 * rank + 8)[0]
 
 
 class Life:
@@ -72,10 +83,13 @@ class _Job(Job):
     """Says what it is doing."""
 
     def __init__(self, phases: Phases, life: Life, rank: int, *job: object) -> None:
-        self._phases, self._life, self._rank, self._moved = phases, life, rank, 0
+        self._phases, self._life, self._rank, self._ends = phases, life, rank, threading.Event()
         phases.mark(rank, "open")
         super().__init__(*job)
         phases.mark(rank, "train")
+        sys.setswitchinterval(LOOK_AT_CLEANER_EVERY_S)
+        self._looks = threading.Thread(target=self._look_at_cleaner, daemon=True)
+        self._looks.start()
 
     def save(self, wanted: bool = False) -> None:
         self._phases.mark(self._rank, "checkpoint")
@@ -85,11 +99,15 @@ class _Job(Job):
             push(self._life.checkpoint, [str(self._life.ssd)], self._life.dest)
         self._phases.mark(self._rank, "train")
 
-    def note_cleaning(self) -> None:
-        """A step in which the cleaner moved records is likely to be followed by one in which it still does."""
-        moved = sum(v["moved_rows"] for v in tier_counters.volumes(self.dmp))
-        self._phases.mark(self._rank, "train, cleaning" if moved != self._moved else "train")
-        self._moved = moved
+    def _look_at_cleaner(self) -> None:
+        volumes = list(durability.volumes(tiered_groups(self.dmp)))
+        while not self._ends.wait(LOOK_AT_CLEANER_EVERY_S):
+            self._phases.mark_moved(self._rank, sum(volume.stats()["moved_rows"] for volume in volumes))
+
+    def close(self) -> None:
+        self._ends.set()
+        self._looks.join()
+        super().close()
 
 
 def _group(rank: int, ranks: int, store: Path) -> None:
@@ -118,7 +136,6 @@ def _train(rank: int, phases: Phases, life: Life, store: Path) -> None:
 
         def write_down(step: StepRecord) -> None:
             print(json.dumps([step.number, step.loss.hex()]), file=out)
-            trained.note_cleaning()
 
         trained.train(soak_job.STEPS, write_down)
         trained.save()
