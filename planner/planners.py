@@ -23,10 +23,13 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from ..errors import ConfigurationError
 from ..parameter_sharding import TieredParameterSharding
 from ..tiers import PmemCache, TierChain
+from .access_profile import AccessProfile
+from .assumed_hardware import assumed_hardware
 from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
+from .hardware_profile import HardwareProfile
 from .partitioners import TieredPartitioner
-from .pools import fill_pools
+from .perf_model import PerfModel
 from .proposers import TieredProposer
 from .sharding_options import TieredShardingOption
 from .shortages import shortage
@@ -36,13 +39,16 @@ from .topology import TieredTopology
 
 
 class TieredShardingPlanner(EmbeddingShardingPlanner):
-    """Plans as TorchRec does while every table fits in the ranks' DDR budgets; beyond, keeps the tables with most lookups per byte
-    in memory and gives the others slot pools above the SSD (``levels.py`` has the rule).
+    """Plans as TorchRec does while every table fits in the ranks' DDR budgets; beyond, searches for the plan whose predicted step is
+    fastest (``search.py``): which tables stay in memory, which go above the SSD, with what pools and PMem caches, on which ranks.
 
-    Arguments are ``EmbeddingShardingPlanner``'s. Defaults of our own: ``storage_reservation`` keeps nothing from the tables
-    (``DdrStorageReservation(ddr_bytes)`` keeps some for the dense model); ``checkpoints`` is how often training commits one, as far
-    as room on the SSD goes; ``proposer`` is the list of TorchRec proposers to ask
-    for a plan without tiers; ``stats`` logs the plan as ``describe`` renders it. ``batch_size`` is per rank.
+    Arguments are ``EmbeddingShardingPlanner``'s, and these. ``hardware``: the machine, as ``mtrains calibrate`` measured it; left out, an
+    assumed one. ``access``: how the tables are used, as ``mtrains profile`` measured it; left out, Zipf's law. ``dense_ms``: a step's
+    compute outside the tables. ``prefetched``: whether rows of coming batches are fetched meanwhile. ``checkpoints``: how often training
+    commits one. ``search_seconds``: about how long to look for a plan with tiers.
+    Defaults of our own: ``storage_reservation`` keeps nothing from the tables (``DdrStorageReservation(ddr_bytes)`` keeps some for the
+    dense model); ``proposer`` is the list of TorchRec proposers to ask for a plan without tiers; ``stats`` logs the plan as ``describe``
+    renders it. ``batch_size`` is per rank.
 
     Raises, from ``plan``: InsufficientStorageError, naming the tier that is short and by how many bytes; ConfigurationError for
     constraints that leave a table no way to be kept.
@@ -53,35 +59,46 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         topology: TieredTopology,
         batch_size: int | None = None,
         constraints: dict[str, ParameterConstraints] | None = None,
+        hardware: HardwareProfile | None = None,
+        access: AccessProfile | None = None,
+        dense_ms: float = 0.0,
+        prefetched: bool = True,
         checkpoints: CheckpointSchedule | None = None,
+        search_seconds: float | None = None,
         storage_reservation: StorageReservation | None = None,
         proposer: Proposer | list[Proposer] | None = None,
         partitioner: Partitioner | None = None,
         **planner_kwargs: Any,
     ) -> None:
         reservation = storage_reservation or DdrStorageReservation()
-        self._tiered_proposer = TieredProposer(reservation, [proposer] if isinstance(proposer, Proposer) else proposer)
+        self._model = PerfModel(
+            hardware or assumed_hardware(topology), topology.ranks_per_host, dense_ms, prefetched, checkpoints or CheckpointSchedule()
+        )
+        self._tiered_proposer = TieredProposer(
+            reservation,
+            self._model,
+            [proposer] if isinstance(proposer, Proposer) else proposer,
+            topology.pmem.capacity_bytes if topology.pmem else 0,
+            search_seconds,
+        )
         planner_kwargs.setdefault("stats", [TieredStats(self)])
-        callbacks = [self._fill_pools, *(planner_kwargs.pop("callbacks", None) or ())]
         super().__init__(
             topology=topology,
             batch_size=batch_size,
             constraints=constraints,
             storage_reservation=reservation,
             proposer=self._tiered_proposer,
-            callbacks=callbacks,
             partitioner=TieredPartitioner(partitioner),
             enumerator=planner_kwargs.pop("enumerator", None)
-            or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, checkpoints),
+            or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
             **planner_kwargs,
         )
         self._ssd, self._pmem = topology.ssd, topology.pmem
-        self._levels: dict[str, float] = {}
         self._planned: tuple[ShardingPlan | None, list[dict[str, Any]]] = (None, [])
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """The plan, on one rank: tiered tables are ``TieredParameterSharding``, the others as TorchRec plans them."""
-        self._best_plan, self._levels = None, {}
+        self._best_plan = None
         try:
             plan = super().plan(module, sharders)
         except PlannerError as error:
@@ -141,17 +158,10 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
         """Rows as ``plan_rows`` returns them, of placed options."""
-        return plan_rows(options, self._levels, pmem=self._pmem is not None)
-
-    def _fill_pools(self, best_plan: list[ShardingOption]) -> list[ShardingOption]:
-        in_memory = {t.in_memory.fqn: t.in_memory for t in self._tiered_proposer.tables if t.in_memory is not None}
-        filled, self._levels = fill_pools(
-            best_plan, self._tiered_proposer.capacity, in_memory, self._pmem.capacity_bytes if self._pmem else 0
-        )
-        return filled
+        return plan_rows(options, pmem=self._pmem is not None)
 
     def _reason(self, error: PlannerError) -> PlannerError:
         proposer = self._tiered_proposer
-        if self._best_plan is not None or not proposer.tables:
+        if self._best_plan is not None or not proposer.footprint.tables:
             return error
-        return shortage(proposer.tables, proposer.stock, proposer.capacity) or error
+        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage) or error

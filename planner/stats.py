@@ -23,10 +23,9 @@ logger = logging.getLogger(__name__)
 _TEXTS = ("table", "sharding", "kernel", "ranks", "why")
 
 
-def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float], pmem: bool) -> list[dict[str, Any]]:
-    """One dict a table, in the plan's order. ``levels``: bytes per lookup of a step that each tiered table got, by its fqn;
-    ``pmem``: whether there is some for caches."""
-    any_tiered = bool(levels)
+def plan_rows(options: Sequence[ShardingOption], pmem: bool) -> list[dict[str, Any]]:
+    """One dict a table, in the plan's order. ``pmem``: whether there is some for caches."""
+    any_tiered = any(isinstance(option, TieredShardingOption) for option in options)
     rows = []
     for option in options:
         tiered = option if isinstance(option, TieredShardingOption) else None
@@ -43,7 +42,7 @@ def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float], pm
                 "ddr_bytes": option.total_storage.ddr + sum(uncharged_bytes(option)),
                 "pmem_bytes": tiered.pmem_bytes if tiered else 0,
                 "ssd_bytes": option.total_storage.ssd,
-                "bytes_per_lookup": levels.get(option.fqn),
+                "hit_ratio": tiered.hit_ratio() if tiered else None,
                 "why": _why(option, any_tiered, pmem),
             }
         )
