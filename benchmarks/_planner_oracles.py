@@ -91,9 +91,7 @@ def integer_program(choices: Choices, ranks: Ranks, time_limit_s: float = 60.0) 
         row(cells, -np.inf, ranks.capacity[rank, tier] / _MIB)
     for rank, resource in itertools.product(range(ranks.count), range(resources)):
         crowd = [o for o in range(ranks.count) if ranks.host_of[o] == ranks.host_of[rank]] if ranks.shared[resource] else [rank]
-        cells = [
-            (1 + i, choices.busy[c, resource] * (len(crowd) if r < 0 else 1)) for i, (c, r) in enumerate(where) if r < 0 or r in crowd
-        ]
+        cells = [(1 + i, choices.busy[c, resource] * (len(crowd) if r < 0 else 1)) for i, (c, r) in enumerate(where) if r < 0 or r in crowd]
         row([(0, -1.0), *cells], -np.inf, -float(ranks.base_busy_ms[resource]) * len(crowd))
     rows, columns, values = zip(*entries, strict=True)
     matrix = coo_array((values, (rows, columns)), shape=(len(lower), 1 + len(where))).tocsr()

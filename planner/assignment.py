@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ class _Search:
         crowd = np.where(self._ranks.shared, self._ranks.per_host, 1)
         value = c.memory * copies @ found.memory_price + c.busy * copies * crowd @ found.busy_price
         chosen = np.empty(c.tables, dtype=np.int64)
-        for table, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for table, (first, last) in enumerate(pairwise(starts)):
             pick = first + int(np.argmax(found.share[first:last]))
             split = first + np.flatnonzero(c.spread[first:last])
             if dearer >= 0 and len(split) and self._size(np.array([pick]))[0] > _LARGE:
@@ -153,7 +154,8 @@ class _Search:
 
     def search(self, deadline_s: float) -> Assignment:
         """The best of what ``improve`` makes of the start and of the best so far with one table forced to another place, from where the
-        others are improved first. Places are tried in random order; each success begins another round."""
+        others are improved first. Places are tried in random order; each success begins
+        another round."""
         random = np.random.default_rng(0)
         self.improve(deadline_s)
         best, best_cost = self.assignment, self._cost()
@@ -180,7 +182,8 @@ class _Search:
             self._put(table, int(assignment.candidate[table]), int(assignment.rank[table]))
 
     def improve(self, deadline_s: float, keep: int = -1) -> None:
-        """Re-placements until none helps, then exchanges, then re-placed pairs; from the start after each success. ``keep`` stays where it is."""
+        """Re-placements until none helps, then exchanges, then re-placed pairs; from the start after each success. ``keep``
+        stays where it is."""
         moves = (self._sweep, self._exchanges, self._pairs)
         at = 0
         while at < len(moves) and time.perf_counter() < deadline_s:

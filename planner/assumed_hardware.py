@@ -10,7 +10,13 @@ _MEASURED = "2 cores AMD EPYC, virtio NVMe, 2026-11-25"
 
 def assumed_hardware(topology: TieredTopology) -> HardwareProfile:
     """Hosts with the reference box's device each, and its two cores for every rank."""
-    points = [(4096, 1, 1.0, 15_000.0), (4096, 64, 1.0, 76_000.0), (4096, 128, 1.0, 76_000.0), (1 << 20, 8, 0.0, 3_050.0), (1 << 20, 8, 1.0, 3_050.0)]
+    points = [
+        (4096, 1, 1.0, 15_000.0),
+        (4096, 64, 1.0, 76_000.0),
+        (4096, 128, 1.0, 76_000.0),
+        (1 << 20, 8, 0.0, 3_050.0),
+        (1 << 20, 8, 1.0, 3_050.0),
+    ]
     return HardwareProfile(
         machine=f"assumed: {_MEASURED}",
         date="2026-11-25",

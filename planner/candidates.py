@@ -49,7 +49,9 @@ class Candidates:
         result = []
         for at, on in zip(candidate, rank, strict=True):
             option, sizes = self.options[at], self.sizes[at]
-            option = option.resized(sizes.pool_rows, sizes.cache_rows) if isinstance(option, TieredShardingOption) else copy.deepcopy(option)
+            option = (
+                option.resized(sizes.pool_rows, sizes.cache_rows) if isinstance(option, TieredShardingOption) else copy.deepcopy(option)
+            )
             for i, shard in enumerate(option.shards):
                 shard.rank = i if on < 0 else int(on)
             result.append(option)
@@ -57,9 +59,14 @@ class Candidates:
 
 
 def candidates(
-    tables: Sequence[Sequence[ShardingOption]], model: PerfModel, pmem: bool, around: Sequence[Sizes | None] | None = None, finer: float = 1.0
+    tables: Sequence[Sequence[ShardingOption]],
+    model: PerfModel,
+    pmem: bool,
+    around: Sequence[Sizes | None] | None = None,
+    finer: float = 1.0,
 ) -> Candidates:
-    """``tables``: the options of each. ``around``: sizes of each table's pool and cache in a plan, round which the grid is finer by so much."""
+    """``tables``: the options of each. ``around``: sizes of each table's pool and cache in a plan, round which
+    the grid is finer by so much."""
     options: list[ShardingOption] = []
     sizes: list[Sizes] = []
     table: list[int] = []
@@ -141,5 +148,3 @@ def _worth(option: TieredShardingOption, sizes: Sizes) -> bool:
 def ranks_memory(ddr: Sequence[float], pmem_bytes: int, ssd: Sequence[float]) -> Floats:
     """Capacities as ``choices.Ranks`` wants them. Shape (ranks, tiers)."""
     return np.array([[d, pmem_bytes, s] for d, s in zip(ddr, ssd, strict=True)], np.float64)
-
-

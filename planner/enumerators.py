@@ -210,7 +210,8 @@ class TieredEnumerator(EmbeddingEnumerator):
         measured = self._access.table(option.name)
         if measured.rows != rows:
             raise ConfigurationError(
-                f"access profile: table {option.name!r} has {measured.rows} rows there and {rows} in the model; profile the data of this job"
+                f"access profile: table {option.name!r} has {measured.rows} rows there and {rows} in the model; "
+                "profile the data of this job"
             )
         return measured
 

@@ -1,7 +1,7 @@
 """The last bytes: what a plan leaves of each rank's memory makes caches, then pools, larger.
 
-Always the table gets more that saves most time a byte, priced as the search's bound prices it; it gets an eighth of what is left, or what it
-can use, and then the next one. Sizes only grow, and no rank's memory is exceeded.
+Always the table gets more that saves most time a byte, priced as the search's bound prices it; it gets an eighth of what is left, or what
+it can use, and then the next one. Sizes only grow, and no rank's memory is exceeded.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class _Growing:
         return sum(float(now - then) for use in self.option.uses for now, then in [self.option.model.tiered(use, *sizes) @ self.price])
 
 
-def fill(
-    plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes: int, busy_price: Floats
-) -> list[ShardingOption]:
+def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes: int, busy_price: Floats) -> list[ShardingOption]:
     """The placed plan with larger pools and caches. Shape: busy_price (resources,)."""
     ddr, pmem = [float(storage.ddr) for storage in capacity], [float(pmem_bytes)] * len(capacity)
     for option in plan:

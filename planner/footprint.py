@@ -26,11 +26,6 @@ class Table:
     in_memory: ShardingOption | None
     tiered: TieredShardingOption | None
 
-    @property
-    def possible(self) -> bool:
-        """Whether there is a way to keep it."""
-        return self.in_memory is not None or self.tiered is not None
-
     @cached_property
     def leaves(self) -> bool:
         """Whether it may go to the SSD, and has a choice."""
@@ -38,7 +33,8 @@ class Table:
 
     @property
     def _saved_bytes(self) -> int:
-        assert self.in_memory is not None and self.tiered is not None
+        assert self.in_memory is not None
+        assert self.tiered is not None
         return int(self.in_memory.total_storage.ddr - self.tiered.total_storage.ddr)
 
     @property

@@ -21,7 +21,7 @@ is cheap anyway, and prefetched), and bandwidth that differs by the order of acc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -116,7 +116,7 @@ class PerfModel:
     ranks_per_host: int = 1
     dense_ms: float = 0.0
     prefetched: bool = True
-    checkpoints: CheckpointSchedule = CheckpointSchedule()
+    checkpoints: CheckpointSchedule = field(default_factory=CheckpointSchedule)
 
     def __deepcopy__(self, memo: Any) -> PerfModel:
         return self
@@ -155,7 +155,9 @@ class PerfModel:
         busy[:, DDR] += 1e3 * 2 * use.record_bytes * (missed + written) / self.hardware.ddr.read_bytes_per_s
         if cache.any():
             if self.hardware.pmem is None:
-                raise ConfigurationError("the plan has PMem, and the hardware profile none; measure it with `mtrains calibrate --pmem-path`")
+                raise ConfigurationError(
+                    "the plan has PMem, and the hardware profile none; measure it with `mtrains calibrate --pmem-path`"
+                )
             victims = np.where(cache > 0, missed, 0.0)
             moved = hits / self.hardware.pmem.read_bytes_per_s + victims / self.hardware.pmem.write_bytes_per_s
             busy[:, PMEM] += 1e3 * use.record_bytes * moved
@@ -181,7 +183,9 @@ class PerfModel:
     def _measured(self, cost: str, count: Floats) -> float:
         value = getattr(self.hardware.kernel, cost)
         if value is None and count.any():
-            raise ConfigurationError(f"the hardware profile has no {cost}: its calibration saw no such device; give `mtrains calibrate` its path")
+            raise ConfigurationError(
+                f"the hardware profile has no {cost}: its calibration saw no such device; give `mtrains calibrate` its path"
+            )
         return float(value or 0.0)
 
     def _ssd_ms(self, record_bytes: int, reads: Floats, written: Floats) -> Floats:

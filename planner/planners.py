@@ -29,8 +29,9 @@ from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
 from .hardware_profile import HardwareProfile
 from .partitioners import TieredPartitioner
-from .perf_model import PerfModel
+from .perf_model import PerfModel, StepPrediction
 from .proposers import TieredProposer
+from .search import SearchResult, predicted
 from .sharding_options import TieredShardingOption
 from .shortages import shortage
 from .stats import TieredStats, plan_rows, render_plan
@@ -151,6 +152,16 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         if plan is not self._planned[0]:
             raise ConfigurationError("plan_rows explains the last plan that this planner made, got another one; plan again")
         return self._planned[1]
+
+    @property
+    def search_result(self) -> SearchResult | None:
+        """What the search for the last plan found; None where everything was in memory."""
+        return self._tiered_proposer.result
+
+    @property
+    def prediction(self) -> StepPrediction:
+        """The step of the last plan, predicted."""
+        return predicted(self._best_plan or [], self._model, self._topology.world_size)
 
     def describe(self, plan: ShardingPlan) -> RichTable:
         """The plan as people read it."""

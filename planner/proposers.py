@@ -51,8 +51,11 @@ class TieredProposer(Proposer):
         for option in search_space:
             options[option.fqn].append(option)
         self.stock = [_in_memory(of_table) for of_table in options.values()]
-        self.tables = [_ways(of_table, self.capacity) for of_table in options.values()]
-        self.footprint = Footprint([_table(of_table[0].name, ways) for of_table, ways in zip(options.values(), self.tables, strict=True)])
+        ways = [
+            [o if isinstance(o, TieredShardingOption) else charged(o) for o in of_table if placeable(o)] for of_table in options.values()
+        ]
+        self._tables = [[o for o in of_table if self._fits_a_rank(o)] for of_table in ways]
+        self.footprint = Footprint([self._table(of_table[0].name, mine) for of_table, mine in zip(options.values(), ways, strict=True)])
         self._enumerator, self._fits, self.result = enumerator, False, None
         self._proposals = self._in_turn()
 
@@ -75,13 +78,13 @@ class TieredProposer(Proposer):
         everything = sum(self.capacity.storage, Storage(0, 0, 0))
         if all(self.stock) and sum(min(o.total_storage.ddr for o in of_table) for of_table in self.stock) <= everything.ddr:
             yield from self._without_tiers()
-        if self._fits or not all(table.possible for table in self.footprint.tables):
+        if self._fits or not all(self._tables):
             return
         start = self._by_room()
         if start is None and len(self.capacity.storage) == 1:
             return
-        seconds = 0.5 + 0.04 * len(self.tables) if self._search_seconds is None else self._search_seconds
-        self.result = search(self.tables, self.capacity, self._model, seconds, start)
+        seconds = 0.5 + 0.04 * len(self._tables) if self._search_seconds is None else self._search_seconds
+        self.result = search(self._tables, self.capacity, self._model, seconds, start)
         if self.result is not None:
             yield self.result.options
 
@@ -104,25 +107,27 @@ class TieredProposer(Proposer):
                     pass
         return None
 
+    def _fits_a_rank(self, option: ShardingOption) -> bool:
+        rank = Storage(*(max(getattr(s, tier) for s in self.capacity.storage) for tier in ("hbm", "ddr", "ssd")))
+        return all(shard.storage.fits_in(rank) for shard in option.shards)
+
+    def _table(self, name: str, ways: Sequence[ShardingOption]) -> Table:
+        """In memory: the fused option of least DDR whose shards each fit a rank, table-wise first. Above the SSD: table-wise where that
+        fits a rank, else row-wise."""
+        stock = [o for o in _in_memory(ways) if self._fits_a_rank(o)]
+        fused = [o for o in stock if o.compute_kernel == FUSED] or stock
+        tiered = [o for o in ways if isinstance(o, TieredShardingOption)]
+
+        def worse(o: TieredShardingOption) -> tuple[bool, bool, int]:
+            fits = self._fits_a_rank(o)
+            return not fits, (o.sharding_type == ROW_WISE) == fits, o.pool_rows
+
+        return Table(
+            name,
+            min(fused, key=lambda o: (o.total_storage.ddr, o.sharding_type != TABLE_WISE, o.total_perf), default=None),
+            min(tiered, key=worse, default=None),
+        )
+
 
 def _in_memory(options: Sequence[ShardingOption]) -> list[ShardingOption]:
     return [o for o in options if not isinstance(o, TieredShardingOption)]
-
-
-def _ways(options: Sequence[ShardingOption], capacity: Capacity) -> list[ShardingOption]:
-    """The options that the search can place, each shard small enough for some rank; all of their storage is charged."""
-    rank = Storage(*(max(getattr(s, tier) for s in capacity.storage) for tier in ("hbm", "ddr", "ssd")))
-    ways = [o if isinstance(o, TieredShardingOption) else charged(o) for o in options if placeable(o)]
-    return [o for o in ways if all(shard.storage.fits_in(rank) for shard in o.shards)]
-
-
-def _table(name: str, ways: Sequence[ShardingOption]) -> Table:
-    """In memory: the fused option of least DDR, table-wise first. Above the SSD: table-wise where there is that."""
-    stock = _in_memory(ways)
-    fused = [o for o in stock if o.compute_kernel == FUSED] or stock
-    tiered = [o for o in ways if isinstance(o, TieredShardingOption)]
-    return Table(
-        name,
-        min(fused, key=lambda o: (o.total_storage.ddr, o.sharding_type != TABLE_WISE, o.total_perf), default=None),
-        min(tiered, key=lambda o: (o.sharding_type == ROW_WISE, o.pool_rows), default=None),
-    )

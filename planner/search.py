@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
-from .assignment import Solution, solve
+from .assignment import solve
 from .candidates import TIERS, Candidates, Sizes, candidates, ranks_memory
-from .choices import Assignment, Ranks
+from .choices import Assignment, Ints, Ranks
 from .filling import fill
 from .perf_model import SHARED, PerfModel, StepPrediction
 from .relaxation import relax
@@ -63,24 +63,34 @@ def search(
     start: Sequence[ShardingOption] | None = None,
 ) -> SearchResult | None:
     """The best plan found in about so many seconds; None where none was found to fit. ``tables``: the options of each. ``start``: a plan of
-    some of them, with smallest pools, that is known to fit."""
+    some of them, with smallest pools, that is known to fit; where the candidates, which charge a rank for the largest shard of a table,
+    leave no other, it is the plan."""
     began = time.perf_counter()
     ranks = capacity.ranks(model)
     pmem = capacity.pmem_bytes > 0
     offered = candidates(tables, model, pmem)
     solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds)
+    if not np.isfinite(solution.objective_ms) and start is not None:
+        solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds, _found(offered, start))
     if not np.isfinite(solution.objective_ms):
         if start is None:
             return None
-        solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds, _found(offered, start))
+        return _result(fill(start, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms), tables, capacity, model, began)
     for finer in _FINER:
         chosen = [(offered.options[i], offered.sizes[i]) for i in solution.assignment.candidate]
         offered = candidates(tables, model, pmem, [sizes for _, sizes in chosen], finer)
         before = Assignment(_indices(offered, chosen), solution.assignment.rank)
         solution = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, before)
-    options = fill(_placed(offered, solution), capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
-    last = [Sizes(o.pool_rows, o.cache_rows) if isinstance(o, TieredShardingOption) else None for o in options]
-    relaxation = relax(candidates(tables, model, pmem, last).choices, ranks)
+    placed = offered.placed(solution.assignment.candidate, solution.assignment.rank)
+    options = fill(placed, capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
+    return _result(options, tables, capacity, model, began)
+
+
+def _result(
+    options: list[ShardingOption], tables: Sequence[Sequence[ShardingOption]], capacity: Capacity, model: PerfModel, began: float
+) -> SearchResult:
+    sizes = [Sizes(o.pool_rows, o.cache_rows) if isinstance(o, TieredShardingOption) else None for o in options]
+    relaxation = relax(candidates(tables, model, capacity.pmem_bytes > 0, sizes).choices, capacity.ranks(model))
     return SearchResult(
         options,
         predicted(options, model, len(capacity.storage)),
@@ -99,16 +109,12 @@ def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: i
     return model.predict(busy)
 
 
-def _placed(offered: Candidates, solution: Solution) -> list[ShardingOption]:
-    return offered.placed(solution.assignment.candidate, solution.assignment.rank)
-
-
 def _found(offered: Candidates, plan: Sequence[ShardingOption]) -> Assignment:
     chosen = [(o, Sizes(o.pool_rows) if isinstance(o, TieredShardingOption) else Sizes()) for o in plan]
     everywhere = offered.choices.spread[indices := _indices(offered, chosen)]
     return Assignment(indices, np.array([-1 if all_ranks else o.shards[0].rank for o, all_ranks in zip(plan, everywhere, strict=True)]))
 
 
-def _indices(offered: Candidates, chosen: Sequence[tuple[ShardingOption, Sizes]]) -> np.ndarray:
+def _indices(offered: Candidates, chosen: Sequence[tuple[ShardingOption, Sizes]]) -> Ints:
     index = {(id(option), sizes): i for i, (option, sizes) in enumerate(zip(offered.options, offered.sizes, strict=True))}
     return np.array([index[id(option), sizes] for option, sizes in chosen])
