@@ -4,12 +4,14 @@ A *batch* is a global one, the samples of all ranks together. A *miss* is a uniq
 batch is looked up. A curve's points are pool sizes and the misses a batch that our own policy has there in its steady state:
 
     (0, unique rows)      no pool: every row is missing
-    simulated             where the pool can hold a batch and is not larger than what was used
+    simulated             where the pool can hold a batch and is smaller than what was used
     (used rows, first)    whatever was used fits: only rows used for the first time are missing
     (all rows, 0)         the table is in the pool
 
 Between points misses fall linearly in the logarithm of the pool. Above ``full_rows`` no pool had filled up when the counting began: there
-the curve is what the data were long enough to show, first uses, and an endless job has at least as many misses.
+the curve is what the data were long enough to show, and an endless job has at least as many misses.
+
+A table has a curve for each of several lookahead windows, of one set of sizes; between them misses go with the logarithm of the window.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ from ..errors import ConfigurationError
 
 FORMAT_VERSION = 1
 
+MOST_LOOKAHEAD = 64
+"""Batches that a slot pool can know ahead."""
+
 
 def _require(good: bool, what: str) -> None:
     if not good:
@@ -36,7 +42,8 @@ def _require(good: bool, what: str) -> None:
 
 @dataclass(frozen=True)
 class MissCurve:
-    """Misses a batch by pool size, for batches of ``batch_samples`` and a lookahead window of ``lookahead`` batches.
+    """Misses a batch by pool size, for batches of ``batch_samples`` and a lookahead window of ``lookahead`` batches (None: each size has
+    its own).
 
     ``write_backs_per_batch``: rows that leave the pool changed, at the same sizes. ``sampled_share``: of the rows, those that
     were simulated.
@@ -46,14 +53,16 @@ class MissCurve:
     misses_per_batch: tuple[float, ...]
     write_backs_per_batch: tuple[float, ...]
     batch_samples: int
-    lookahead: int = 0
+    lookahead: int | None = 0
     sampled_share: float = 1.0
     full_rows: int = 0
 
     def __post_init__(self) -> None:
         points = len(self.pool_rows)
         lengths = len(self.misses_per_batch), len(self.write_backs_per_batch)
-        _require(points >= 2 and lengths == (points, points), f"a curve has as many misses and write-backs as sizes, got {points}, {lengths}")
+        _require(
+            points >= 2 and lengths == (points, points), f"a curve has as many misses and write-backs as sizes, got {points}, {lengths}"
+        )
         rising = self.pool_rows[0] == 0 and all(a < b for a, b in zip(self.pool_rows, self.pool_rows[1:], strict=False))
         _require(rising, f"the pool sizes of a curve rise from 0, got {self.pool_rows}")
         falling = all(a >= b >= 0 for a, b in zip(self.misses_per_batch, self.misses_per_batch[1:], strict=False))
@@ -72,12 +81,6 @@ class MissCurve:
         sizes = np.log1p(np.maximum(0.0, np.array((pool_rows, *self.pool_rows), np.float64)))
         return float(np.interp(sizes[0], sizes[1:], values))
 
-    def scaled(self, factor: float, batch_samples: int, unique_rows: float) -> MissCurve:
-        """The curve of batches ``factor`` times as large, which have ``unique_rows``: no batch misses more rows than it has."""
-        grown = [tuple(min(unique_rows, v * factor) for v in values) for values in (self.misses_per_batch, self.write_backs_per_batch)]
-        misses, write_backs = (unique_rows, *grown[0][1:]), grown[1]
-        return replace(self, misses_per_batch=misses, write_backs_per_batch=write_backs, batch_samples=batch_samples)
-
 
 @dataclass(frozen=True)
 class TableAccess:
@@ -87,7 +90,8 @@ class TableAccess:
     ``lookup_share_by_row_range``: by equal ranges of the rows. ``lookup_share_by_popularity``: (share of the rows, the most used
     first; share of the lookups that they have). ``reuse_batches``: of the uses of a row in a batch, the share whose last use was
     1, 2, 3-4, 5-8, … batches before; the last one: those without. ``drift``: share of a window's unique rows that the window before
-    had not, windows of ``drift_batches``. ``lru_miss_curve``: an LRU cache's, exact, for TorchRec's ``CacheStatistics``.
+    had not, windows of ``drift_batches``. ``miss_curves``: of our own policy, by rising lookahead. ``lru_miss_curve``: an LRU cache's,
+    exact, for TorchRec's ``CacheStatistics``.
     """
 
     name: str
@@ -103,16 +107,21 @@ class TableAccess:
     reuse_batches: tuple[float, ...]
     drift: float
     drift_batches: int
-    miss_curve: MissCurve
+    miss_curves: tuple[MissCurve, ...]
     lru_miss_curve: MissCurve
     row_bytes: int | None = None
     assumed: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.rows >= 1 and self.batch_samples >= 1, f"table '{self.name}' needs rows and samples, got {self.rows}, {self.batch_samples}")
+        _require(
+            self.rows >= 1 and self.batch_samples >= 1, f"table '{self.name}' needs rows and samples, got {self.rows}, {self.batch_samples}"
+        )
         most = min(self.rows, self.lookups_per_batch)
         fits = 0 <= self.unique_rows_per_batch <= most * (1 + 1e-9)
         _require(fits, f"table '{self.name}' has {self.unique_rows_per_batch} unique rows a batch, more than its rows or lookups ({most})")
+        windows = [curve.lookahead or 0 for curve in self.miss_curves]
+        alike = len({curve.pool_rows for curve in self.miss_curves}) == 1 and windows == sorted(set(windows))
+        _require(alike, f"table '{self.name}' needs curves of the same pool sizes by rising lookahead, got lookaheads {windows}")
 
     @property
     def pooling_factor(self) -> float:
@@ -129,7 +138,7 @@ class TableAccess:
     def unique_rows(self, batch_samples: int) -> float:
         """Unique rows of a batch of so many samples: measured where it was, linear in logarithms between and beyond, where it
         follows the last stretch, up to all rows."""
-        samples, rows = (np.log(np.maximum(1e-9, np.array(column, np.float64))) for column in zip(*self.unique_rows_by_samples, strict=True))
+        samples, rows = np.log(np.maximum(1e-9, np.array(self.unique_rows_by_samples, np.float64))).T
         at = math.log(batch_samples)
         if len(samples) > 1 and at > samples[-1]:
             slope = (rows[-1] - rows[-2]) / (samples[-1] - samples[-2])
@@ -140,15 +149,40 @@ class TableAccess:
             log_rows = float(np.interp(at, samples, rows))
         return min(float(self.rows), self.pooling_factor * batch_samples, math.exp(log_rows))
 
-    def miss_curve_for(self, batch_samples: int) -> MissCurve:
-        """``miss_curve`` for batches of another size.
+    @cached_property
+    def miss_curve(self) -> MissCurve:
+        """``miss_curve_for`` the batches that were profiled, in a pipeline that is left its own choice of lookahead."""
+        return self.miss_curve_for(self.batch_samples)
 
-        Whether a row is still in a pool depends on the rows used since its last use, hardly on the batches that these came in. So misses
-        a sample stay, up to the unique rows of the batch. The lookahead window is taken to reach as many samples as it did.
+    def miss_curve_for(self, batch_samples: int, lookahead: int | None = None) -> MissCurve:
+        """Our own policy's curve for batches of ``batch_samples``, with a lookahead window of so many of them.
+
+        ``lookahead`` None: at each pool size what ``TieredTrainPipeline`` chooses by itself for a pool of that size, as many batches as
+        have as many unique rows, 1 to 64. Whether a row is still in a pool depends on the rows used since its last use, hardly on the
+        batches that these came in, and what a window is worth on the samples that it reaches. So for another batch misses a sample stay,
+        up to the unique rows of the batch, and the window is converted to batches of the profile.
         """
-        if batch_samples == self.batch_samples:
-            return self.miss_curve
-        return self.miss_curve.scaled(batch_samples / self.batch_samples, batch_samples, self.unique_rows(batch_samples))
+        factor = batch_samples / self.batch_samples
+        unique = self.unique_rows(batch_samples)
+        sizes = self.miss_curves[0].pool_rows
+        windows = [min(MOST_LOOKAHEAD, max(1, math.ceil(p / max(unique, 1)))) if lookahead is None else lookahead for p in sizes]
+        misses, write_backs = (
+            [min(unique, self._in_window(k, w * factor, name) * factor) for k, w in enumerate(windows)]
+            for name in ("misses_per_batch", "write_backs_per_batch")
+        )
+        misses[0] = unique
+        return replace(
+            self.miss_curves[0],
+            misses_per_batch=tuple(np.minimum.accumulate(misses).tolist()),
+            write_backs_per_batch=tuple(write_backs),
+            batch_samples=batch_samples,
+            lookahead=lookahead,
+        )
+
+    def _in_window(self, point: int, lookahead: float, values: str) -> float:
+        """Of the curves' points with this number, at a window between theirs."""
+        windows = [math.log1p(curve.lookahead or 0) for curve in self.miss_curves]
+        return float(np.interp(math.log1p(lookahead), windows, [getattr(curve, values)[point] for curve in self.miss_curves]))
 
 
 class TableCacheStatistics(CacheStatistics):
@@ -198,7 +232,9 @@ class AccessProfile:
         Raises: ConfigurationError when the profile does not have it.
         """
         if name not in self.tables:
-            raise ConfigurationError(f"access profile: it has no table '{name}', only {', '.join(self.tables)}; profile the data of this job")
+            raise ConfigurationError(
+                f"access profile: it has no table '{name}', only {', '.join(self.tables)}; profile the data of this job"
+            )
         return self.tables[name]
 
     def save(self, path: str | Path) -> None:
@@ -238,7 +274,9 @@ class AccessProfile:
             tables = [_table(of_table) for of_table in content["tables"]]
             return cls({t.name: t for t in tables}, content["source"], content["date"])
         except (KeyError, TypeError) as e:
-            raise ConfigurationError(f"access profile {path}: {e!r} is missing or of another type; make it anew with mtrains profile") from e
+            raise ConfigurationError(
+                f"access profile {path}: {e!r} is missing or of another type; make it anew with mtrains profile"
+            ) from e
 
 
 def _tuples(value: Any) -> Any:
@@ -248,6 +286,10 @@ def _tuples(value: Any) -> Any:
 def _table(content: dict[str, Any]) -> TableAccess:
     known = {f.name for f in fields(TableAccess)}
     values = {name: _tuples(value) for name, value in content.items() if name in known}
-    for curve in ("miss_curve", "lru_miss_curve"):
-        values[curve] = MissCurve(**{name: _tuples(value) for name, value in content[curve].items()})
+    values["miss_curves"] = tuple(map(_curve, content["miss_curves"]))
+    values["lru_miss_curve"] = _curve(content["lru_miss_curve"])
     return TableAccess(**values)
+
+
+def _curve(content: dict[str, Any]) -> MissCurve:
+    return MissCurve(**{name: _tuples(value) for name, value in content.items()})

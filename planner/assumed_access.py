@@ -1,30 +1,36 @@
 """What a table's accesses would be under a popularity law, for planning without data.
 
 Every lookup is an independent draw from Zipf's law over the rows (probability ∝ rank^-exponent), ids scattered over the table, nothing
-drifts. Unique rows follow from that exactly. Misses come from mean-field equations in closed form, no simulation, so that plans need no
-native core:
+drifts. Unique rows follow from that exactly. Misses come from mean-field equations, no simulation, so that plans need no native core:
 
     LRU   a row is there if it was used in the last T batches; T such that the expected rows in the pool are its size (Che's
           approximation)
-    ours  S3-FIFO (kernels/csrc/eviction_order.h) without a lookahead window. A row passes small in T_small batches, a lap of main
-          takes T_main, and a row that left small is remembered for T_ghost. The expected rows in small and main, a tenth of the
-          pool and the rest, and those that leave small in T_ghost, as many as the pool has rows, determine the three.
+    ours  S3-FIFO with a window of announced batches (kernels/csrc/eviction_order.h). A row that enters a list has no use in the
+          window. It passes small in T_small batches, a lap of main takes T_main, and a row that left small is remembered for T_ghost.
+          At the end of small or of a lap it is awaited, and in no list until its last announced use; or it was used, and goes on in
+          main; or it leaves. The expected rows in small and in main, at most a tenth of the pool and the rest of what awaited rows
+          leave, and those that leave small in T_ghost, as many as the pool has rows, determine the three. If awaited rows alone do not
+          fit, those used last go first, as if the window were shorter: it is, until the others fit.
 
-Of a row with probability q of being used in a batch, with ``a0`` and ``a1`` the probabilities that a lap of main sees none and one batch
-that uses it: a stay in main has (1 - a1) ÷ a0² laps, since it ends with a lap without a use that began without one left, and two are
-remembered.
+Of a row with probability q of being used in a batch, a lap of main sees no use and one use beyond the window with probabilities ``a0``
+and ``a1`` and ends without an awaited use with probability ``e``: a stay in main has (1 - e a1) ÷ (e a0)² laps, since it ends with a lap
+without a use that began without one left, and two are remembered.
 
 ``tests/test_assumed_access.py`` holds both against the simulated policies.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from ..errors import ConfigurationError
 from .access_profile import MissCurve, TableAccess
+
+LOOKAHEADS = (0, 8, 64)
+"""Windows that curves are measured and assumed for."""
 
 CURVE_POINTS = 12
 SMALLEST_POOL = 0.001
@@ -39,8 +45,9 @@ REUSE_CLASSES = 12
 POPULARITY_SHARES = (0.0001, 0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 ROW_RANGES = 64
 
-_GROUPS = 400  # of ranks alike; 100 change no miss ratio by 1e-3
-_ROUNDS = 400
+_GROUPS = 100  # of ranks alike; 400 change no miss ratio by 1e-3
+_MOST_ROUNDS = 400
+_SETTLED = 1e-4  # of the misses, from one round to the next
 _SMALL_SHARE = 0.1  # of the pool: eviction_order.h
 
 
@@ -56,10 +63,8 @@ def _groups(rows: int, exponent: float) -> tuple[np.ndarray, np.ndarray]:
     first, last = edges[:-1].astype(np.float64), edges[1:].astype(np.float64) - 1
     exact = first == last  # groups of one rank
     lower, upper = np.maximum(first - 0.5, 0.5), last + 0.5
-    if abs(exponent - 1) < 1e-9:
-        mass = np.log(upper / lower)
-    else:
-        mass = (upper ** (1 - exponent) - lower ** (1 - exponent)) / (1 - exponent)
+    power = 1 - exponent
+    mass = np.log(upper / lower) if abs(power) < 1e-9 else (upper**power - lower**power) / power
     mass = np.where(exact, first**-exponent, mass)
     counts = last - first + 1
     return counts, mass / mass.sum() / counts
@@ -75,41 +80,81 @@ def _lru_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray) -> np.nd
     return (counts[:, None] * use[:, None] * np.exp(stays * np.exp(low))).sum(0)
 
 
-def _s3_fifo_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray) -> np.ndarray:
-    """The fixed point of the three times, in steps of their logarithms; all pools at once."""
+def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahead: int) -> np.ndarray:
+    """The fixed point of the times and the window, in steps of their logarithms; all pools at once.
+
+    Shapes: counts, use (groups,); pools (pools,) → (pools,). A miss begins a cycle of a row: presence, then absence until the next miss.
+    """
     q, n, none = use[:, None], counts[:, None], np.log1p(-use)[:, None]
     batch = (n * q).sum()
+
+    def unused(batches: np.ndarray) -> np.ndarray:
+        return np.exp(np.maximum(batches * none, -100))
+
+    def gap(within: np.ndarray) -> np.ndarray:
+        """Batches to the next use, if it comes within so many."""
+        cut = np.maximum(within, 1e-3 / q)  # before, any batch is as likely as another
+        exact = (1 - unused(cut) * (1 + cut * q)) / (q * (1 - unused(cut)))
+        return np.where(within < cut, (within + 1) / 2, exact)
+
     small, main, ghost = (np.log(np.maximum(1.0, share * pools / batch)) for share in (_SMALL_SHARE, 1.0, 1.0))
+    longest = np.log(max(lookahead - 1, 1e-9))  # the batch that is looked up is the first of its window
+    window = np.minimum(longest, np.log(pools / batch))
     misses = np.zeros(len(pools))
-    for _ in range(_ROUNDS):
-        in_small, in_main, remembered = np.exp(small), np.exp(main), np.exp(ghost)
-        used_in_small, back_in_time = -np.expm1(none * in_small), -np.expm1(none * remembered)
-        uses = -none * in_main
-        a0 = np.exp(np.maximum(-uses, -300))
-        a1 = uses * a0
-        stay = (1 - a1) / a0**2 * in_main
-        again = (1 - used_in_small) * back_in_time  # of those that entered small: left it, and came back as ghosts
+    for _ in range(_MOST_ROUNDS):
+        in_small, in_main, ahead = np.exp(small), np.exp(main), np.exp(window)
+        away = unused(ahead)
+        unmet_in_small, unmet_in_main = (unused(np.minimum(t, ahead)) for t in (in_small, in_main))
+        used_in_small = 1 - unused(np.maximum(in_small - ahead, 0))
+        uses = -none * np.maximum(in_main - ahead, 0)
+        a0 = np.exp(np.maximum(-uses, -100))
+        laps = (1 - unmet_in_main * uses * a0) / (unmet_in_main * a0) ** 2
+        more_laps = laps + 1 / (unmet_in_main * a0)
+        back_in_time = 1 - unused(np.maximum(np.exp(ghost) - ahead, 0))
+        again = away * unmet_in_small * (1 - used_in_small) * back_in_time
         to_small = 1 / (1 + again)
-        per_batch = 1 / (to_small * (in_small + used_in_small * stay) + (1 - to_small) * stay + 1 / q)
-        misses = (n * per_batch).sum(0)
-        rows_in_small = (n * per_batch * to_small * in_small).sum(0)
-        rows_in_main = (n * per_batch * (to_small * used_in_small + 1 - to_small) * stay).sum(0)
-        left = (n * per_batch * to_small * (1 - used_in_small)).sum(0)
-        small = np.clip(small + 0.5 * np.log(_SMALL_SHARE * pools / rows_in_small), 0, 60)  # a batch's rows stay for that batch
-        room = np.maximum(pools - rows_in_small, 0.01 * pools)
-        main = np.clip(main + 0.5 * np.log(room / rows_in_main), 0, 60)
-        ghost = np.log(pools / np.maximum(left, 1e-12)) * 0.5 + ghost * 0.5
+        from_small = to_small * away
+        time_in_small = from_small * in_small
+        laps_in_main = (1 - away + from_small * (1 - unmet_in_small)) * more_laps
+        laps_in_main += (from_small * unmet_in_small * used_in_small + (1 - to_small) * away) * laps
+        time_in_main = laps_in_main * in_main
+        further = (1 - away) / away * gap(ahead)
+        waits = [gap(np.minimum(t, ahead)) + np.maximum(ahead - t, 0) + further for t in (in_small, in_main)]
+        time_awaited = further + from_small * (1 - unmet_in_small) * waits[0] + laps_in_main * (1 - unmet_in_main) * waits[1]
+        per_batch = n / (time_in_small + time_in_main + time_awaited + ahead + 1 / q)
+        before, misses = misses, per_batch.sum(0)
+        if (np.abs(misses - before) <= _SETTLED * misses).all():
+            break
+        rows_in_small, rows_in_main, rows_awaited = ((per_batch * t).sum(0) for t in (time_in_small, time_in_main, time_awaited))
+        left = (per_batch * from_small * unmet_in_small * (1 - used_in_small)).sum(0)
+        at_least = rows_in_small * np.exp(-small) + rows_in_main * np.exp(-main)  # a batch's rows stay for that batch
+        room = np.maximum(pools - rows_awaited, 0.001 * pools)
+        small = np.clip(small + 0.5 * np.log(np.minimum(_SMALL_SHARE * pools, room) / rows_in_small), 0, 60)
+        main = np.clip(main + 0.5 * np.log(np.maximum(room - rows_in_small, 0.001 * pools) / rows_in_main), 0, 60)
+        ghost = 0.5 * np.log(pools / np.maximum(left, 1e-12)) + ghost * 0.5
+        most = np.maximum(pools - at_least, 0.05 * pools)
+        window = np.minimum(longest, window + 0.25 * np.log(most / np.maximum(rows_awaited, 1e-12)))
     return misses
 
 
-@lru_cache(maxsize=4096)
 def assumed_access(
-    rows: int, lookups_per_batch: float, batch_samples: int, zipf_exponent: float = 1.05, *, name: str = "assumed", row_bytes: int | None = None
+    rows: int,
+    lookups_per_batch: float,
+    batch_samples: int,
+    zipf_exponent: float = 1.05,
+    *,
+    name: str = "assumed",
+    row_bytes: int | None = None,
 ) -> TableAccess:
     """A table of ``rows`` with ``lookups_per_batch`` lookups in a global batch of ``batch_samples``.
 
     Raises: ConfigurationError for sizes or exponents that are no law.
     """
+    return replace(_assumed(rows, lookups_per_batch, batch_samples, zipf_exponent), name=name, row_bytes=row_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _assumed(rows: int, lookups_per_batch: float, batch_samples: int, zipf_exponent: float) -> TableAccess:
     if rows < 1 or lookups_per_batch <= 0 or batch_samples < 1 or zipf_exponent < 0:
         raise ConfigurationError(
             "assumed_access: rows, lookups_per_batch and batch_samples must be positive and zipf_exponent not negative, got "
@@ -120,11 +165,11 @@ def assumed_access(
     unique = min(float((counts * use).sum()), lookups_per_batch, float(rows))
     pools = np.array([p for p in curve_sizes(rows) if unique <= p < rows], np.float64)
 
-    def curve(misses: np.ndarray) -> MissCurve:
+    def curve(misses: np.ndarray, lookahead: int = 0) -> MissCurve:
         falling = tuple(np.minimum.accumulate(np.minimum(unique, misses)).tolist()) if len(pools) else ()
         sizes = (0, *(int(p) for p in pools), rows)
         points = (unique, *falling, 0.0)
-        return MissCurve(sizes, points, points, batch_samples, full_rows=rows)
+        return MissCurve(sizes, points, points, batch_samples, lookahead, full_rows=rows)
 
     def unique_of(lookups: float) -> float:
         return float((counts * -np.expm1(-lookups * probability)).sum())
@@ -133,7 +178,7 @@ def assumed_access(
     gap = 2.0 ** np.arange(REUSE_CLASSES - 1)
     within = (counts[:, None] * use[:, None] * -np.expm1(np.log1p(-use)[:, None] * gap)).sum(0) / (counts * use).sum()
     return TableAccess(
-        name=name,
+        name="assumed",
         rows=rows,
         batch_samples=batch_samples,
         batches=0,
@@ -146,8 +191,7 @@ def assumed_access(
         reuse_batches=(*np.diff(within, prepend=0.0).tolist(), float(1 - within[-1])),
         drift=0.0,
         drift_batches=0,
-        miss_curve=curve(_s3_fifo_misses(counts, use, pools)),
+        miss_curves=tuple(curve(_our_misses(counts, use, pools, window), window) for window in LOOKAHEADS),
         lru_miss_curve=curve(_lru_misses(counts, use, pools)),
-        row_bytes=row_bytes,
         assumed=True,
     )

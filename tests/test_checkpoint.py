@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import jobs
+import torchrec_mtrains as mtrains
+from dmp_twins import Job, Table, batch, in_order, sharded
 from ranks import RankFailureError, Ranks
+from torchrec_mtrains import SsdHome
 from torchrec_mtrains.checkpoint_folder import latest_step
 from torchrec_mtrains.errors import ConfigurationError, VolumeIoError, VolumeMismatchError
 
@@ -129,6 +133,24 @@ def test_two_ranks_resume_with_the_same_bits(ranks, folders):
         assert second[rank][0] == 11
         assert first[rank][1] + second[rank][1] == whole[rank][1]
         assert second[rank][2] == whole[rank][2]
+
+
+def resumed_output(ssd: str, checkpoint: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank 0 has an SSD's table and rank 1 one in memory: what a batch looks up before and after going back."""
+    job = Job([Table(40, 8, ["a"], 20), Table(30, 8, ["b"], 20, rank=1, tiered=False)], batch_size=3)
+    dmp = sharded(job, True, SsdHome((ssd,), capacity_bytes=64 << 20))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    mtrains.save_checkpoint(dmp, checkpoint, step=1)
+    same = batch(job, generator)
+    before = in_order(dmp.module(same))
+    before.sum().backward()
+    mtrains.load_checkpoint(dmp, checkpoint)
+    return before.detach(), in_order(dmp.module(same)).detach()
+
+
+def test_ranks_without_a_table_in_memory_resume_beside_those_that_have_one(ranks, folders):
+    for before, after in ranks.run(resumed_output, *map(str, folders)):
+        assert torch.equal(before, after)
 
 
 def test_one_ranks_failure_to_open_a_checkpoint_is_raised_on_all(ranks, folders):

@@ -42,7 +42,7 @@ def ssd(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["profile"], ["demo"]])
 def test_every_command_has_help(command):
     result = run(*command, "--help")
     assert result.exit_code == 0

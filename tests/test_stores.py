@@ -25,6 +25,7 @@ from torchrec_mtrains.kernels import MemoryVolume, PmemVolume, SsdVolume, Volume
 from torchrec_mtrains.kernels.caches import CachedVolume
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 
+from disk import allocated_bytes
 from strategies import PMEM
 from torchrec_mtrains.errors import UnsupportedError, VolumeError, VolumeFullError
 from torchrec_mtrains.tiers import Cache, DdrCache, PmemCache
@@ -179,13 +180,6 @@ class Store:
         for t, rows in enumerate(everything):
             if rows:
                 self.tables[t].put(ids(list(rows)), torch.stack(list(rows.values())))
-
-    def disk_bytes(self) -> int:
-        total = 0
-        for file in (f for folder in self.folders for f in Path(folder).iterdir()):
-            with contextlib.suppress(FileNotFoundError):  # the cleaner removed it
-                total += file.stat().st_blocks * 512
-        return total
 
     def close(self) -> None:
         self.chain.close()
@@ -451,7 +445,7 @@ class StoresAgree(RuleBasedStateMachine):
     def nothing_exceeds_its_room(self) -> None:
         for store in self.stores:
             store.chain._native.check()
-            assert store.disk_bytes() <= CAPACITY_BYTES + 16 * 4096, store.name  # the folders' own blocks, the lock
+            assert allocated_bytes(store.folders) <= CAPACITY_BYTES + 16 * 4096, store.name  # the folders' own blocks, the lock
             for table in store.cached:
                 assert all(c["resident_rows"] <= c["rows"] for c in store.chain.cache_stats(table))
 

@@ -18,6 +18,7 @@ import torch
 from torchrec_mtrains.kernels import MemoryVolume, PmemVolume, SsdVolume, VolumeTable
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 
+from disk import allocated_bytes
 from torchrec_mtrains.errors import (
     ConfigurationError,
     DamagedRecordError,
@@ -328,6 +329,18 @@ def test_paths_that_cannot_hold_a_volume_are_named(tmp_path: Path) -> None:
         SsdVolume((str(tmp_path),), 1000)
 
 
+def test_a_table_whose_blocks_leave_no_room_for_a_first_row_is_refused_when_it_is_opened(path: str) -> None:
+    capacity = 2 << 20  # 16 of the smallest segments
+    volume = SsdVolume((path,), capacity)
+    sizes = [4000 + 4096 * i for i in range(8)]  # each another size of block, with two segments open
+    for size in sizes[:-1]:
+        volume.table(f"t{size}", row_count=ROWS, record_bytes=size).put(ids(0), records(1, record_bytes=size))
+    with pytest.raises(ConfigurationError, match=rf"table 't{sizes[-1]}' does not fit: .* at least \d+ before any row, got {capacity}"):
+        volume.table(f"t{sizes[-1]}", row_count=ROWS, record_bytes=sizes[-1])
+    assert read(volume.table(f"t{sizes[0]}", row_count=ROWS, record_bytes=sizes[0]), 0).ne(0).any()
+    volume.close()
+
+
 def test_rows_and_shapes_that_do_not_fit_are_refused_before_anything_changes(path: str) -> None:
     table = small_table(SsdVolume((path,), CAPACITY))
     for bad in (-1, ROWS):
@@ -378,7 +391,7 @@ def test_cleaning_makes_room_for_random_overwrites_and_loses_nothing(path: str, 
             committed = torch.empty(rows, record_bytes, dtype=torch.uint8)
             tables[1].get(torch.arange(rows), committed)
     assert volume.stats()["moved_rows"] > 0
-    assert sum(f.stat().st_blocks * 512 for f in Path(path).iterdir()) <= capacity + 16 * 4096
+    assert allocated_bytes([path]) <= capacity + 16 * 4096
     if every is None:
         volume.checkpoint(1)
         committed = torch.empty(rows, record_bytes, dtype=torch.uint8)

@@ -144,6 +144,8 @@ def load_checkpoint(
     if dense_optimizer is not None:
         dense_optimizer.zero_grad()
     torch.set_rng_state(state["rng"][str(dist.get_rank())])
+    if "device_rng" in state:
+        torch.cuda.set_rng_state(state["device_rng"][str(dist.get_rank())], dmp.device)
     for i, group in enumerate(groups):
         if group.counts_steps:
             group.set_optimizer_steps(int(state["optimizer_steps"][_steps_key(i)]))
@@ -165,7 +167,7 @@ def wants_checkpoint(dmp: DistributedModelParallel) -> bool:
     wish = durability.wants_checkpoint(tiered_groups(dmp))
     if dist.get_world_size() == 1:
         return wish
-    wishes = torch.tensor([int(wish)])
+    wishes = torch.tensor([int(wish)], device=dmp.device)
     dist.all_reduce(wishes, dist.ReduceOp.MAX)
     return bool(wishes.item())
 
@@ -199,13 +201,17 @@ def _state(dmp: DistributedModelParallel, dense: Optimizer | None, groups: Seque
     def others(entries: Any) -> dict[str, Any]:
         return {key: value for key, value in entries.items() if not f".{key}".endswith(durable)} if durable else dict(entries)
 
-    return {
+    device = dmp.device if dmp.device.type == "cuda" else None
+    parts = {
         "model": others(dmp.state_dict()),
         "fused_optimizer": others(dmp.fused_optimizer.state_dict()["state"]),
         "dense_optimizer": {} if dense is None else {str(key): value for key, value in dense.state_dict()["state"].items()},
         "rng": {str(dist.get_rank()): torch.get_rng_state()},
+        "device_rng": {} if device is None else {str(dist.get_rank()): torch.cuda.get_rng_state(device)},
         "optimizer_steps": {_steps_key(i): torch.tensor([g.optimizer_steps]) for i, g in enumerate(groups) if g.counts_steps},
     }
+    # What is empty on this rank may not be on others, and then an empty dict cannot be loaded.
+    return {name: part for name, part in parts.items() if part}
 
 
 def _steps_key(group: int) -> str:

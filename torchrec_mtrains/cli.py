@@ -11,7 +11,9 @@ import click
 from . import __version__
 from .checkpoint_commands import checkpoint, inspect
 from .command import typed_errors
+from .data_options import DATA, DATA_OPTIONS, data_source, with_options
 from .errors import ConfigurationError
+from .profile_command import profile
 from .sizes import parse_bytes
 
 Command = Callable[..., Any]
@@ -44,25 +46,6 @@ class _Widths(click.ParamType):
         return widths
 
 
-def _options(*options: Command) -> Callable[[Command], Command]:
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_DATA = (
-    click.option("--data", required=True, metavar="KIND[:PATH]", help="synthetic, movielens:PATH (.inter) or criteo:PATH (Kaggle TSV)."),
-    click.option("--batch-size", type=click.IntRange(1), default=1024, show_default=True, help="Samples a step and rank."),
-    click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over a file."),
-    click.option("--rows", type=click.IntRange(1), default=None, help="Rows a table: synthetic (200,000) and criteo (100,000)."),
-    click.option("--tables", type=click.IntRange(1), default=8, show_default=True, help="Synthetic: number of tables."),
-    click.option("--pooling", type=click.IntRange(1), default=4, show_default=True, help="Synthetic: lookups a sample and table."),
-    click.option("--calibration", default="meta2021", show_default=True, help="Synthetic: meta2021, meta2022 or uniform."),
-    click.option("--held-out-share", type=float, default=0.1, show_default=True, help="Files: the last part in time, never trained on."),
-)
 _MODEL = (
     click.option("--embedding-dim", type=int, default=32, show_default=True),
     click.option("--dense-layers", type=_Widths(), default="64", show_default=True, help="Hidden widths of the dense arch."),
@@ -95,27 +78,6 @@ _JOB = (
     click.option("--lookahead", type=click.IntRange(0), default=None, help="Further batches that eviction knows; if left out, what helps."),
     click.option("--plan-only", is_flag=True, help="Print the plan and stop."),
 )
-
-
-def _source(o: dict[str, Any], rank: int, world_size: int) -> Any:
-    from .data import CriteoSource, MovieLensSource, SyntheticConfig, SyntheticSource
-
-    kind, _, path = o["data"].partition(":")
-    where = {"rank": rank, "world_size": world_size}
-    if kind == "synthetic" and not path:
-        sizes = SyntheticConfig(
-            table_count=o["tables"],
-            rows=o["rows"] or 200_000,
-            pooling=o["pooling"],
-            calibration=o["calibration"],
-        )
-        return SyntheticSource(sizes, o["batch_size"], seed=o["seed"], **where)
-    split = {"epochs": o["epochs"], "held_out_share": o["held_out_share"]}
-    if kind == "movielens" and path:
-        return MovieLensSource(path, o["batch_size"], seed=o["seed"], **split, **where)
-    if kind == "criteo" and path:
-        return CriteoSource(path, o["batch_size"], rows=o["rows"] or 100_000, **split, **where)
-    raise ConfigurationError(f"--data must be synthetic, movielens:PATH or criteo:PATH, got {o['data']!r}")
 
 
 def _train_options(o: dict[str, Any]) -> Any:
@@ -159,7 +121,7 @@ def _plan(o: dict[str, Any]) -> None:
 
     options = _train_options(o)
     with process_group() as pg:
-        source = _source(o, pg.rank(), pg.size())
+        source = data_source(o, pg.rank(), pg.size())
         _, placed = placed_model(source, options, pg)
         if pg.rank() == 0:
             show.plan(placed.rows)
@@ -178,10 +140,11 @@ def main() -> None:
 
 main.add_command(checkpoint)
 main.add_command(inspect)
+main.add_command(profile)
 
 
 @main.command()
-@_options(*_DATA, *_MODEL, *_PLACEMENT, *_SCHEDULE)
+@with_options(DATA, *DATA_OPTIONS, *_MODEL, *_PLACEMENT, *_SCHEDULE)
 @typed_errors
 def plan(**o: Any) -> None:
     """Print where every table would live."""
@@ -189,7 +152,7 @@ def plan(**o: Any) -> None:
 
 
 @main.command()
-@_options(*_DATA, *_MODEL, *_PLACEMENT, *_SCHEDULE, *_JOB)
+@with_options(DATA, *DATA_OPTIONS, *_MODEL, *_PLACEMENT, *_SCHEDULE, *_JOB)
 @typed_errors
 def train(**o: Any) -> None:
     """Train TorchRec's DLRM; under torchrun, on several ranks."""
@@ -207,7 +170,7 @@ def train(**o: Any) -> None:
         torch.set_num_threads(o["threads"])
     options = _train_options(o)
     with process_group() as pg:
-        source = _source(o, pg.rank(), pg.size())
+        source = data_source(o, pg.rank(), pg.size())
         first = pg.rank() == 0
         progress = show.Progress(source, options, pg.size()) if first else None
         result = run(source, options, pg, progress.step if progress else None, show.plan if first else None)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import ConfigurationError
+from .html_page import document, picture, png, table, write
 from .meters import PHASES
 from .planner import plan_cells
 from .show import summary
@@ -22,12 +19,6 @@ from .train import StepRecord, TrainResult
 
 _POINTS = 300  # a curve is averaged over equal stretches of steps down to so many points
 _MIB = 1 << 20
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0; font-size: 13px } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd }
-th { text-align: left; border-bottom: 2px solid #888 } td.n { text-align: right; font-variant-numeric: tabular-nums }
-img { width: 100% } h2 { margin-top: 2em }
-"""
 
 
 def stretches(values: Sequence[float], points: int = _POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -38,15 +29,6 @@ def stretches(values: Sequence[float], points: int = _POINTS) -> tuple[np.ndarra
     parts = np.array_split(np.asarray(values, np.float64), min(len(values), points))
     ends = np.cumsum([len(part) for part in parts])
     return ends - np.array([(len(part) + 1) / 2 for part in parts]), np.array([part.mean() for part in parts])
-
-
-def _png(figure: Any) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _axes(ylabel: str) -> tuple[Any, Any]:
@@ -70,7 +52,7 @@ def loss_picture(steps: Sequence[StepRecord]) -> str:
     """Training loss by step."""
     figure, axes = _axes("loss (binary cross-entropy)")
     _curve(axes, steps, [s.loss for s in steps])
-    return _png(figure)
+    return png(figure)
 
 
 def hit_picture(steps: Sequence[StepRecord]) -> str:
@@ -80,7 +62,7 @@ def hit_picture(steps: Sequence[StepRecord]) -> str:
         _curve(axes, steps, [1 - s.tiers["misses"] / max(1, s.tiers[of]) for s in steps], label=label)
     axes.set_ylim(0, 1)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def io_picture(steps: Sequence[StepRecord]) -> str:
@@ -90,7 +72,7 @@ def io_picture(steps: Sequence[StepRecord]) -> str:
         _curve(axes, steps, [s.tiers[key] / _MIB for s in steps], label=label)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def time_picture(steps: Sequence[StepRecord]) -> str:
@@ -109,23 +91,7 @@ def time_picture(steps: Sequence[StepRecord]) -> str:
     highest = sum(mean for _, mean in averaged.values())
     axes.set_ylim(0, 1.15 * float(np.percentile(highest, 99)))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _png(figure)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    number = re.fullmatch(r"[\d,.]+( [KMGT]?i?B)?", text)
-    return f'<td class="n">{text}</td>' if number else f"<td>{html.escape(text)}</td>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _picture(title: str, png: str) -> str:
-    return f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{png}">'
+    return png(figure)
 
 
 def page(result: TrainResult) -> str:
@@ -134,7 +100,7 @@ def page(result: TrainResult) -> str:
     parts = [f"<h1>{html.escape(result.data)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary(result))]
     parts.append("<h2>Tiers of this rank</h2>")
     parts.append(
-        _table(
+        table(
             ("tier", "rows", "bytes", "lookups", "hits", "reads", "read", "writes", "written"),
             [
                 (
@@ -153,15 +119,14 @@ def page(result: TrainResult) -> str:
         )
     )  # fmt: skip
     if steps:
-        parts.append(_picture("Loss", loss_picture(steps)))
+        parts.append(picture("Loss", loss_picture(steps)))
         if any(s.tiers.get("lookups") for s in steps):
-            parts.append(_picture("Hit ratio", hit_picture(steps)))
-            parts.append(_picture("I/O per step", io_picture(steps)))
-        parts.append(_picture("Where a step's time went", time_picture(steps)))
+            parts.append(picture("Hit ratio", hit_picture(steps)))
+            parts.append(picture("I/O per step", io_picture(steps)))
+        parts.append(picture("Where a step's time went", time_picture(steps)))
     parts.append("<h2>Plan</h2>")
-    parts.append(_table(*plan_cells(result.plan)))
-    head = f'<meta charset="utf-8"><title>{html.escape(result.data)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    parts.append(table(*plan_cells(result.plan)))
+    return document(result.data, parts)
 
 
 def write_report(result: TrainResult, path: Path) -> Path:
@@ -169,9 +134,4 @@ def write_report(result: TrainResult, path: Path) -> Path:
 
     Raises: ConfigurationError when the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(result), encoding="utf-8")
-    except OSError as e:
-        raise ConfigurationError(f"report {path}: {e.strerror}; name another file with --report") from e
-    return path
+    return write(page(result), path)

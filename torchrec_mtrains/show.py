@@ -27,16 +27,17 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # a file or a pipe has no width of its own
-    return console
+def console() -> Console:
+    """Standard output, wide enough for tables where it is no terminal."""
+    out = Console()
+    if not out.is_terminal:
+        out.width = 140  # a file or a pipe has no width of its own
+    return out
 
 
 def plan(rows: list[dict[str, Any]]) -> None:
     """One line a table of the model."""
-    _console().print(render_plan(rows))
+    console().print(render_plan(rows))
 
 
 class Progress:
@@ -112,10 +113,10 @@ def tiers(rows: list[TierRow]) -> Table:
 
 def result(done: TrainResult) -> None:
     """The end of a job: tiers, speed, quality, memory."""
-    console = _console()
-    console.print(tiers(tier_rows(done)))
+    out = console()
+    out.print(tiers(tier_rows(done)))
     for line in summary(done):
-        console.print(line, highlight=False)
+        out.print(line, highlight=False)
 
 
 def summary(done: TrainResult) -> list[str]:

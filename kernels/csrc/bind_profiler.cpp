@@ -48,39 +48,46 @@ nb::dict counts(const TableProfiler& self) {
   return d;
 }
 
-nb::dict pools(const TableProfiler& self) {
-  std::vector<int64_t> misses, write_backs;
-  std::vector<int32_t> resident;  // -1: given up, it could not hold a batch
-  for (const MissSimulator::Pool& p : self.simulator().pools()) {
-    misses.push_back(p.misses);
-    write_backs.push_back(p.write_backs);
-    resident.push_back(p.directory ? p.directory->resident() : -1);
+nb::list pools(const TableProfiler& self) {
+  nb::list windows;
+  for (const MissSimulator& simulator : self.simulators()) {
+    std::vector<int64_t> misses, write_backs;
+    std::vector<int32_t> resident;  // -1: given up, it could not hold a batch
+    for (const MissSimulator::Pool& p : simulator.pools()) {
+      misses.push_back(p.misses);
+      write_backs.push_back(p.write_backs);
+      resident.push_back(p.directory ? p.directory->resident() : -1);
+    }
+    nb::dict d;
+    d["lookahead"] = simulator.lookahead();
+    d["batches"] = simulator.looked_up();
+    d["misses"] = misses;
+    d["write_backs"] = write_backs;
+    d["resident"] = resident;
+    windows.append(d);
   }
-  nb::dict d;
-  d["batches"] = self.simulator().looked_up();
-  d["pool_rows"] = self.scaled_pools();
-  d["misses"] = misses;
-  d["write_backs"] = write_backs;
-  d["resident"] = resident;
-  d["lru_misses"] = self.lru_misses();
-  return d;
+  return windows;
 }
 
 }  // namespace
 
 void bind_profiler(nb::module_& m) {
   nb::class_<TableProfiler>(m, "TableProfiler")
-      .def(nb::init<int64_t, int64_t, uint64_t, const std::vector<int64_t>&, uint32_t, uint32_t, int64_t>(), "rows"_a, "sampled_rows"_a,
-           "seed"_a, "pool_rows"_a, "lookahead"_a, "outstanding"_a, "window_batches"_a)
+      .def(nb::init<int64_t, int64_t, uint64_t, const std::vector<int64_t>&, const std::vector<uint32_t>&, uint32_t, int64_t>(), "rows"_a,
+           "sampled_rows"_a, "seed"_a, "pool_rows"_a, "lookaheads"_a, "outstanding"_a, "window_batches"_a)
       .def("push", &push<int64_t>, "ids"_a)
       .def("push", &push<int32_t>, "ids"_a)
       .def("finish", &TableProfiler::finish, nb::call_guard<nb::gil_scoped_release>())
       .def("counts", &counts)
       .def("pools", &pools)
+      .def("lru_misses", &TableProfiler::lru_misses)
+      .def("scaled_pools", &TableProfiler::scaled_pools)
       .def("uses_of_sample",
            [](const TableProfiler& self) {
              const auto uses = self.uses_of_sample();
              return nb::ndarray<nb::numpy, const uint32_t, nb::ndim<1>>(uses.data(), {uses.size()}, nb::find(self));
            })
-      .def("check", [](const TableProfiler& self) { self.simulator().check(); });
+      .def("check", [](const TableProfiler& self) {
+        for (const MissSimulator& simulator : self.simulators()) simulator.check();
+      });
 }

@@ -88,6 +88,14 @@ LogVolume::Table& LogVolume::add_table(const TableSpec& spec, const Initializer&
                                                " bytes does not fit this volume's segments of " + std::to_string(segment_bytes_) +
                                                "; raise capacity_bytes of a new volume");
   }
+  const bool known = std::any_of(streams_.begin(), streams_.end(), [&](const Stream& s) { return s.block_bytes == shape.block_bytes; });
+  const uint64_t least = (streams_.size() + (known ? 1 : 3)) * segment_bytes_ + manifest_bytes();  // a segment a stream, one to turn over
+  if (least > options_.capacity_bytes && !options_.read_only) {
+    throw Error(ErrorKind::kConfiguration, "table '" + spec.name + "' does not fit: the tables of volume " + name() +
+                                               " need capacity_bytes of at least " + std::to_string(least) + " before any row, got " +
+                                               std::to_string(options_.capacity_bytes) + "; each size of block has two segments of " +
+                                               std::to_string(segment_bytes_) + " bytes open. Nothing was changed");
+  }
   auto open = [&](bool survivors) {
     Stream& stream = stream_of(shape.block_bytes, survivors);
     ++stream.tables;

@@ -20,27 +20,23 @@ MissSimulator::MissSimulator(int64_t rows, const std::vector<int64_t>& pool_rows
   }
 }
 
-std::vector<int64_t> MissSimulator::know(std::vector<int64_t> batch) {
-  window_.push_back(std::move(batch));
+void MissSimulator::know(std::span<const int64_t> batch) {
+  window_.emplace_back(batch.begin(), batch.end());
   if (lookahead_ == 0) return look_up();
   const std::vector<int64_t>& ids = window_.back();
   const uint64_t number = looked_up_ + window_.size();
   for (Pool& pool : pools_) {
-    if (!pool.directory) continue;
-    pool.directory->announce(ids.data(), 0, static_cast<int64_t>(ids.size()), bit(number));
-    pool.directory->set_first_announced(looked_up_ + 1);
+    if (pool.directory) pool.directory->announce(ids.data(), 0, static_cast<int64_t>(ids.size()), bit(number));
   }
-  return window_.size() == lookahead_ ? look_up() : std::vector<int64_t>{};
+  if (window_.size() == lookahead_) look_up();
 }
 
-bool MissSimulator::finish(std::vector<int64_t>& batch) {
-  if (window_.empty()) return false;
-  batch = look_up();
-  return true;
+void MissSimulator::finish() {
+  while (!window_.empty()) look_up();
 }
 
-std::vector<int64_t> MissSimulator::look_up() {
-  std::vector<int64_t> ids = std::move(window_.front());
+void MissSimulator::look_up() {
+  const std::vector<int64_t> ids = std::move(window_.front());
   window_.pop_front();
   ++looked_up_;
   if (looked_up_ > INT32_MAX) throw Error(ErrorKind::kConfiguration, "a simulation has at most " + std::to_string(INT32_MAX) + " batches");
@@ -48,7 +44,6 @@ std::vector<int64_t> MissSimulator::look_up() {
   for (Pool& pool : pools_) {
     if (pool.directory && !begin(pool, ids)) pool.directory.reset();
   }
-  return ids;
 }
 
 bool MissSimulator::begin(Pool& pool, std::span<const int64_t> ids) {

@@ -28,17 +28,16 @@ class MissSimulator {
 
   MissSimulator(int64_t rows, const std::vector<int64_t>& pool_rows, uint32_t lookahead, uint32_t outstanding);
 
-  // The next batch is known. Looks one up when the window is full, or there is none; returns it, or an empty one.
-  std::vector<int64_t> know(std::vector<int64_t> batch);
-  // No batch comes any more: looks the next one of the window up and returns true, while there is one.
-  bool finish(std::vector<int64_t>& batch);
+  void know(std::span<const int64_t> batch);  // the next batch; the oldest of the window is looked up when that is full, or there is none
+  void finish();                          // no batch comes any more: looks up what the window holds
 
+  uint32_t lookahead() const { return lookahead_; }
   uint64_t looked_up() const { return looked_up_; }
   const std::vector<Pool>& pools() const { return pools_; }
   void check() const;  // tests: throws std::logic_error at a broken invariant of a directory
 
  private:
-  std::vector<int64_t> look_up();
+  void look_up();
   bool begin(Pool& pool, std::span<const int64_t> ids);
   static uint64_t bit(uint64_t batch) { return uint64_t{1} << (batch % 64); }
 

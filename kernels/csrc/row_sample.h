@@ -9,12 +9,18 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <string>
+
+#include "errors.h"
 
 namespace mtrains {
 
 class RowSample {
  public:
   RowSample(int64_t rows, int64_t sampled, uint64_t seed) : rows_(static_cast<uint64_t>(rows)), sampled_(static_cast<uint64_t>(sampled)) {
+    if (rows < 1 || sampled < 1 || sampled > rows) {
+      throw Error(ErrorKind::kConfiguration, "a sample has 1 to all rows of a table, got " + std::to_string(sampled) + " of " + std::to_string(rows));
+    }
     low_ = static_cast<uint64_t>(std::sqrt(static_cast<double>(rows_)));
     while (low_ * low_ < rows_) ++low_;
     high_ = (rows_ + low_ - 1) / low_;

@@ -12,10 +12,6 @@ namespace mtrains {
 namespace {
 
 std::vector<int64_t> scaled(const std::vector<int64_t>& pool_rows, int64_t rows, int64_t sampled) {
-  if (rows < 1 || rows > INT32_MAX - 1 || sampled < 1 || sampled > rows) {
-    throw Error(ErrorKind::kConfiguration, "a profile is of tables of 1 to " + std::to_string(INT32_MAX - 1) + " rows and samples 1 to all of them, got " +
-                                               std::to_string(rows) + " and " + std::to_string(sampled));
-  }
   if (sampled > INT32_MAX / 4) throw Error(ErrorKind::kConfiguration, "a profile samples at most " + std::to_string(INT32_MAX / 4) + " rows, got " + std::to_string(sampled));
   if (!std::is_sorted(pool_rows.begin(), pool_rows.end())) throw Error(ErrorKind::kConfiguration, "the pool sizes of a profile must rise");
   std::vector<int64_t> pools;
@@ -26,11 +22,12 @@ std::vector<int64_t> scaled(const std::vector<int64_t>& pool_rows, int64_t rows,
 
 }  // namespace
 
-TableProfiler::TableProfiler(int64_t rows, int64_t sampled_rows, uint64_t seed, const std::vector<int64_t>& pool_rows, uint32_t lookahead,
-                             uint32_t outstanding, int64_t window_batches)
+TableProfiler::TableProfiler(int64_t rows, int64_t sampled_rows, uint64_t seed, const std::vector<int64_t>& pool_rows,
+                             const std::vector<uint32_t>& lookaheads, uint32_t outstanding, int64_t window_batches)
     : rows_(rows), sample_(rows, sampled_rows, seed), scaled_pools_(scaled(pool_rows, rows, sampled_rows)), in_batch_(rows), used_(rows),
       last_batch_(static_cast<size_t>(sampled_rows)), uses_(static_cast<size_t>(sampled_rows)),
-      simulator_(sampled_rows, scaled_pools_, lookahead, outstanding), lru_(sampled_rows, scaled_pools_) {
+      lru_(sampled_rows, scaled_pools_) {
+  for (const uint32_t lookahead : lookaheads) simulators_.emplace_back(sampled_rows, scaled_pools_, lookahead, outstanding);
   sample_counts_.windows.batches = std::max<int64_t>(1, window_batches);
 }
 
@@ -68,16 +65,15 @@ void TableProfiler::push(std::span<const Index> ids) {
     if (const int64_t name = sample_.name(id); name >= 0) names.push_back(name);
   }
   count_sample(names);
-  const std::vector<int64_t> begun = simulator_.know(std::move(names));
-  lru_.use(begun);
+  lru_.use(names);
+  for (MissSimulator& simulator : simulators_) simulator.know(names);
 }
 
 template void TableProfiler::push<int32_t>(std::span<const int32_t>);
 template void TableProfiler::push<int64_t>(std::span<const int64_t>);
 
 void TableProfiler::finish() {
-  std::vector<int64_t> begun;
-  while (simulator_.finish(begun)) lru_.use(begun);
+  for (MissSimulator& simulator : simulators_) simulator.finish();
 }
 
 void TableProfiler::count_sample(std::span<const int64_t> names) {

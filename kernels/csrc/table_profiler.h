@@ -2,12 +2,13 @@
 //
 // Of all rows, exact, at 2 bits a row: lookups, by range of rows too; unique rows of a batch and of its first quarter and sixteenth;
 // rows used at all. Of a sample of the rows (row_sample.h), at 8 bytes a sampled row: uses, batches since the last use, unique rows of
-// several batches, drift. And what pools of several sizes miss of the sample: miss_simulator.h, lru_curve.h. Pools are scaled as the
-// sample is; what they miss is the sample's and is scaled by the reader.
+// several batches, drift. And what pools of several sizes and lookahead windows miss of the sample: miss_simulator.h, lru_curve.h. Pools
+// are scaled as the sample is; what they miss is the sample's and is scaled by the reader.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <vector>
 
@@ -37,17 +38,17 @@ class TableProfiler {
   };
 
   // Throws kConfiguration for sizes that cannot be.
-  TableProfiler(int64_t rows, int64_t sampled_rows, uint64_t seed, const std::vector<int64_t>& pool_rows, uint32_t lookahead,
-                uint32_t outstanding, int64_t window_batches);
+  TableProfiler(int64_t rows, int64_t sampled_rows, uint64_t seed, const std::vector<int64_t>& pool_rows,
+                const std::vector<uint32_t>& lookaheads, uint32_t outstanding, int64_t window_batches);
 
   // Throws kIdOutOfRange, and nothing is changed.
   template <class Index>
   void push(std::span<const Index> ids);
-  void finish();  // no batch comes any more: those that wait in the lookahead window are looked up
+  void finish();  // no batch comes any more: those that wait in lookahead windows are looked up
 
   const Counts& counts() const { return counts_; }
   const SampleCounts& sample_counts() const { return sample_counts_; }
-  const MissSimulator& simulator() const { return simulator_; }
+  const std::deque<MissSimulator>& simulators() const { return simulators_; }  // one a lookahead
   std::vector<int64_t> lru_misses() const { return lru_.misses(); }
   std::span<const uint32_t> uses_of_sample() const { return uses_; }
   const std::vector<int64_t>& scaled_pools() const { return scaled_pools_; }
@@ -64,7 +65,7 @@ class TableProfiler {
   Counts counts_;
   SampleCounts sample_counts_;
   std::vector<uint32_t> last_batch_, uses_;  // by name in the sample; batches count from 1
-  MissSimulator simulator_;
+  std::deque<MissSimulator> simulators_;
   LruCurve lru_;
 };
 

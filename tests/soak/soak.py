@@ -40,7 +40,7 @@ HANG_S = 120  # without a new phase or loss; guess: far above the longest step o
 LONGEST_DELAY_S = 1.0  # of a kill that waits for no phase: some 20 steps
 SNAPSHOT, CLEANING = "index snapshot", "cleaning"
 # Typical s a phase lasts, measured.
-TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.001, "push": 0.02, "pull": 0.02, CLEANING: 0.001}
+TARGETS = {"open": 0.02, "checkpoint": 0.05, SNAPSHOT: 0.0002, "push": 0.02, "pull": 0.02, CLEANING: 0.001}
 MOMENT_S = 0.002  # the cleaner is at work if it moved records in the last one
 LOSE_DISK_SHARE = 0.1  # of the attempts
 
@@ -154,7 +154,7 @@ class Soak:
         mine = [p for p in TARGETS if watched == 0 or p not in ("push", "pull")]
         targets = ["pull"] if "pull" in mine and self.life.lost.exists() else [p for p in mine if p != "pull"]
         target = rng.choice(targets) if rng.random() < 0.5 else None
-        count = 0 if target in ("open", "pull") else rng.randrange(3)  # so many of them pass by; these two come once an attempt
+        count = 0 if target in ("open", "pull", SNAPSHOT) else rng.randrange(3)  # so many of them pass by; these three come seldom
         self.moved, self.moved_at = 0, -math.inf
         start = time.monotonic()
         until = start + rng.random() * LONGEST_DELAY_S if target is None else float("inf")

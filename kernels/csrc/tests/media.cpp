@@ -26,6 +26,13 @@ std::vector<std::string> Folder::stripes(size_t count) const {
   return paths;
 }
 
+bool Folder::holds(const std::string& prefix) const {
+  for (const auto& file : std::filesystem::directory_iterator(path_)) {
+    if (file.path().filename().string().starts_with(prefix)) return true;
+  }
+  return false;
+}
+
 LogOptions options_for(const std::string& medium, std::vector<std::string> paths, uint64_t capacity_bytes) {
   LogOptions options;
   options.paths = std::move(paths);

@@ -43,6 +43,7 @@ class Folder {
   Folder(const Folder&) = delete;
   const std::string& path() const { return path_; }
   std::vector<std::string> stripes(size_t count) const;  // folders in it
+  bool holds(const std::string& prefix) const;           // a file whose name begins so
 
  private:
   std::string path_;

@@ -168,21 +168,22 @@ TEST_ON_EACH_MEDIUM("a volume that is written over many times stays within its c
 TEST_ON_EACH_MEDIUM("a volume that cleans while index snapshots are written goes back to what its checkpoint held") {
   Random random = fresh_random();
   const Folder folder;
-  LogOptions options = options_for(medium, {folder.path()}, 12u << 20);
+  LogOptions options = options_for(medium, {folder.path()}, 24u << 20);
   options.snapshot_after_bytes = 1u << 20;
   const auto volume = open_volume(options);
   constexpr uint32_t kBytes = 60'000;
-  constexpr int64_t kCount = 24;  // 1.4 MB of records
+  constexpr int64_t kCount = 60;  // 3.6 MB of records: survivors, a few a segment, are soon overwritten
   const TableId table = volume->table({"t", kCount, kBytes}, {});
   std::vector<uint64_t> newest(kCount, 0), committed;
-  uint64_t epoch = 0;
+  uint64_t epoch = 0, snapshots = 0;
   for (uint64_t version = 1; version <= 600 * rounds(); ++version) {
-    if (version % 10 == 1 || volume->wants_checkpoint()) {
+    if (version % 2 == 1 || volume->wants_checkpoint()) {
       volume->checkpoint(++epoch);
       committed = newest;
+      snapshots += folder.holds("index_");
     }
     bool go_back = version % 40 == 0;
-    std::vector<int64_t> rows(6);
+    std::vector<int64_t> rows(1 + below(random, 24));
     for (int64_t& r : rows) r = static_cast<int64_t>(below(random, kCount));
     try {
       put_versions(*volume, table, kBytes, rows, std::vector<uint64_t>(rows.size(), version));
@@ -197,6 +198,7 @@ TEST_ON_EACH_MEDIUM("a volume that cleans while index snapshots are written goes
     CHECK(get_versions(*volume, table, kBytes, rows_up_to(kCount)) == newest);
   }
   CHECK(volume->stats().moved_rows > 0);
+  CHECK(snapshots > 0);
 }
 
 TEST("a volume that is full says so, and serves what it took") {

@@ -1,0 +1,168 @@
+"""A DLRM over several ranks: its tables in tiers under one sharding, or in stock FUSED, and one table in FUSED on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_row_wise, table_wise
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+from torchrec.optim.keyed import CombinedOptimizer
+
+import torchrec_mtrains as mtrains
+from _common import ZipfIds
+from _multi_ranks import device_of
+from torchrec_mtrains.data import TableShape
+from torchrec_mtrains.data.source import make_batch
+from torchrec_mtrains.job_model import EBC_PATH, ModelOptions, build_model, dense_optimizer, fused_params
+
+SHARDINGS = ("table_wise", "row_wise", "column_wise", "table_row_wise")
+DENSE_FEATURES = 13
+ROWS_AT_ONCE = 1 << 15
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tables alike, the last of which is in FUSED on either side; ``batch_size`` samples a rank, ``pooling`` lookups of each a table."""
+
+    tables: int
+    rows: int
+    dim: int
+    batch_size: int
+    pooling: int
+    over: tuple[int, ...]
+    exponent: float = 1.05
+
+    @property
+    def options(self) -> ModelOptions:
+        return ModelOptions(embedding_dim=self.dim, over_layers=self.over, learning_rate=0.02, dense_learning_rate=0.001)
+
+    @property
+    def shapes(self) -> list[TableShape]:
+        return [TableShape(f"t{i}", f"f{i}", self.rows, self.pooling) for i in range(self.tables)]
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """A share of a shard's rows is in its pool, above these; ``pool_share`` of at least what a batch may need."""
+
+    pool_share: float
+    below: tuple[Any, ...]
+
+
+class Batches:
+    """So many batches of one rank, made once and used in turn. A table's popular rows are scattered, alike on every rank."""
+
+    def __init__(self, shape: Shape, count: int, rank: int) -> None:
+        features = [t.feature for t in shape.shapes]
+        tables = [ZipfIds(shape.rows, shape.exponent, torch.Generator().manual_seed(i)) for i in range(shape.tables)]
+        drawing = torch.Generator().manual_seed(1000 + rank)
+        for table in tables:
+            table.generator = drawing
+        size = shape.batch_size
+        self.made = [
+            make_batch(
+                features,
+                torch.cat([table.draw(size * shape.pooling) for table in tables]).numpy(),
+                np.full(shape.tables * size, shape.pooling, np.int32),
+                torch.rand(size, DENSE_FEATURES, generator=drawing).numpy(),
+                torch.randint(2, (size,), generator=drawing).float().numpy(),
+            )
+            for _ in range(count)
+        ]
+        if torch.cuda.is_available():
+            self.made = [batch.pin_memory() for batch in self.made]
+
+    def stream(self, first: int, last: int) -> Iterator[Batch]:
+        for number in range(first, last):
+            yield self.made[number % len(self.made)]
+
+
+def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> ShardingPlan:
+    """``sharding`` for every table but the last, which is whole on the last rank."""
+    world, device = dist.get_world_size(), device_of(0).type
+    make = {
+        "table_wise": lambda i: table_wise(i % world),
+        "row_wise": lambda _: row_wise(),
+        "column_wise": lambda _: column_wise(list(range(world))),
+        "table_row_wise": lambda _: table_row_wise(0),
+    }[sharding]
+    generators = {t.name: make(i) for i, t in enumerate(shape.shapes[:-1])} | {shape.shapes[-1].name: table_wise(world - 1)}
+    collection = model.get_submodule(EBC_PATH)
+    stock = construct_module_sharding_plan(
+        collection, generators, EmbeddingBagCollectionSharder(fused_params(shape.options)), world, world, device
+    )
+    result = EmbeddingModuleShardingPlan()
+    for name, table in stock.items():
+        where = {"sharding_type": table.sharding_type, "ranks": table.ranks, "sharding_spec": table.sharding_spec}
+        if tiers and name != shape.shapes[-1].name:
+            rows = max(shard.shard_sizes[0] for shard in table.sharding_spec.shards)  # type: ignore[union-attr]
+            needed = min(rows, 2 * world * shape.batch_size * shape.pooling)  # a batch of all ranks, and the next
+            chain = mtrains.TierChain(min(rows, max(int(rows * tiers.pool_share), needed)), tiers.below)
+            result[name] = mtrains.TieredParameterSharding(**where, tiers=chain)
+        else:
+            result[name] = ParameterSharding(**where, compute_kernel="fused")
+    return ShardingPlan({EBC_PATH: result})
+
+
+class Side:
+    """A sharded model and its optimizer on this rank."""
+
+    def __init__(self, shape: Shape, rank: int, sharding: str, tiers: Tiers | None, alike: bool = False) -> None:
+        """``alike``: tables in memory begin with the values that tiered ones begin with."""
+        self.shape, self.device = shape, device_of(rank)
+        model = build_model(shape.shapes, DENSE_FEATURES, shape.options)
+        configs = model.get_submodule(EBC_PATH).embedding_bag_configs()  # type: ignore[operator]
+        values = {}
+        for config in configs:
+            key = f"{EBC_PATH}.embedding_bags.{config.name}.weight"
+            if alike and (tiers is None or config.name == shape.shapes[-1].name):
+                values[key] = config.init_fn(torch.empty(shape.rows, shape.dim))
+            if tiers is None or config.name == shape.shapes[-1].name:
+                config.init_fn = nn.init.zeros_  # a shard cannot know its rows
+        params = {**fused_params(shape.options), "prefetch_pipeline": True}
+        if self.device.type == "cpu":
+            del params["prefetch_pipeline"]
+        sharders = mtrains.sharders(params) if tiers else [EmbeddingBagCollectionSharder(params)]
+        self.dmp = DistributedModelParallel(model, device=self.device, plan=plan(shape, model, sharding, tiers), sharders=sharders)  # type: ignore[arg-type]
+        if values:
+            self.dmp.load_state_dict(values, strict=False)
+        self.dense = dense_optimizer(self.dmp, shape.options)
+        self.optimizer = CombinedOptimizer([self.dmp.fused_optimizer, self.dense])
+        self.groups = mtrains.tiered_groups(self.dmp)
+
+    def put_every_row(self) -> None:
+        """Every row is in its home, in an order of its own: what lies in one block has nothing to do with use."""
+        for group in self.groups:
+            for t, table in enumerate(group.tables):
+                for rows in torch.randperm(table.rows, generator=torch.Generator().manual_seed(t)).split(ROWS_AT_ONCE):
+                    group.write_some_rows(t, rows, group.read_some_rows(t, rows))
+            group.flush()
+
+    def counters(self) -> dict[str, int]:
+        """Sums over this rank's tables and volumes."""
+        tables = [t for g in self.groups for t in g.stats()]
+        volumes = [v for g in self.groups for v in g.volume_stats()]
+        sums = {k: sum(int(t[k]) for t in tables) for k in ("lookups", "unique_rows", "misses")}
+        return sums | {"read_ios": sum(int(v["read_ios"]) for v in volumes)}
+
+    def every_row(self) -> torch.Tensor:
+        """What the model's tables say of each row, looked up one by one on all ranks. Shape: (rows, tables × dim), on the processor."""
+        features, parts = [t.feature for t in self.shape.shapes], []
+        collection = self.dmp.module.get_submodule(EBC_PATH)
+        with torch.no_grad():
+            for rows in torch.arange(self.shape.rows).split(self.shape.batch_size):
+                count = len(rows) * len(features)
+                batch = make_batch(features, rows.repeat(len(features)).numpy(), np.ones(count, np.int32), np.zeros((1, 1), np.float32),
+                                   np.zeros(1, np.float32))  # fmt: skip
+                pooled = collection(batch.sparse_features.to(self.device)).wait()
+                parts.append(torch.cat([pooled[f] for f in features], dim=1).cpu())
+        return torch.cat(parts)

@@ -1,0 +1,94 @@
+"""What every rank does in a part of the benchmark of several GPUs. Each function runs on all ranks at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+from torchrec_mtrains.kernels import durability
+
+import torchrec_mtrains as mtrains
+from _common import median
+from _multi_job import Batches, Shape, Side, Tiers
+
+PIPELINES = {"TieredTrainPipeline": mtrains.TieredTrainPipeline, "PrefetchTrainPipelineSparseDist": PrefetchTrainPipelineSparseDist}
+ROUNDS = 3
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def bits(rank: int, shape: Shape, sharding: str, tiers: Tiers, steps: int) -> dict[str, Any]:
+    """Losses of every step and all rows at the end, beside stock FUSED on the same ranks, in deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    batches, sides = Batches(shape, steps, rank), {}
+
+    def train(pipeline: Any, tiers: Tiers | None) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        side = Side(shape, rank, sharding, tiers, alike=True)
+        loop, source = pipeline(side.dmp, side.optimizer, side.device), batches.stream(0, steps)
+        losses = [loop.progress(source)[0].cpu() for _ in range(steps)]
+        if isinstance(loop, mtrains.TieredTrainPipeline):
+            loop.detach()
+        else:
+            loop.detach() if hasattr(loop, "detach") else None
+        rows, misses = side.every_row(), side.counters()["misses"]
+        durability.close(side.groups)
+        return losses, rows, misses
+
+    names = [n for n in PIPELINES if n == "TieredTrainPipeline" or torch.cuda.is_available()]  # TorchRec's needs streams
+    theirs, their_rows, _ = train(TrainPipelineSparseDist, None)
+    for name in names:
+        losses, rows, misses = train(PIPELINES[name], tiers)
+        equal = sum(torch.equal(a, b) for a, b in zip(losses, theirs, strict=True))
+        sides[name] = {"equal_losses": equal, "equal_rows": torch.equal(rows, their_rows), "misses": misses}
+    return sides
+
+
+def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | None, warm_up: int, count: int, batches: int) -> dict[str, Any]:
+    """Milliseconds a step, from all ranks' start to all ranks' end, and what this rank's tables counted a step."""
+    side = Side(shape, rank, sharding, tiers)
+    side.put_every_row()
+    made = Batches(shape, batches, rank)
+    source = made.stream(0, warm_up + ROUNDS * count + 200)
+    pipeline = mtrains.TieredTrainPipeline if tiers else TrainPipelineSparseDist
+    loop = pipeline(side.dmp, side.optimizer, side.device)
+    for _ in range(warm_up):
+        loop.progress(source)
+    times, before = [], side.counters()
+    for _ in range(ROUNDS):
+        _synchronize(side.device)
+        start = perf_counter()
+        for _ in range(count):
+            loop.progress(source)
+        _synchronize(side.device)
+        times.append((perf_counter() - start) / count * 1e3)
+    after = side.counters()
+    moved = {f"{k}_per_step": (after[k] - before[k]) / (ROUNDS * count) for k in before}
+    if tiers:
+        loop.reset()  # type: ignore[attr-defined]
+        durability.close(side.groups)
+    return {"ms": median(times), "ms_of_rounds": times, **moved}
+
+
+def job(rank: int, shape: Shape, sharding: str, tiers: Tiers, last: int, every: int, checkpoint: str) -> dict[int, str]:
+    """Trains up to batch ``last``, from the checkpoint if there is one, and commits one ``every`` so many steps. Losses by step, in hex."""
+    torch.use_deterministic_algorithms(True)
+    side = Side(shape, rank, sharding, tiers, alike=True)
+    first = 0
+    if (Path(checkpoint) / "LATEST").exists():
+        first = mtrains.load_checkpoint(side.dmp, checkpoint, dense_optimizer=side.dense).step
+    loop = mtrains.TieredTrainPipeline(side.dmp, side.optimizer, side.device)
+    source, losses = Batches(shape, last, rank).stream(first, last), {}
+    for step in range(first + 1, last + 1):
+        losses[step] = float(loop.progress(source)[0]).hex()
+        if step % every == 0 and step < last:
+            mtrains.save_checkpoint(side.dmp, checkpoint, step=step, dense_optimizer=side.dense)
+    durability.close(side.groups)
+    return losses

@@ -1,0 +1,144 @@
+"""Tiered tables on all GPUs of a host: bits beside stock FUSED by sharding, scaling, one SSD behind all ranks, kill and resume.
+
+docs/gpu.md says what is measured and how to read it. Without GPUs the same code runs over ``--ranks`` processes and gloo: that shows
+that it runs, and its bits; its times say nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from _common import Figure, finish, options, print_figures, print_machine
+from _gpu_machine import ssd_reads
+from _multi_job import SHARDINGS, Shape, Tiers
+from _multi_ranks import on_ranks, once_there
+from _multi_runs import bits, job, steps
+from torchrec_mtrains import DdrHome, SsdHome
+
+SMALL = Shape(tables=5, rows=20_000, dim=64, batch_size=256, pooling=4, over=(64,))
+LARGE = Shape(tables=17, rows=1_000_000, dim=128, batch_size=4096, pooling=10, over=(1024, 1024))
+TINY = Shape(tables=3, rows=600, dim=8, batch_size=16, pooling=2, over=(8,))
+POOL_SHARE = 0.1
+PARTS = ("bits", "resume", "scaling", "ssd")
+
+
+def same_bits(shape: Shape, world: int, count: int, folder: str) -> dict[str, Any]:
+    """By sharding and pipeline: on every rank, whether the bits were those of stock FUSED, over DDR and over an SSD."""
+    found: dict[str, Any] = {}
+    for sharding in SHARDINGS:
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            for name, home in (("DDR", DdrHome()), ("SSD", SsdHome((inside,), capacity_bytes=2 << 30))):
+                by_rank = on_ranks(world, bits, shape, sharding, Tiers(POOL_SHARE, (home,)), count)
+                assert by_rank
+                for pipeline in by_rank[0]:
+                    sides = [r[pipeline] for r in by_rank]
+                    equal = all(s["equal_losses"] == count and s["equal_rows"] for s in sides)
+                    found[f"{sharding}, {name}, {pipeline}"] = {"equal": equal, "ranks": sides}
+                    print(f"bits, {sharding}, {name}, {pipeline}: {'equal' if equal else sides}", flush=True)
+                if world > 1:
+                    assert name == "DDR" or len(list(Path(inside).iterdir())) == world, "one volume a rank"
+    return found
+
+
+def kill_and_resume(shape: Shape, world: int, count: int, folder: str) -> dict[str, Any]:
+    """A job killed at instants after its first checkpoint until it is done: its losses beside those of one that was not."""
+    every, random_ = max(2, count // 6), random.Random(1)
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        ssds = [Path(inside) / name for name in ("undisturbed", "killed")]
+        for ssd in ssds:
+            ssd.mkdir()
+        tiers = [Tiers(POOL_SHARE, (SsdHome((str(ssd),), capacity_bytes=2 << 30),)) for ssd in ssds]
+        whole = on_ranks(world, job, shape, "row_wise", tiers[0], count, count + 1, f"{inside}/none")
+        kills, compared, done, checkpoint = 0, 0, None, Path(inside) / "checkpoint"
+        while done is None:
+            kill = once_there(checkpoint / "LATEST", random_.random() * 2) if kills < 3 else None
+            done = on_ranks(world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), kill_when=kill)
+            kills += done is None
+        assert whole
+        equal = all(whole[r][step] == loss for r in range(world) for step, loss in done[r].items())
+        compared = sum(len(losses) for losses in done)
+        return {"kills": kills, "equal": equal, "losses_compared": compared, "resumed_at": min(min(losses) for losses in done)}
+
+
+def scaling(shape: Shape, world: int, warm_up: int, count: int, batches: int) -> dict[str, Any]:
+    """Steps of stock FUSED and of ours over DDR, on one GPU and on all."""
+    found: dict[str, Any] = {}
+    for name, tiers in (("fused", None), ("ours", Tiers(POOL_SHARE, (DdrHome(),)))):
+        for ranks in sorted({1, world}):
+            by_rank = on_ranks(ranks, steps, shape, "table_wise", tiers, warm_up, count, batches)
+            assert by_rank
+            found[f"{name} {ranks}"] = of = {"ms": max(r["ms"] for r in by_rank), "ranks": by_rank}
+            print(f"{name}, {ranks} ranks: {of['ms']:.2f} ms a step of {ranks * shape.batch_size:,} samples", flush=True)
+    return found
+
+
+def on_ssd(shape: Shape, world: int, warm_up: int, count: int, batches: int, folder: str) -> dict[str, Any]:
+    """Ours with the host's SSD below the pools of all ranks, and what that device can do."""
+    reads = ssd_reads(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        record_bytes = 4 * shape.dim + 4
+        home = SsdHome((inside,), capacity_bytes=2 * shape.tables * shape.rows * (record_bytes + 36) // world + (256 << 20))
+        by_rank = on_ranks(world, steps, shape, "table_wise", Tiers(POOL_SHARE, (home,)), warm_up, count, batches)
+    assert by_rank
+    ios = sum(r["read_ios_per_step"] for r in by_rank)
+    most = max(v for k, v in reads.items() if k != "backend")
+    found = {"ms": max(r["ms"] for r in by_rank), "read_ios_per_step": ios, "io_ms": ios / most * 1e3, "reads": reads, "ranks": by_rank}
+    print(f"ours over an SSD, {world} ranks: {found['ms']:.2f} ms a step, of I/O {found['io_ms']:.2f} ms", flush=True)
+    return found
+
+
+def table(results: dict[str, Any], world: int) -> list[Figure]:
+    """The figures of the results that there are."""
+    figures: list[Figure] = []
+    if of := results.get("bits"):
+        equal = [r["equal"] for r in of.values()]
+        figures.append(Figure(f"shardings, homes and pipelines with equal bits, of {len(equal)}", sum(equal), f"≥ {len(equal)}", 0))
+    if of := results.get("resume"):
+        figures.append(Figure(f"killed {of['kills']} times and resumed: losses equal, of {of['losses_compared']}",
+                              of["losses_compared"] * of["equal"], f"≥ {of['losses_compared']}", 0))  # fmt: skip
+    if of := results.get("scaling"):
+        fused, ours = (of[f"{name} 1"]["ms"] / of[f"{name} {world}"]["ms"] for name in ("fused", "ours"))
+        figures.append(Figure(f"stock FUSED: samples/s on {world} ÷ {world} × one", fused))
+        figures.append(Figure(f"ours, pool {POOL_SHARE:.0%}, DDR: samples/s on {world} ÷ {world} × one", ours))
+        figures.append(Figure("    ÷ stock FUSED's", ours / fused, "≥ 0.95"))
+    if of := results.get("ssd"):
+        compute = results["scaling"][f"fused {world}"]["ms"]
+        figures.append(
+            Figure(f"SSD behind {world} ranks: step ÷ max(stock FUSED, the device's I/O)", of["ms"] / max(compute, of["io_ms"]), "≤ 1.2")
+        )
+    return figures
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--folder", default=".", help="on the SSD to measure")
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="GPUs to use, or processes where there are none")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to do; ssd needs scaling")
+    args = parser.parse_args()
+    small, large = (TINY, TINY) if args.quick else (SMALL, LARGE)
+    count, warm_up, timed, batches = (12, 3, 5, 10) if args.quick else (100, 100, 50, 100)
+    facts = {**print_machine(), "ranks": args.ranks, "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"}
+    print(f"{args.ranks} ranks, gpu: {facts['gpu']}", flush=True)
+    start, results = perf_counter(), {}
+    if "bits" in args.parts:
+        results["bits"] = same_bits(small, args.ranks, count, args.folder)
+    if "resume" in args.parts:
+        results["resume"] = kill_and_resume(small, args.ranks, 10 * count, args.folder)
+        print(results["resume"], flush=True)
+    if "scaling" in args.parts:
+        results["scaling"] = scaling(large, args.ranks, warm_up, timed, batches)
+    if "ssd" in args.parts:
+        results["ssd"] = on_ssd(large, args.ranks, warm_up // 5, timed // 5, batches, args.folder)
+    print_figures(table(results, args.ranks))
+    print(f"took {perf_counter() - start:.0f} s")
+    finish(args, facts, results)
+
+
+if __name__ == "__main__":
+    main()
