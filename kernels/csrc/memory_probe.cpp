@@ -1,6 +1,7 @@
 #include "memory_probe.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstring>
@@ -23,7 +24,7 @@ using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
-volatile uint64_t sink;  // what is read must not be dropped
+std::atomic<uint64_t> sink;  // what is read must not be dropped
 
 uint64_t sum(const std::byte* from, uint64_t bytes) {
   uint64_t sums[8] = {};
@@ -66,7 +67,7 @@ double rows_per_s(const std::byte* area, uint64_t bytes, uint32_t row_bytes, dou
     const auto begin = Clock::now();
     for (size_t i = 0; i < kBatch; ++i) std::memcpy(to.data() + i * row_bytes, area + places[i], row_bytes);
     spent += since(begin);
-    sink = sink + static_cast<uint64_t>(to[done % to.size()]);
+    sink += static_cast<uint64_t>(to[done % to.size()]);
     done += kBatch;
   }
   return static_cast<double>(done) / spent;
@@ -88,7 +89,7 @@ double latency_ns(std::byte* area, uint64_t bytes, double seconds, std::mt19937_
     done += 1000;
   } while (since(begin) < seconds);
   const double spent = since(begin);
-  sink = sink + at;
+  sink += at;
   return 1e9 * spent / static_cast<double>(done);
 }
 
@@ -108,7 +109,7 @@ MemoryProbe probe_memory(const std::string& folder, uint64_t bytes, uint32_t thr
   std::memset(area, 1, bytes);
   MemoryProbe result{};
   result.read_bytes_per_s =
-      bytes_per_s(area, bytes, threads, seconds, [](const std::byte* from, uint64_t n) { sink = sink + sum(from, n); });
+      bytes_per_s(area, bytes, threads, seconds, [](const std::byte* from, uint64_t n) { sink += sum(from, n); });
   result.write_bytes_per_s = bytes_per_s(area, bytes, threads, seconds, [](std::byte* to, uint64_t n) { std::memset(to, 2, n); });
   for (const uint32_t b : row_bytes) result.rows_per_s.push_back(rows_per_s(area, bytes, b, seconds, random));
   result.latency_ns = latency_ns(area, bytes, seconds, random);

@@ -26,7 +26,7 @@ PAGE_BYTES = 4096
 LOG_WRITE_BYTES = 256 << 10  # of the log's writes
 
 READS = [(block, depth, 1.0) for block in (PAGE_BYTES, 16 << 10, 64 << 10) for depth in (1, 8, 32, 128)]
-MIXED = [(PAGE_BYTES, depth, 0.5) for depth in (32, 128)]
+MIXED = [(block, depth, 0.5) for block in (PAGE_BYTES, 64 << 10) for depth in (32, 128)]
 WRITES = [(PAGE_BYTES, depth, 0.0) for depth in (8, 128)] + [(LOG_WRITE_BYTES, depth, 0.0) for depth in (1, 8)]
 POINTS = READS + MIXED + WRITES
 """(block bytes, queue depth, read share)"""

@@ -23,7 +23,8 @@ class Effort:
     steps: int  # of a round of the TBE's
 
     def __post_init__(self) -> None:
-        assert self.rows >= 8 * self.batch_rows and self.batches >= 2
+        assert self.rows >= 8 * self.batch_rows
+        assert self.batches >= 2
 
 
 FULL = Effort(probe_seconds=0.12, rounds=3, file_bytes=1 << 30, area_bytes=256 << 20, rows=400_000, batch_rows=4096, batches=12, steps=12)

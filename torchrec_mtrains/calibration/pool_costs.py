@@ -4,7 +4,7 @@ Four kinds of run, each on a pool of an eighth of its table's rows that goes rou
 is missed:
 
     memory       a MemoryVolume behind the pool, batches that change nothing: clean victims
-    cache        the same with a PmemCache between that holds every row
+    cache        the same with a PmemCache between that holds every row, and batches that change their rows: a victim goes into the cache
     ssd          an SsdVolume, clean victims
     ssd, dirty   the same, batches that change their rows: every victim is put into the log
 
@@ -33,7 +33,8 @@ from .pool import Pool
 
 RECORD_BYTES = 260  # 64 weights in fp32 and the state of row-wise Adagrad
 PREFETCHED = 2  # batches, as TieredTrainPipeline's default
-LOG_BYTES = 64 << 30  # a cap: what is put takes a thousandth of it
+LOG_BYTES_A_RECORD = 512  # more than twice a record of the log
+SPARE_LOG_BYTES = 1 << 30
 _PART = 1 << 14
 
 
@@ -97,6 +98,11 @@ def _full(table: Any) -> Any:
     return table
 
 
+def _log_bytes(effort: Effort) -> int:
+    put = effort.rows + (1 + effort.rounds) * effort.batches * effort.batch_rows
+    return put * LOG_BYTES_A_RECORD + SPARE_LOG_BYTES
+
+
 def _kinds(paths: Sequence[str], pmem_path: str | None, effort: Effort, opened: ExitStack, say: Said) -> dict[str, _Kind]:
     shape = {"row_count": effort.rows, "record_bytes": RECORD_BYTES}
 
@@ -114,11 +120,11 @@ def _kinds(paths: Sequence[str], pmem_path: str | None, effort: Effort, opened: 
         home(below)
         caches = (PmemCache(pmem_path, effort.rows),)
         round_the_table = effort.rows // effort.batch_rows
-        kinds["cache"] = kind(CachedVolume(below), lambda v: v.cached_table("t", **shape, caches=caches), False, round_the_table)
+        kinds["cache"] = kind(CachedVolume(below), lambda v: v.cached_table("t", **shape, caches=caches), True, round_the_table)
     for name, dirty in (("ssd", False), ("ssd, dirty", True)) if paths else ():
         say(f"rows on {', '.join(paths)} behind a pool")
         folders = tuple(opened.enter_context(tempfile.TemporaryDirectory(prefix="mtrains_calibrate_", dir=path)) for path in paths)
-        kinds[name] = kind(SsdVolume(folders, LOG_BYTES), home, dirty, effort.batches)
+        kinds[name] = kind(SsdVolume(folders, _log_bytes(effort)), home, dirty, effort.batches)
     return kinds
 
 
