@@ -177,7 +177,7 @@ class _Search:
         return best
 
     def _restore(self, assignment: Assignment) -> None:
-        for table in np.flatnonzero((assignment.candidate != self._candidate) | (assignment.rank != self._rank)):
+        for table in np.flatnonzero((assignment.candidate != self._candidate) | (assignment.rank != self._rank)).tolist():
             self._take(table)
             self._put(table, int(assignment.candidate[table]), int(assignment.rank[table]))
 

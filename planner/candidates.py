@@ -111,7 +111,7 @@ def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats
     ddr = [shard.storage.ddr + missing for shard, missing in zip(option.shards, uncharged_bytes(option), strict=True)]
     if is_spread(option):
         return np.array([[max(ddr), 0.0, 0.0]]), model.in_memory(busiest(option))[None]
-    return np.array([[sum(ddr), 0.0, 0.0]]), sum(model.in_memory(use) for use in option.uses)[None]
+    return np.array([[sum(ddr), 0.0, 0.0]]), np.sum([model.in_memory(use) for use in option.uses], axis=0, keepdims=True)
 
 
 def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:

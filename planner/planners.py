@@ -27,6 +27,7 @@ from .access_profile import AccessProfile
 from .assumed_hardware import assumed_hardware
 from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
+from .explanations import PlanSummary, alternative, summary
 from .hardware_profile import HardwareProfile
 from .partitioners import TieredPartitioner
 from .perf_model import PerfModel, StepPrediction
@@ -95,7 +96,11 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             **planner_kwargs,
         )
         self._ssd, self._pmem = topology.ssd, topology.pmem
-        self._planned: tuple[ShardingPlan | None, list[dict[str, Any]]] = (None, [])
+        self._planned: tuple[ShardingPlan | None, list[dict[str, Any]], PlanSummary | None] = (None, [], None)
+        self._notes = [
+            *([] if hardware else ["assumed hardware: nobody measured this machine; `mtrains calibrate` does, and give its profile"]),
+            *([] if access else ["assumed accesses: Zipf's law; `mtrains profile` measures them, and give its profile"]),
+        ]
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """The plan, on one rank: tiered tables are ``TieredParameterSharding``, the others as TorchRec plans them."""
@@ -109,7 +114,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             if isinstance(option, TieredShardingOption):
                 stock = plan.plan[option.path][option.name]
                 plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=self._chain(option))
-        self._planned = (plan, self.described(best_plan))
+        self._planned = (plan, self.described(best_plan), self.summarized(best_plan))
         return plan
 
     def _chain(self, option: TieredShardingOption) -> TierChain:
@@ -145,7 +150,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
         """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows and cache_rows (a shard; None where there is
-        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), bytes_per_lookup (what the rule gave a tiered table), why.
+        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted, of a tiered
+        table's pools), why.
 
         Raises: ConfigurationError for a plan that is not the last one this planner made.
         """
@@ -153,14 +159,24 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             raise ConfigurationError("plan_rows explains the last plan that this planner made, got another one; plan again")
         return self._planned[1]
 
+    def summary(self, plan: ShardingPlan) -> PlanSummary:
+        """The predicted step, its bottleneck, and what more memory would buy, on every rank.
+
+        Raises: ConfigurationError for a plan that is not the last one this planner made.
+        """
+        if plan is not self._planned[0]:
+            raise ConfigurationError("summary explains the last plan that this planner made, got another one; plan again")
+        assert self._planned[2] is not None
+        return self._planned[2]
+
     @property
     def search_result(self) -> SearchResult | None:
-        """What the search for the last plan found; None where everything was in memory."""
+        """What the search for the last plan found, on the rank that planned; None where everything was in memory."""
         return self._tiered_proposer.result
 
     @property
     def prediction(self) -> StepPrediction:
-        """The step of the last plan, predicted."""
+        """The step of the last plan, predicted, on the rank that planned."""
         return predicted(self._best_plan or [], self._model, self._topology.world_size)
 
     def describe(self, plan: ShardingPlan) -> RichTable:
@@ -169,7 +185,17 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
         """Rows as ``plan_rows`` returns them, of placed options."""
-        return plan_rows(options, pmem=self._pmem is not None)
+        other = {
+            option.fqn: table
+            for option, table in zip(self._tiered_proposer.first_options, self._tiered_proposer.footprint.tables, strict=True)
+        }
+        alternatives = {o.fqn: alternative(o, other[o.fqn], self._model) for o in options}
+        return plan_rows(options, self._pmem is not None, alternatives)
+
+    def summarized(self, options: list[ShardingOption]) -> PlanSummary:
+        """The summary of placed options."""
+        prediction = predicted(options, self._model, self._topology.world_size)
+        return summary(prediction, self._tiered_proposer.result, self._notes)
 
     def _reason(self, error: PlannerError) -> PlannerError:
         proposer = self._tiered_proposer

@@ -41,6 +41,7 @@ class TieredProposer(Proposer):
         self._proposals: Iterator[list[ShardingOption]] = iter(())
         self.result: SearchResult | None = None
         self.footprint = Footprint([])
+        self.first_options: list[ShardingOption] = []
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Takes the options of all tables."""
@@ -50,6 +51,7 @@ class TieredProposer(Proposer):
         options: dict[str, list[ShardingOption]] = defaultdict(list)
         for option in search_space:
             options[option.fqn].append(option)
+        self.first_options = [of_table[0] for of_table in options.values()]
         self.stock = [_in_memory(of_table) for of_table in options.values()]
         ways = [
             [o if isinstance(o, TieredShardingOption) else charged(o) for o in of_table if placeable(o)] for of_table in options.values()

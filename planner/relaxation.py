@@ -141,6 +141,6 @@ class _Program:
     def add_own_rows(self, share: Floats) -> bool:
         """Rows for the tables whose own shards exceed z in this solution. Returns whether there were any."""
         own = np.add.reduceat(share * self._own, self._starts[:-1])
-        broken = [t for t in np.flatnonzero(own > self.last_z * (1 + 1e-6)) if t not in self._own_tables]
+        broken = [int(t) for t in np.flatnonzero(own > self.last_z * (1 + 1e-6)) if t not in self._own_tables]
         self._own_tables += broken
         return bool(broken)

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from .assignment import solve
 from .candidates import TIERS, Candidates, Sizes, candidates, ranks_memory
-from .choices import Assignment, Ints, Ranks
+from .choices import Assignment, Choices, Ints, Ranks
 from .filling import fill
 from .perf_model import SHARED, PerfModel, StepPrediction
 from .relaxation import relax
 from .sharding_options import TieredShardingOption
 
 _FINER = (1.0, 0.25)  # of a step of the grid, in the rounds after the first
+_FULL = 1e-6  # of a capacity: what the relaxation may lack by rounding
 _FIRST_SHARE = 0.6  # of the time, for the first round
 
 
@@ -41,18 +42,30 @@ class Capacity:
 @dataclass(frozen=True)
 class SearchResult:
     """``options``: every table's, placed. ``bound_ms``: no plan has a faster step, of the grid's sizes and those near this plan's.
-    ``ms_per_byte``: by tier, what one more byte on every rank takes off the bound. ``seconds``: that it took."""
+    ``seconds``: that it took."""
 
     options: list[ShardingOption]
     prediction: StepPrediction
     bound_ms: float
-    ms_per_byte: dict[str, float]
     seconds: float
+    _choices: Choices
+    _ranks: Ranks
 
     @property
     def over_bound(self) -> float:
         """The plan's step ÷ the bound."""
         return self.prediction.step_ms / self.bound_ms if self.bound_ms else 1.0
+
+    def bound_with(self, tier: str, capacity_bytes: float) -> float | None:
+        """The bound, had every rank so much of a tier; None where the tables would not fit."""
+        memory = self._ranks.capacity.copy()
+        memory[:, TIERS.index(tier)] = capacity_bytes
+        relaxation = relax(self._choices, replace(self._ranks, capacity=memory))
+        return None if (relaxation.excess > _FULL).any() else relaxation.bound_ms
+
+    def capacity_bytes(self, tier: str) -> float:
+        """What a rank has of a tier, on average."""
+        return float(self._ranks.capacity[:, TIERS.index(tier)].mean())
 
 
 def search(
@@ -90,14 +103,9 @@ def _result(
     options: list[ShardingOption], tables: Sequence[Sequence[ShardingOption]], capacity: Capacity, model: PerfModel, began: float
 ) -> SearchResult:
     sizes = [Sizes(o.pool_rows, o.cache_rows) if isinstance(o, TieredShardingOption) else None for o in options]
-    relaxation = relax(candidates(tables, model, capacity.pmem_bytes > 0, sizes).choices, capacity.ranks(model))
-    return SearchResult(
-        options,
-        predicted(options, model, len(capacity.storage)),
-        relaxation.bound_ms,
-        dict(zip(TIERS, relaxation.memory_price.tolist(), strict=True)),
-        time.perf_counter() - began,
-    )
+    choices, ranks = candidates(tables, model, capacity.pmem_bytes > 0, sizes).choices, capacity.ranks(model)
+    bound_ms = relax(choices, ranks).bound_ms
+    return SearchResult(options, predicted(options, model, len(capacity.storage)), bound_ms, time.perf_counter() - began, choices, ranks)
 
 
 def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: int) -> StepPrediction:

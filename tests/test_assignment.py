@@ -11,10 +11,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from _planner_oracles import brute_force, integer_program, random_case
 from torchrec_mtrains.planner.assignment import solve
 from torchrec_mtrains.planner.choices import Load, objective_ms
 from torchrec_mtrains.planner.relaxation import relax
+
+from _planner_oracles import brute_force, integer_program, random_case
 
 
 def small_case(seed: int):  # type: ignore[no-untyped-def]
