@@ -9,6 +9,7 @@ from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
 from .errors import InsufficientStorageError
+from .explanations import PlanSummary
 from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, LinkProfile, MemoryProfile
 from .planners import TieredShardingPlanner
 from .stats import plan_cells, render_plan
@@ -27,6 +28,7 @@ __all__ = [
     "LinkProfile",
     "MemoryProfile",
     "MissCurve",
+    "PlanSummary",
     "PmemDevice",
     "TableAccess",
     "TierBytes",
