@@ -26,12 +26,14 @@ import numpy as np
 import torch
 from torch import nn
 from torchrec_mtrains.planner import HardwareProfile, TableAccess
+from torchrec_mtrains.planner.charges import records_per_block
+from torchrec_mtrains.planner.neighbours import curve_over_ssd
 from torchrec_mtrains.planner.perf_model import PerfModel, ShardUse
 
 import torchrec_mtrains as mtrains
 from _common import Figure, ZipfIds, median
 from _train_dense import Tops
-from _train_sides import DENSE_FEATURES, Batches, Processor, Shape, Side, put_every_row, tiered
+from _train_sides import DENSE_FEATURES, Batches, Processor, Shape, Side, fill_pools, put_every_row, tiered
 from _train_traces import Trace
 from torchrec_mtrains.data import TableShape
 from torchrec_mtrains.job_model import ModelOptions, build_model, dense_optimizer
@@ -172,13 +174,16 @@ def predict(
     busy, missed, unique = model.base_ms.copy(), 0.0, 0.0
     for table, pool_rows in zip(access, pool, strict=True):
         weights = 4 * shape.dim
+        curve = table.miss_curve_for(shape.batch_size, lookahead)
+        if not cache_rows:  # what a cache gives brings no neighbours
+            curve = curve_over_ssd(table, shape.batch_size, records_per_block(weights + STATE_BYTES), lookahead)
         use = ShardUse(
             rows=table.rows,
             lookups=table.lookups_per_batch,
             unique_rows=table.unique_rows_per_batch,
             weight_bytes=weights,
             record_bytes=weights + STATE_BYTES,
-            curve=table.miss_curve_for(shape.batch_size, lookahead),
+            curve=curve,
             table_rows=table.rows,
         )
         busy += model.tiered(use, pool_rows, cache_rows)[0]
@@ -212,6 +217,8 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     widths = {WARM_TOP: 16, **size.widths}
     side = tiered("tiered", shape, widths, pool, root / "home", PREFETCHED, size.lookahead, caches)
     put_every_row(side)
+    if c.pool_share == 1:
+        fill_pools(side)
     trained = _trained(side, batches, size, warm, Processor())
     side.close()
     lines = []

@@ -87,10 +87,15 @@ def block_bytes(record_bytes: int) -> int:
     return block
 
 
+def records_per_block(record_bytes: int) -> int:
+    """Of a log."""
+    return block_bytes(record_bytes) // _stride(record_bytes)
+
+
 def live_bytes(rows: int, record_bytes: int) -> int:
     """The blocks that one copy of every row takes in a log."""
     block = block_bytes(record_bytes)
-    return -(-rows // (block // _stride(record_bytes))) * block
+    return -(-rows // records_per_block(record_bytes)) * block
 
 
 def _stride(record_bytes: int) -> int:

@@ -124,7 +124,7 @@ class PerfModel:
     @cached_property
     def base_ms(self) -> Floats:
         """What a rank is busy with besides tables. Shape (resources,)."""
-        return np.array([self.dense_ms, 0.0, 0.0, 0.0, 0.0])
+        return np.array([self.dense_ms + 1e-3 * self.hardware.kernel.step_overhead_us_per_group, 0.0, 0.0, 0.0, 0.0])
 
     @cached_property
     def _threads(self) -> float:
