@@ -1,6 +1,6 @@
 """What the planner's model predicts, against training: step times and miss ratios of DLRMs of many configurations, by the real kernel.
 
-The machine is calibrated first. Then, for each configuration:
+For each configuration:
 
     batches     drawn for it; their ids are profiled as ``mtrains profile`` does, all of them
     dense       forward, backward and optimizer of the model on constant pooled rows, timed alone: what a user would time
@@ -232,26 +232,17 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     return lines
 
 
-def measure(
-    root: Path,
-    pmem: Path,
-    hardware: HardwareProfile | None = None,
-    configurations: Sequence[Configuration] = CONFIGURATIONS,
-    size: Size = FULL,
-) -> dict[str, Any]:
-    """``root``: a folder on the disk. ``pmem``: on memory or PMem. ``hardware`` None: calibrated now, on both."""
-    if hardware is None:
-        hardware = mtrains.calibrate((str(root),), str(pmem))
+def measure(root: Path, pmem: Path, hardware: HardwareProfile, configurations: Sequence[Configuration], size: Size) -> dict[str, Any]:
+    """``root``: a folder on the disk. ``pmem``: on memory or PMem. ``hardware``: of this machine, with both."""
+    print(f"{'':<57}{'step ms':>9}{'predicted':>10}{'ratio':>6}{'missed':>9}{'predicted':>10}")
     lines: list[dict[str, Any]] = []
     with process_group():
         for c in configurations:
-            start = perf_counter()
             with tempfile.TemporaryDirectory(dir=root) as folder:
                 of_configuration = _of_configuration(c, size, hardware, Path(folder), pmem)
             for line in of_configuration:
                 print(_line(line), flush=True)
             lines += of_configuration
-            lines[-1]["seconds"] = perf_counter() - start
     return {"hardware": hardware.machine, "rows": size.rows, "dim": size.dim, "lines": lines}
 
 
@@ -262,13 +253,6 @@ def _line(line: dict[str, Any]) -> str:
         f"{line['configuration']:<46}{line['top']:<11}{measured['step_ms']:>9.2f}{predicted['step_ms']:>9.2f}{ratio:>7.2f}"
         f"{measured['miss_ratio']:>9.3f}{predicted['miss_ratio']:>8.3f}  {line['bottleneck']}"
     )
-
-
-def show(f: dict[str, Any]) -> None:
-    """The lines as a table."""
-    print(f"{'':<57}{'step ms':>9}{'predicted':>9}{'ratio':>7}{'missed':>9}{'predicted':>10}")
-    for line in f["lines"]:
-        print(_line(line))
 
 
 def figures(f: dict[str, Any]) -> list[Figure]:

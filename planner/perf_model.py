@@ -4,7 +4,8 @@ A step is training of one batch and, beside it, prefetching of later ones::
 
     cpu     the training thread: dense compute, lookups and updates of the stock TBE, communication, overhead of modules
     tiers   the threads that prefetch: directory, misses, reads, write-backs. Where torch's threads take all cores, this is time of the
-            training thread, and counted there: a copy ends when its slowest thread does
+            training thread, and counted there: a copy ends when its slowest thread does. So is half of the SSD's time, which
+            then waits for a core to be driven by
     ddr     bytes of rows, read and written                                  ┐
     pmem    records that caches give (hits) and take (every victim)          │ devices, shared by the ranks of a host
     ssd     reads of single records at the device's rate, and the log's      │
@@ -42,6 +43,7 @@ CPU, TIERS, DDR, PMEM, SSD = range(5)
 
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
+_NOT_OVERLAPPED = 0.5  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
 _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forward, and read and written by the optimizer
 
 
@@ -161,7 +163,10 @@ class PerfModel:
             victims = np.where(cache > 0, missed, 0.0)
             moved = hits / self.hardware.pmem.read_bytes_per_s + victims / self.hardware.pmem.write_bytes_per_s
             busy[:, PMEM] += 1e3 * use.record_bytes * moved
-        busy[:, SSD] += self._ssd_ms(use.record_bytes, cold, written)
+        ssd_ms = self._ssd_ms(use.record_bytes, cold, written)
+        busy[:, SSD] += ssd_ms
+        if self.prefetched and not self.core_to_spare:
+            busy[:, CPU] += _NOT_OVERLAPPED * ssd_ms
         return busy
 
     def predict(self, busy_ms: Floats) -> StepPrediction:
