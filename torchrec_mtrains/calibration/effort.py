@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
+
+
+def undisturbed(times: Sequence[float], at_once: int) -> float:
+    """The least of the medians of every ``at_once`` times in a row: threads that wait for each other are slowed many times over by
+    whatever else runs for a moment."""
+    return min(median(times[i : i + at_once]) for i in range(0, len(times), at_once))
+
 
 Said = Callable[[str], None]
 """Called before each measurement with what it is."""

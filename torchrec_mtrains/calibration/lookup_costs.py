@@ -19,7 +19,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
 from ..kernels.volumes import MemoryVolume
-from .effort import Effort, Said
+from .effort import Effort, Said, undisturbed
 from .pool import Pool
 
 DIMS = (16, 64, 128)
@@ -97,7 +97,8 @@ def measure(effort: Effort, say: Said) -> LookupCosts:
                 times.setdefault(("backward", samples), []).append(backward)
         lookups = (sizes[-1] - sizes[0]) * POOLING * TABLES
         for what, of_dims in lines.items():
-            of_dims.append(max(0.0, median(times[what, sizes[-1]]) - median(times[what, sizes[0]])) / lookups)
+            small, large = (undisturbed(times[what, samples], effort.steps) for samples in sizes)
+            of_dims.append(max(0.0, large - small) / lookups)
     fits = {what: _line([4 * dim for dim in DIMS], of_dims) for what, of_dims in lines.items()}
     return LookupCosts(1e9 * median(directory), *(1e9 * x for what in ("forward", "backward") for x in fits[what]))
 

@@ -10,7 +10,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from ..parameter_sharding import TieredParameterSharding
 from ..process_group import process_group
 from ..tiers import DdrHome, TierChain
 from ..train_pipeline import TieredTrainPipeline
-from .effort import Effort, Said
+from .effort import Effort, Said, undisturbed
 
 TABLES = 16
 ROWS = 64
@@ -111,5 +110,5 @@ def measure(effort: Effort, say: Said) -> StepOverhead:
                     times[tables] += spent
         for job in jobs.values():
             job.close()
-    one, all_ = median(times[1]), median(times[TABLES])
+    one, all_ = (undisturbed(of, STEPS_A_TURN) for of in times.values())
     return StepOverhead(1e6 * one, 1e6 * max(0.0, all_ - one) / (TABLES - 1))
