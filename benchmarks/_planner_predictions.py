@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchrec_mtrains.planner import HardwareProfile, TableAccess
+from torchrec_mtrains.planner import HardwareProfile, MissCurve, TableAccess
 from torchrec_mtrains.planner.charges import records_per_block
 from torchrec_mtrains.planner.neighbours import curve_over_ssd
 from torchrec_mtrains.planner.perf_model import PerfModel, ShardUse
@@ -160,6 +160,15 @@ class _Predicted:
     busy_ms: list[float]
 
 
+def _curve(table: TableAccess, batch_size: int, record_bytes: int, rows_above_ssd: int, lookahead: int) -> MissCurve:
+    """The profile's, less what neighbours spare: of the rows that are read from the SSD, which lie below pool and cache together."""
+    alone = table.miss_curve_for(batch_size, lookahead)
+    spared = curve_over_ssd(table, batch_size, records_per_block(record_bytes), lookahead)
+    most = alone.misses(rows_above_ssd) - spared.misses(rows_above_ssd)
+    misses = zip(alone.misses_per_batch, spared.misses_per_batch, strict=True)
+    return replace(spared, misses_per_batch=tuple(max(without - most, with_) for without, with_ in misses))
+
+
 def predict(
     hardware: HardwareProfile,
     access: Sequence[TableAccess],
@@ -174,9 +183,7 @@ def predict(
     busy, missed, unique = model.base_ms.copy(), 0.0, 0.0
     for table, pool_rows in zip(access, pool, strict=True):
         weights = 4 * shape.dim
-        curve = table.miss_curve_for(shape.batch_size, lookahead)
-        if not cache_rows:  # what a cache gives brings no neighbours
-            curve = curve_over_ssd(table, shape.batch_size, records_per_block(weights + STATE_BYTES), lookahead)
+        curve = _curve(table, shape.batch_size, weights + STATE_BYTES, pool_rows + cache_rows, lookahead)
         use = ShardUse(
             rows=table.rows,
             lookups=table.lookups_per_batch,
