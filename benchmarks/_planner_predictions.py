@@ -160,11 +160,13 @@ class _Predicted:
     busy_ms: list[float]
 
 
-def _curve(table: TableAccess, batch_size: int, record_bytes: int, rows_above_ssd: int, lookahead: int) -> MissCurve:
-    """The profile's, less what neighbours spare: of the rows that are read from the SSD, which lie below pool and cache together."""
-    alone = table.miss_curve_for(batch_size, lookahead)
+def _curve(table: TableAccess, batch_size: int, record_bytes: int, pool_rows: int, cache_rows: int, lookahead: int) -> MissCurve:
+    """The profile's, less what neighbours spare of the rows that are read from the SSD: those that neither pool nor cache has."""
     spared = curve_over_ssd(table, batch_size, records_per_block(record_bytes), lookahead)
-    most = alone.misses(rows_above_ssd) - spared.misses(rows_above_ssd)
+    if not cache_rows:
+        return spared
+    alone = table.miss_curve_for(batch_size, lookahead)
+    most = alone.misses(pool_rows + cache_rows) - spared.misses(pool_rows + cache_rows)
     misses = zip(alone.misses_per_batch, spared.misses_per_batch, strict=True)
     return replace(spared, misses_per_batch=tuple(max(without - most, with_) for without, with_ in misses))
 
@@ -183,7 +185,7 @@ def predict(
     busy, missed, unique = model.base_ms.copy(), 0.0, 0.0
     for table, pool_rows in zip(access, pool, strict=True):
         weights = 4 * shape.dim
-        curve = _curve(table, shape.batch_size, weights + STATE_BYTES, pool_rows + cache_rows, lookahead)
+        curve = _curve(table, shape.batch_size, weights + STATE_BYTES, pool_rows, cache_rows, lookahead)
         use = ShardUse(
             rows=table.rows,
             lookups=table.lookups_per_batch,
