@@ -97,7 +97,7 @@ FULL = Size(
     uncounted=6, steps=20,
 )  # fmt: skip
 QUICK = Size(
-    rows=5_000, dim=16, pooling=2, widths={"small top": 16}, lookahead=2, warm_lookups=2_000, most_warm=10, uncounted=2, steps=4
+    rows=5_000, dim=16, pooling=2, widths={"small top": 16}, lookahead=2, warm_lookups=10_000, most_warm=80, uncounted=2, steps=4
 )  # fmt: skip
 
 
