@@ -269,7 +269,9 @@ class HardwareProfile:
 
 def _profile(cls: type[HardwareProfile], read: dict[str, Any]) -> HardwareProfile:
     def memory(of: dict[str, Any] | None) -> MemoryProfile | None:
-        return of and MemoryProfile(**of | {"random_read_rows_per_s": tuple((b, r) for b, r in of["random_read_rows_per_s"])})
+        return (
+            None if of is None else MemoryProfile(**of | {"random_read_rows_per_s": tuple((b, r) for b, r in of["random_read_rows_per_s"])})
+        )
 
     ssd, pcie, kernel = read["ssd"], read["pcie"], read["kernel"]
     return cls(
