@@ -74,6 +74,6 @@ def ssd_reads(folder: str, gigabytes: float = 2, seconds: float = 1.5) -> dict[s
                 f.write(block)
         figures: dict[str, Any] = {"backend": backend}
         for depth in (1, 16, 64, 128, 256):
-            reads, took, _ = _core.random_reads(str(file), 4096, depth, seconds, backend, depth)
-            figures[f"reads_per_s_at_depth_{depth}"] = reads / took
+            probe = _core.random_io(str(file), 4096, depth, 1.0, seconds, backend, depth)
+            figures[f"reads_per_s_at_depth_{depth}"] = probe.operations_per_s
         return figures

@@ -25,9 +25,9 @@ import torch
 from torchrec_mtrains.kernels import _core
 
 from _common import Figure, Turn, median, take_turn
-from _store_reads import PAGE_BYTES, write_file
 from _store_writes import PooledTable, capacity_for, filled
 from _subjects import RocksDb, first_bytes
+from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
 
 DEPTH = 128
 LAG = 4
@@ -113,11 +113,10 @@ def device_share(root: Path, rates: dict[str, float], backend: str, seconds: flo
     """Random reads of the bare device beside sequential traffic at these rates, ÷ those without."""
     raw, other = root / "raw", root / "other"
     for file in (raw, other):
-        write_file(file, 256 << 20)
+        write_noise(file, 256 << 20)
 
     def reads() -> float:
-        count, spent, _cpu = _core.random_reads(str(raw), PAGE_BYTES, DEPTH, seconds, backend, 0)
-        return count / spent
+        return _core.random_io(str(raw), PAGE_BYTES, DEPTH, 1.0, seconds, backend, 0).operations_per_s
 
     ratios = []
     for _ in range(rounds):

@@ -15,16 +15,9 @@ from torchrec_mtrains.kernels import _core
 
 from _common import Figure, Turn, median, take_turn
 from _subjects import Lmdb, Mapped, RocksDb, Ssd, first_bytes
+from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
 
-PAGE_BYTES = 4096
 PEERS: dict[str, Any] = {"rocksdb": RocksDb, "lmdb": Lmdb, "mmap": Mapped}
-
-
-def write_file(file: Path, file_bytes: int) -> None:
-    block = np.random.default_rng(0).bytes(1 << 20)
-    with file.open("wb") as out:
-        for _ in range(file_bytes >> 20):
-            out.write(block)
 
 
 def measure(
@@ -36,12 +29,12 @@ def measure(
     made = {"ours": ssd, **{peer: PEERS[peer](root / peer, rows, record_bytes) for peer in peers}}
     subjects = {"ours": (ssd, 1)} | {f"{peer}_{threads}": (made[peer], threads) for peer in peers for threads in (1, 16)}
     raw = root / "raw"
-    write_file(raw, ssd.volume.stats()["disk_bytes"])
+    write_noise(raw, ssd.volume.stats()["disk_bytes"])
 
     def turn(name: str, round_: int) -> Turn:
         if name == "ceiling":
-            reads, spent, cpu = _core.random_reads(str(raw), PAGE_BYTES, depth, seconds, ssd.volume.backend, round_)
-            return Turn(reads, spent, cpu, reads * PAGE_BYTES)
+            probe = _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, seconds, ssd.volume.backend, round_)
+            return Turn(probe.operations, probe.seconds, probe.cpu_seconds, probe.operations * PAGE_BYTES)
         subject, threads = subjects[name]
         subject.on(threads)
         drawn: list[np.ndarray] = []

@@ -239,13 +239,22 @@ def in_memory(shape: Shape, widths: dict[str, int], values_of: Side) -> Side:
 
 
 def tiered(
-    name: str, shape: Shape, widths: dict[str, int], pool_rows: list[int], folder: Path, prefetch_depth: int, lookahead: int | None
+    name: str,
+    shape: Shape,
+    widths: dict[str, int],
+    pool_rows: list[int],
+    folder: Path,
+    prefetch_depth: int,
+    lookahead: int | None,
+    caches: Callable[[int], tuple[mtrains.PmemCache, ...]] = lambda table: (),
 ) -> Side:
-    """Tables in pools over an SSD, nothing put yet."""
+    """Tables in pools over an SSD, nothing put yet. ``caches``: of each table, between its pool and the SSD."""
     folder.mkdir()
     record_bytes = shape.dim * 4 + 4
     home = mtrains.SsdHome((str(folder),), capacity_bytes=2 * sum(shape.rows) * (record_bytes + 36) + (256 << 20))
-    plan = _plan(shape, lambda i, where: mtrains.TieredParameterSharding(**where, tiers=mtrains.TierChain(pool_rows[i], (home,))))
+    plan = _plan(
+        shape, lambda i, where: mtrains.TieredParameterSharding(**where, tiers=mtrains.TierChain(pool_rows[i], (*caches(i), home)))
+    )
     sharders: list[nn.Module] = mtrains.sharders(fused_params(shape.model_options))
     return Side(name, shape, widths, plan, sharders, prefetch_depth, lookahead)
 

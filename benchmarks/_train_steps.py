@@ -34,10 +34,10 @@ import torch
 from torchrec_mtrains.kernels import _core
 
 from _common import Figure
-from _store_reads import PAGE_BYTES, write_file
 from _train_dense import calibrated_width
 from _train_sides import Batches, Processor, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
 from _train_traces import Stretch, Trace
+from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
 from torchrec_mtrains.process_group import process_group
 from torchrec_mtrains.twins import TwinsDifferError
 
@@ -136,7 +136,7 @@ def measure(
         processor = Processor()
         sides = _sides(root, shape, share, {name: c["width"] for name, c in calibrated.items()}, warms[0])
         raw = root / "raw"
-        write_file(raw, max(1 << 20, min(4 << 30, sum(shape.rows) * shape.dim * 4)))
+        write_noise(raw, max(1 << 20, min(4 << 30, sum(shape.rows) * shape.dim * 4)))
         print(f"tables made, pools warm after {perf_counter() - start:.0f} s", flush=True)
         number = 0
         for part, warm in zip(parts, warms, strict=True):
@@ -156,8 +156,8 @@ def measure(
                     _same(turn, f"{part.trace}, top {top}, round {round_}")
                     number += turns.steps + turns.uncounted
                     rounds.append(turn)
-                    reads, seconds, _cpu = _core.random_reads(str(raw), PAGE_BYTES, depth, turns.probe_seconds, _backend(sides), round_)
-                    iops.append(reads / seconds)
+                    probe = _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), round_)
+                    iops.append(probe.operations_per_s)
                 f["parts"].append(summary(part.trace, top, calibrated[top]["threads"], rounds, iops))
                 print_part(f["parts"][-1])
         f["steps_compared"] = number

@@ -4,10 +4,13 @@ from .. import errors as _errors  # noqa: F401  (relative: a top-level `import p
 from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses a TorchRec that cannot work)
 from .access_profile import AccessProfile, MissCurve, TableAccess
 from .assumed_access import assumed_access
+from .built_in_hardware import hardware_profiles
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
 from .errors import InsufficientStorageError
+from .explanations import PlanSummary
+from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, LinkProfile, MemoryProfile
 from .planners import TieredShardingPlanner
 from .stats import plan_cells, render_plan
 from .storage_reservations import DdrStorageReservation
@@ -15,10 +18,17 @@ from .topology import PmemDevice, TieredTopology
 
 __all__ = [
     "AccessProfile",
+    "BlockDeviceProfile",
     "CheckpointSchedule",
     "DdrStorageReservation",
+    "DevicePoint",
+    "HardwareProfile",
     "InsufficientStorageError",
+    "KernelCosts",
+    "LinkProfile",
+    "MemoryProfile",
     "MissCurve",
+    "PlanSummary",
     "PmemDevice",
     "TableAccess",
     "TierBytes",
@@ -27,6 +37,7 @@ __all__ = [
     "TieredTopology",
     "assumed_access",
     "chain_bytes",
+    "hardware_profiles",
     "plan_cells",
     "render_plan",
 ]

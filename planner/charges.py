@@ -78,13 +78,28 @@ def cache_record_bytes(rows: int, record_bytes: int, cache_rows: int) -> int:
     return _up(min(cache_rows, rows) * record_bytes, PAGE_BYTES)
 
 
-def live_bytes(rows: int, record_bytes: int) -> int:
-    """The blocks that one copy of every row takes in a log."""
-    stride = _up(record_bytes + RECORD_HEADER_BYTES, RECORD_ALIGNMENT_BYTES)
+def block_bytes(record_bytes: int) -> int:
+    """The block of a log, which one read brings."""
+    stride = _stride(record_bytes)
     block = _up(stride, PAGE_BYTES)
     while block % stride > block // 8 and block + PAGE_BYTES <= MOST_BLOCK_BYTES:
         block += PAGE_BYTES
-    return -(-rows // (block // stride)) * block
+    return block
+
+
+def records_per_block(record_bytes: int) -> int:
+    """Of a log."""
+    return block_bytes(record_bytes) // _stride(record_bytes)
+
+
+def live_bytes(rows: int, record_bytes: int) -> int:
+    """The blocks that one copy of every row takes in a log."""
+    block = block_bytes(record_bytes)
+    return -(-rows // records_per_block(record_bytes)) * block
+
+
+def _stride(record_bytes: int) -> int:
+    return _up(record_bytes + RECORD_HEADER_BYTES, RECORD_ALIGNMENT_BYTES)
 
 
 def log_bytes(rows: int, record_bytes: int, lookups: float, checkpoints: CheckpointSchedule) -> int:

@@ -45,6 +45,15 @@ class CheckpointSchedule:
             return FILL_WITHOUT_CHECKPOINTS
         return FILL_WITHOUT_CHECKPOINTS * self.keep / (self.keep + 1) / math.log(self.keep + 1)
 
+    @property
+    def write_amplification(self) -> float:
+        """Records that a log writes for one put, where it is as full as ``fill``: 1 ÷ (1 - s), s by bisection."""
+        low, high = 1e-9, 1 - 1e-9
+        for _ in range(60):
+            s = (low + high) / 2
+            low, high = (s, high) if (s - 1) / math.log(s) < self.fill else (low, s)
+        return 1 / (1 - low)
+
     def replaced_rows(self, rows: int, lookups: float) -> int:
         """Rows of a table of ``rows`` that are replaced from one checkpoint to the next, at so many lookups a step."""
         if not self.keep:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -22,18 +23,24 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
 from ..torchrec_hooks import sharders_for_estimators
-from .checkpoint_schedule import CheckpointSchedule
+from .access_profile import AccessProfile, TableAccess
+from .assumed_access import assumed_access
+from .assumed_hardware import assumed_hardware
 from .estimators import TieredStorageEstimator
+from .perf_model import PerfModel, ShardUse
 from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
 
 FUSED = EmbeddingComputeKernel.FUSED.value
+_READ_AND_WRITTEN = 3  # of every row by a dense update: the gradient, and read and written by the optimizer
 ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value
 
 
 class TieredEnumerator(EmbeddingEnumerator):
-    """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask.
+    """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask, with
+    the smallest legal pool, and with pools of ``pool_shares`` of the shard's rows for proposers that choose among options. Every
+    option has ``uses``: what a step does to each of its shards, by ``access``, or by a popularity law (``assumed_access``).
 
     Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4,
     trained by SGD, Adagrad or row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
@@ -44,7 +51,9 @@ class TieredEnumerator(EmbeddingEnumerator):
         topology: TieredTopology,
         batch_size: int,
         constraints: dict[str, ParameterConstraints] | None = None,
-        checkpoints: CheckpointSchedule | None = None,
+        model: PerfModel | None = None,
+        access: AccessProfile | None = None,
+        pool_shares: tuple[float, ...] = (),
         **kwargs: object,
     ) -> None:
         estimators = [
@@ -52,13 +61,17 @@ class TieredEnumerator(EmbeddingEnumerator):
             TieredStorageEstimator(topology=topology, constraints=constraints),
         ]
         super().__init__(topology, batch_size, constraints=constraints, estimator=estimators, **kwargs)
-        self._topology, self._checkpoints = topology, checkpoints or CheckpointSchedule()
+        self._topology, self._pool_shares = topology, pool_shares
+        self._model = model or PerfModel(assumed_hardware(topology), topology.ranks_per_host)
+        self._access = access
         self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
         self._row_wise_by_us: set[str] = set()
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Every option of every shardable table, storage and perf filled in."""
         stock = super().enumerate(module, sharders)
+        for option in stock:
+            option.uses = self._uses(option)
         tiered = self._tiered(stock) if self._topology.ssd else []
         options = [o for o in stock if not self._is_stand_in(o)] + tiered
         for name in {o.fqn for o in stock} - {o.fqn for o in options}:
@@ -104,7 +117,8 @@ class TieredEnumerator(EmbeddingEnumerator):
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
-        return [self._above_ssd(option, templates[option.fqn]) for option in fused]
+        smallest = [self._above_ssd(option, templates[option.fqn]) for option in fused]
+        return smallest + [o.resized(round(share * o.shard_rows)) for o in smallest for share in self._pool_shares]
 
     def _optimizer(self, option: ShardingOption) -> str:
         return optimizer_name(option.tensor, sharders_for_estimators(self)[option.module_type_key].fused_params)
@@ -152,12 +166,59 @@ class TieredEnumerator(EmbeddingEnumerator):
             optimizer_state_bytes=state,
             lookups=lookups / len(fused.shards),
             min_pool_rows=math.ceil(lookups) if asked is None else asked,  # one shard may get a whole batch
-            ssd_bytes_per_ms=self._topology.ssd_mem_bw,
-            checkpoints=self._checkpoints,
+            uses=self._uses(fused),
+            model=self._model,
         )
+
+    # -- what a step does
+
+    def _uses(self, option: ShardingOption) -> list[ShardUse]:
+        rows, columns = option.tensor.shape
+        samples = self._batch_size * self._world_size
+        access = self._table_access(option)
+        curve = access.miss_curve_for(samples)
+        lookups, unique = self._lookups(option), access.unique_rows(samples)
+        weight_bytes = option.tensor.element_size()
+        state = state_bytes_per_row(self._optimizer(option), columns) or 0
+        copies = option.sharding_type == ShardingType.DATA_PARALLEL.value
+        uses = []
+        for shard, share in zip(option.shards, _shares(option, access), strict=True):
+            width, update_ms = shard.size[1] * weight_bytes, 0.0
+            if copies:  # each rank looks up its own part of the batch, and updates every row
+                update_bytes = _READ_AND_WRITTEN * rows * (width + state)
+                update_ms = 1e3 * update_bytes / self._model.hardware.ddr.read_bytes_per_s
+            uses.append(
+                ShardUse(
+                    rows=shard.size[0],
+                    lookups=lookups * share,
+                    unique_rows=access.unique_rows(self._batch_size) if copies else unique * share,
+                    weight_bytes=width,
+                    record_bytes=width + state * shard.size[1] // columns,
+                    curve=curve,
+                    table_rows=rows,
+                    share=share,
+                    comms_ms=shard.perf.fwd_comms + shard.perf.bwd_comms,
+                    compute_ms=update_ms,
+                )
+            )
+        return uses
+
+    def _table_access(self, option: ShardingOption) -> TableAccess:
+        rows = option.tensor.shape[0]
+        if self._access is None:
+            return assumed_access(rows, max(self._lookups(option), 1e-6), self._batch_size * self._world_size)
+        measured = self._access.table(option.name)
+        if measured.rows != rows:
+            raise ConfigurationError(
+                f"access profile: table {option.name!r} has {measured.rows} rows there and {rows} in the model; "
+                "profile the data of this job"
+            )
+        return measured
 
     def _lookups(self, option: ShardingOption) -> float:
         """Rows of the table that one step looks up, over all ranks and features."""
+        if self._access is not None:
+            return self._access.table(option.name).pooling_factor * self._batch_size * self._world_size
         asked = self._asked(option.name)
         factors = list(asked.pooling_factors)
         module: Any = option.module[1]
@@ -168,3 +229,15 @@ class TieredEnumerator(EmbeddingEnumerator):
         poolings = asked.num_poolings or [1.0] * len(factors)
         batch_sizes = asked.batch_sizes or [self._batch_size] * len(factors)
         return self._world_size * sum(f * p * b for f, p, b in zip(factors, poolings, batch_sizes, strict=True))
+
+
+def _shares(option: ShardingOption, access: TableAccess) -> list[float]:
+    """The part of the table's uses that falls into each shard."""
+    if option.sharding_type == ShardingType.DATA_PARALLEL.value:
+        return [1 / option.num_shards] * option.num_shards
+    ranges = access.lookup_share_by_row_range
+    below = np.concatenate([[0.0], np.cumsum(ranges)])
+    edges = np.linspace(0, option.tensor.shape[0], len(below))
+    first = np.array([shard.offset[0] for shard in option.shards], np.float64)
+    last = first + np.array([shard.size[0] for shard in option.shards], np.float64)
+    return [float(x) for x in np.interp(last, edges, below) - np.interp(first, edges, below)]

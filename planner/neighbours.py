@@ -14,8 +14,11 @@ with pools of 6 batches and more 0.010, where they have 0.059, and that of reads
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from .access_profile import MOST_LOOKAHEAD, TableAccess
+import numpy as np
+
+from .access_profile import MOST_LOOKAHEAD, MissCurve, TableAccess
 
 _HALVINGS = 50
 
@@ -37,6 +40,13 @@ def misses_and_reads(
         reads = (low + high) / 2
         low, high = (reads, high) if reads < most * math.exp(-spared_by * reads) else (low, reads)
     return first_uses + high, high
+
+
+def curve_over_ssd(table: TableAccess, batch_samples: int, records_per_block: int, lookahead: int | None = None) -> MissCurve:
+    """``miss_curve_for``, less what neighbours spare. Write-backs stay: a row that came along leaves too."""
+    curve = table.miss_curve_for(batch_samples, lookahead)
+    missed = [misses_and_reads(table, rows, batch_samples, records_per_block, lookahead)[0] for rows in curve.pool_rows]
+    return replace(curve, misses_per_batch=tuple(np.minimum.accumulate(missed).tolist()))
 
 
 def _reach(table: TableAccess, slots: float) -> float:

@@ -25,32 +25,38 @@ _BY_ROOM = (PartitionByType.DEVICE.value, PartitionByType.UNIFORM.value)
 
 class TieredPartitioner(Partitioner):
     """Places as ``placer`` does, and refuses a placement in which a rank's DDR is exceeded by optimizer state that TorchRec's
-    estimates leave out. A proposal with tiered tables that ``placer``, which balances work, cannot place is placed by room."""
+    estimates leave out. A proposal whose shards all have ranks stays as it is. One with tiered tables that ``placer``, which balances
+    work, cannot place is placed by room."""
 
     def __init__(self, placer: Partitioner | None = None) -> None:
         self._placer = placer or GreedyPerfPartitioner()
 
     def partition(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
         """The proposal, every shard with its rank. Raises: PlannerError when it does not fit."""
+        plan = proposal if all(s.rank is not None for o in proposal for s in o.shards) else self._place(proposal, storage_constraint)
+        for tier in ("ddr", "ssd"):
+            need: Counter[int] = Counter()
+            for option in plan:
+                for shard, missing_bytes in zip(option.shards, uncharged_bytes(option), strict=True):
+                    need[shard.rank] += getattr(shard.storage, tier) + (missing_bytes if tier == "ddr" else 0)
+            for device in storage_constraint.devices:
+                have = getattr(device.storage, tier)
+                if need[device.rank] > have:
+                    raise PlannerError(
+                        f"rank {device.rank} needs {need[device.rank]} bytes of {tier} with optimizer state, it has {have}",
+                        PlannerErrorType.PARTITION,
+                    )
+        return plan
+
+    def _place(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
         try:
-            plan = self._placer.partition(proposal, storage_constraint)
+            return self._placer.partition(proposal, storage_constraint)
         except PlannerError:
             tiered = any(isinstance(option, TieredShardingOption) for option in proposal)
             if not tiered or any(option.partition_by not in _BY_ROOM for option in proposal):
                 raise
             place_by_room(proposal, [device.storage for device in storage_constraint.devices])
             return proposal
-        need: Counter[int] = Counter()
-        for option in plan:
-            for shard, missing_bytes in zip(option.shards, uncharged_bytes(option), strict=True):
-                need[shard.rank] += shard.storage.ddr + missing_bytes
-        for device in storage_constraint.devices:
-            if need[device.rank] > device.storage.ddr:
-                raise PlannerError(
-                    f"rank {device.rank} needs {need[device.rank]} bytes of DDR with optimizer state, it has {device.storage.ddr}",
-                    PlannerErrorType.PARTITION,
-                )
-        return plan
 
 
 class NoRoomError(PlannerError):

@@ -23,11 +23,16 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from ..errors import ConfigurationError
 from ..parameter_sharding import TieredParameterSharding
 from ..tiers import PmemCache, TierChain
+from .access_profile import AccessProfile
+from .assumed_hardware import assumed_hardware
 from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
+from .explanations import PlanSummary, alternative, summary
+from .hardware_profile import HardwareProfile
 from .partitioners import TieredPartitioner
-from .pools import fill_pools
+from .perf_model import PerfModel, StepPrediction
 from .proposers import TieredProposer
+from .search import SearchResult, predicted
 from .sharding_options import TieredShardingOption
 from .shortages import shortage
 from .stats import TieredStats, plan_rows, render_plan
@@ -36,13 +41,16 @@ from .topology import TieredTopology
 
 
 class TieredShardingPlanner(EmbeddingShardingPlanner):
-    """Plans as TorchRec does while every table fits in the ranks' DDR budgets; beyond, keeps the tables with most lookups per byte
-    in memory and gives the others slot pools above the SSD (``levels.py`` has the rule).
+    """Plans as TorchRec does while every table fits in the ranks' DDR budgets; beyond, searches for the plan whose predicted step is
+    fastest (``search.py``): which tables stay in memory, which go above the SSD, with what pools and PMem caches, on which ranks.
 
-    Arguments are ``EmbeddingShardingPlanner``'s. Defaults of our own: ``storage_reservation`` keeps nothing from the tables
-    (``DdrStorageReservation(ddr_bytes)`` keeps some for the dense model); ``checkpoints`` is how often training commits one, as far
-    as room on the SSD goes; ``proposer`` is the list of TorchRec proposers to ask
-    for a plan without tiers; ``stats`` logs the plan as ``describe`` renders it. ``batch_size`` is per rank.
+    Arguments are ``EmbeddingShardingPlanner``'s, and these. ``hardware``: the machine, as ``mtrains calibrate`` measured it; left out, an
+    assumed one. ``access``: how the tables are used, as ``mtrains profile`` measured it; left out, Zipf's law. ``dense_ms``: a step's
+    compute outside the tables. ``prefetched``: whether rows of coming batches are fetched meanwhile. ``checkpoints``: how often training
+    commits one. ``search_seconds``: about how long to look for a plan with tiers.
+    Defaults of our own: ``storage_reservation`` keeps nothing from the tables (``DdrStorageReservation(ddr_bytes)`` keeps some for the
+    dense model); ``proposer`` is the list of TorchRec proposers to ask for a plan without tiers; ``stats`` logs the plan as ``describe``
+    renders it. ``batch_size`` is per rank.
 
     Raises, from ``plan``: InsufficientStorageError, naming the tier that is short and by how many bytes; ConfigurationError for
     constraints that leave a table no way to be kept.
@@ -53,35 +61,50 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         topology: TieredTopology,
         batch_size: int | None = None,
         constraints: dict[str, ParameterConstraints] | None = None,
+        hardware: HardwareProfile | None = None,
+        access: AccessProfile | None = None,
+        dense_ms: float = 0.0,
+        prefetched: bool = True,
         checkpoints: CheckpointSchedule | None = None,
+        search_seconds: float | None = None,
         storage_reservation: StorageReservation | None = None,
         proposer: Proposer | list[Proposer] | None = None,
         partitioner: Partitioner | None = None,
         **planner_kwargs: Any,
     ) -> None:
         reservation = storage_reservation or DdrStorageReservation()
-        self._tiered_proposer = TieredProposer(reservation, [proposer] if isinstance(proposer, Proposer) else proposer)
+        self._model = PerfModel(
+            hardware or assumed_hardware(topology), topology.ranks_per_host, dense_ms, prefetched, checkpoints or CheckpointSchedule()
+        )
+        self._tiered_proposer = TieredProposer(
+            reservation,
+            self._model,
+            [proposer] if isinstance(proposer, Proposer) else proposer,
+            topology.pmem.capacity_bytes if topology.pmem else 0,
+            search_seconds,
+        )
         planner_kwargs.setdefault("stats", [TieredStats(self)])
-        callbacks = [self._fill_pools, *(planner_kwargs.pop("callbacks", None) or ())]
         super().__init__(
             topology=topology,
             batch_size=batch_size,
             constraints=constraints,
             storage_reservation=reservation,
             proposer=self._tiered_proposer,
-            callbacks=callbacks,
             partitioner=TieredPartitioner(partitioner),
             enumerator=planner_kwargs.pop("enumerator", None)
-            or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, checkpoints),
+            or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
             **planner_kwargs,
         )
         self._ssd, self._pmem = topology.ssd, topology.pmem
-        self._levels: dict[str, float] = {}
-        self._planned: tuple[ShardingPlan | None, list[dict[str, Any]]] = (None, [])
+        self._planned: tuple[ShardingPlan | None, list[dict[str, Any]], PlanSummary | None] = (None, [], None)
+        self._notes = [
+            *([] if hardware else ["assumed hardware: nobody measured this machine; `mtrains calibrate` does, and give its profile"]),
+            *([] if access else ["assumed accesses: Zipf's law; `mtrains profile` measures them, and give its profile"]),
+        ]
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """The plan, on one rank: tiered tables are ``TieredParameterSharding``, the others as TorchRec plans them."""
-        self._best_plan, self._levels = None, {}
+        self._best_plan = None
         try:
             plan = super().plan(module, sharders)
         except PlannerError as error:
@@ -91,7 +114,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             if isinstance(option, TieredShardingOption):
                 stock = plan.plan[option.path][option.name]
                 plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=self._chain(option))
-        self._planned = (plan, self.described(best_plan))
+        self._planned = (plan, self.described(best_plan), self.summarized(best_plan))
         return plan
 
     def _chain(self, option: TieredShardingOption) -> TierChain:
@@ -127,7 +150,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
         """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows and cache_rows (a shard; None where there is
-        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), bytes_per_lookup (what the rule gave a tiered table), why.
+        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted, of a tiered
+        table's pools), why.
 
         Raises: ConfigurationError for a plan that is not the last one this planner made.
         """
@@ -135,23 +159,46 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             raise ConfigurationError("plan_rows explains the last plan that this planner made, got another one; plan again")
         return self._planned[1]
 
+    def summary(self, plan: ShardingPlan) -> PlanSummary:
+        """The predicted step, its bottleneck, and what more memory would buy, on every rank.
+
+        Raises: ConfigurationError for a plan that is not the last one this planner made.
+        """
+        if plan is not self._planned[0]:
+            raise ConfigurationError("summary explains the last plan that this planner made, got another one; plan again")
+        assert self._planned[2] is not None
+        return self._planned[2]
+
+    @property
+    def search_result(self) -> SearchResult | None:
+        """What the search for the last plan found, on the rank that planned; None where everything was in memory."""
+        return self._tiered_proposer.result
+
+    @property
+    def prediction(self) -> StepPrediction:
+        """The step of the last plan, predicted, on the rank that planned."""
+        return predicted(self._best_plan or [], self._model, self._topology.world_size)
+
     def describe(self, plan: ShardingPlan) -> RichTable:
         """The plan as people read it."""
         return render_plan(self.plan_rows(plan), self._topology)
 
     def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
         """Rows as ``plan_rows`` returns them, of placed options."""
-        return plan_rows(options, self._levels, pmem=self._pmem is not None)
+        other = {
+            option.fqn: table
+            for option, table in zip(self._tiered_proposer.first_options, self._tiered_proposer.footprint.tables, strict=True)
+        }
+        alternatives = {o.fqn: alternative(o, other[o.fqn], self._model) for o in options}
+        return plan_rows(options, self._pmem is not None, alternatives)
 
-    def _fill_pools(self, best_plan: list[ShardingOption]) -> list[ShardingOption]:
-        in_memory = {t.in_memory.fqn: t.in_memory for t in self._tiered_proposer.tables if t.in_memory is not None}
-        filled, self._levels = fill_pools(
-            best_plan, self._tiered_proposer.capacity, in_memory, self._pmem.capacity_bytes if self._pmem else 0
-        )
-        return filled
+    def summarized(self, options: list[ShardingOption]) -> PlanSummary:
+        """The summary of placed options."""
+        prediction = predicted(options, self._model, self._topology.world_size)
+        return summary(prediction, self._tiered_proposer.result, self._notes)
 
     def _reason(self, error: PlannerError) -> PlannerError:
         proposer = self._tiered_proposer
-        if self._best_plan is not None or not proposer.tables:
+        if self._best_plan is not None or not proposer.footprint.tables:
             return error
-        return shortage(proposer.tables, proposer.stock, proposer.capacity) or error
+        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage) or error

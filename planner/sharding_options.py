@@ -6,11 +6,12 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-from torchrec.distributed.planner.types import Perf, Shard, ShardingOption, Storage
+import numpy as np
+from torchrec.distributed.planner.types import Perf, ShardingOption, Storage
 
 from ..parameter_sharding import TIERED_KERNEL
 from . import charges
-from .checkpoint_schedule import CheckpointSchedule
+from .perf_model import CPU, PMEM, SSD, TIERS, Floats, PerfModel, ShardUse
 
 
 class TieredShardingOption(ShardingOption):
@@ -18,7 +19,8 @@ class TieredShardingOption(ShardingOption):
     ``cache_rows`` between the two; 0: none.
 
     ``lookups`` and ``min_pool_rows`` are per shard: rows that the average and the largest batch look up in it.
-    ``batch_bytes`` and ``compute`` hold, per shard, what a batch brings along in memory and the perf of the table in memory.
+    ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what a batch brings along in memory, TorchRec's perf of the table in
+    memory, and what a step does to it.
     """
 
     lookups: float
@@ -29,8 +31,8 @@ class TieredShardingOption(ShardingOption):
     batch_bytes: list[int]
     compute: list[Perf]
     uncharged_bytes: list[int]
-    ssd_bytes_per_ms: float
-    checkpoints: CheckpointSchedule
+    uses: list[ShardUse]
+    model: PerfModel
 
     @classmethod
     def of(
@@ -40,8 +42,8 @@ class TieredShardingOption(ShardingOption):
         optimizer_state_bytes: int,
         lookups: float,
         min_pool_rows: int,
-        ssd_bytes_per_ms: float,
-        checkpoints: CheckpointSchedule,
+        uses: list[ShardUse],
+        model: PerfModel,
     ) -> Any:
         """The option ``fused``, whose storage and perf are estimated, with the smallest legal pools above an SSD."""
         option = cls.__new__(cls)
@@ -50,15 +52,14 @@ class TieredShardingOption(ShardingOption):
         option.uncharged_bytes = [0] * option.num_shards
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + optimizer_state_bytes
-        option.lookups, option.ssd_bytes_per_ms, option.checkpoints = lookups, ssd_bytes_per_ms, checkpoints
-        option.cache_rows = 0
+        option.lookups, option.uses, option.model = lookups, uses, model
         option.batch_bytes = [
             shard.storage.ddr - shard.size[0] * shard.size[1] * element_bytes + round(lookups) * charges.SLOT_NUMBER_BYTES
             for shard in fused.shards
         ]
         option.compute = [shard.perf for shard in fused.shards]
         option.min_pool_rows = max(1, min(min_pool_rows, option.shard_rows))
-        option._resize(option.min_pool_rows)
+        option._resize(option.min_pool_rows, 0)
         return option
 
     @property
@@ -71,49 +72,45 @@ class TieredShardingOption(ShardingOption):
         """DDR of one slot."""
         return charges.slot_bytes(self.record_bytes)
 
-    def resized(self, pool_rows: int) -> TieredShardingOption:
-        """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard."""
+    def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
+        """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
         option = copy.deepcopy(self)
-        option._resize(max(self.min_pool_rows, min(pool_rows, self.shard_rows)))
-        return option
-
-    def cached(self, cache_rows: int) -> TieredShardingOption:
-        """The same with PMem caches of another size, or none."""
-        option = copy.deepcopy(self)
-        option.cache_rows = cache_rows
-        option._resize(option.pool_rows)
+        option._resize(max(self.min_pool_rows, min(pool_rows, self.shard_rows)), cache_rows)
         return option
 
     @property
     def pmem_bytes(self) -> int:
         """PMem of the caches of all shards."""
-        if not self.cache_rows:
-            return 0
-        return sum(charges.cache_record_bytes(shard.size[0], self.record_bytes, self.cache_rows) for shard in self.shards)
+        return sum(self.pmem_bytes_of(i, self.cache_rows) for i in range(self.num_shards))
 
-    def storage_with(self, pool_rows: int) -> Storage:
-        """Storage of all shards, had they pools of ``pool_rows``."""
-        ddr = sum(self.ddr_bytes(i, pool_rows) for i in range(self.num_shards))
-        return Storage(hbm=0, ddr=ddr, ssd=self.total_storage.ssd)
+    def pmem_bytes_of(self, shard: int, cache_rows: int) -> int:
+        """PMem of one shard, had it a cache of ``cache_rows``."""
+        return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows) if cache_rows else 0
 
-    def ddr_bytes(self, shard: int, pool_rows: int) -> int:
-        """DDR of one shard, had it a pool of ``pool_rows``."""
+    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+        """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``."""
         rows = self.shards[shard].size[0]
         ddr = self.batch_bytes[shard] + rows * charges.INDEX_BYTES_PER_ROW + charges.pool_bytes(rows, self.record_bytes, pool_rows)
-        return ddr + charges.cache_index_bytes(rows, self.cache_rows) if self.cache_rows else ddr
+        return ddr + charges.cache_index_bytes(rows, cache_rows) if cache_rows else ddr
 
-    def _resize(self, pool_rows: int) -> None:
-        self.pool_rows = pool_rows
+    def busy_ms(self, shard: int) -> Floats:
+        """What a step keeps each resource busy for a shard. Shape (resources,)."""
+        return np.asarray(self.model.tiered(self.uses[shard], self.pool_rows, self.cache_rows)[0])
+
+    def hit_ratio(self) -> float:
+        """Of the distinct rows of a batch, those in the pools."""
+        unique = sum(use.unique_rows for use in self.uses)
+        return 1 - sum(float(use.misses(self.pool_rows)) for use in self.uses) / unique if unique else 1.0
+
+    def _resize(self, pool_rows: int, cache_rows: int) -> None:
+        self.pool_rows, self.cache_rows = pool_rows, cache_rows
         for i, shard in enumerate(self.shards):
-            ssd = charges.log_bytes(shard.size[0], self.record_bytes, self.lookups, self.checkpoints)
-            shard.storage = Storage(hbm=0, ddr=self.ddr_bytes(i, pool_rows), ssd=ssd)
-            shard.perf = replace(self.compute[i], prefetch_compute=self._swap_ms(shard, pool_rows))
+            ssd = charges.log_bytes(shard.size[0], self.record_bytes, self.lookups, self.model.checkpoints)
+            shard.storage = Storage(hbm=0, ddr=self.ddr_bytes(i, pool_rows, cache_rows), ssd=ssd)
+            shard.perf = replace(self.compute[i], prefetch_compute=self._more_ms(i))
 
-    def _swap_ms(self, shard: Shard, pool_rows: int) -> float:
-        """Milliseconds to bring in from the SSD the rows that a batch misses and to write back as many, were every row as likely as
-        any other. A PMem cache is taken to cost nothing.
-
-        Popularity is skewed, so this is more than it will be: a pool never looks better than memory.
-        """
-        missed = self.lookups * (1 - min(pool_rows + self.cache_rows, shard.size[0]) / shard.size[0])
-        return 2 * missed * self.record_bytes / self.ssd_bytes_per_ms
+    def _more_ms(self, shard: int) -> float:
+        """What tiers add to the step of a rank that has nothing else to wait for: TorchRec's own sum of parts has no other place for it,
+        and so a pool never looks better than memory."""
+        more = self.busy_ms(shard) - self.model.in_memory(self.uses[shard])
+        return float(more[CPU] + more[TIERS] + max(more[PMEM], more[SSD]))

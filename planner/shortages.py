@@ -1,4 +1,4 @@
-"""Why no level fits: which tier is short, by how many bytes, and what to do about it."""
+"""Why there is no plan: which tier is short, by how many bytes, and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from .errors import InsufficientStorageError
 from .estimators import charged
-from .levels import Table, breakpoints
+from .footprint import Footprint
 from .partitioners import NoRoomError, place_by_room
-from .proposers import total_at
 
 _ADVICE = {
     "ddr": "Raise ddr_budget_bytes, add ranks, shrink the batch (pools hold the rows of a batch at least; see min_pool_rows) or the "
@@ -21,29 +20,29 @@ _ADVICE = {
 
 
 def shortage(
-    tables: Sequence[Table], stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]
+    footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]
 ) -> InsufficientStorageError | None:
-    """The error to raise when no proposal fitted; None where bytes are not the reason.
+    """The error to raise when no member of the footprint fitted; None where bytes are not the reason.
 
     ``stock`` holds each table's options in memory, also those that no rank can hold.
     """
     everything = sum(capacity, Storage(0, 0, 0))
-    for table, in_memory in zip(tables, stock, strict=True):
+    for table, in_memory in zip(footprint.tables, stock, strict=True):
         options = [*map(charged, in_memory), *([table.tiered] if table.tiered else [])]
         found = _shard_too_large(table.name, options, capacity)
         if found:
             return found
-    need = total_at(tables, 0.0).ddr
+    totals = footprint.totals()
+    need = totals[-1].ddr
     if need > everything.ddr:
         what = f"the tables need {need} bytes even with the smallest pools, the ranks have {everything.ddr}"
         return _error("ddr", need - everything.ddr, what)
-    levels = breakpoints(table.full_level for table in tables)
-    need = min(storage.ssd for level in levels if (storage := total_at(tables, level)).ddr <= everything.ddr)
+    need = min(total.ssd for total in totals if total.ddr <= everything.ddr)
     if need > everything.ssd:
         what = f"the tables that do not fit in memory need {need} bytes, the ranks have {everything.ssd}"
         return _error("ssd", need - everything.ssd, what)
     try:
-        place_by_room([table.at(0.0) for table in tables], capacity)
+        place_by_room(footprint.member(0), capacity)
     except NoRoomError as error:
         return _error(error.tier, error.short_bytes, str(error))
     return None

@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 _TEXTS = ("table", "sharding", "kernel", "ranks", "why")
 
 
-def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float], pmem: bool) -> list[dict[str, Any]]:
-    """One dict a table, in the plan's order. ``levels``: bytes per lookup of a step that each tiered table got, by its fqn;
-    ``pmem``: whether there is some for caches."""
-    any_tiered = bool(levels)
+def plan_rows(options: Sequence[ShardingOption], pmem: bool, alternatives: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One dict a table, in the plan's order. ``pmem``: whether there is some for caches; ``alternatives``: what each table's other place
+    would cost, by its fqn."""
+    any_tiered = any(isinstance(option, TieredShardingOption) for option in options)
     rows = []
     for option in options:
         tiered = option if isinstance(option, TieredShardingOption) else None
@@ -43,8 +43,9 @@ def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float], pm
                 "ddr_bytes": option.total_storage.ddr + sum(uncharged_bytes(option)),
                 "pmem_bytes": tiered.pmem_bytes if tiered else 0,
                 "ssd_bytes": option.total_storage.ssd,
-                "bytes_per_lookup": levels.get(option.fqn),
-                "why": _why(option, any_tiered, pmem),
+                "hit_ratio": tiered.hit_ratio() if tiered else None,
+                "lookups": sum(use.lookups for use in option.uses),
+                "why": "; ".join(filter(None, (_why(option, any_tiered, pmem), alternatives.get(option.fqn, "") if any_tiered else ""))),
             }
         )
     return rows
@@ -52,9 +53,9 @@ def plan_rows(options: Sequence[ShardingOption], levels: Mapping[str, float], pm
 
 def _why(option: ShardingOption, any_tiered: bool, pmem: bool) -> str:
     if not isinstance(option, TieredShardingOption):
-        return "most lookups a byte" if any_tiered else "everything fits"
-    why = "smallest pool" if option.pool_rows == option.min_pool_rows else "lookups' share"
-    return f"{why}; a cache's index costs more than it holds" if pmem and not option.cache_rows else why
+        return "most time saved a byte" if any_tiered else "everything fits"
+    why = "smallest pool" if option.pool_rows == option.min_pool_rows else ""
+    return "; ".join(filter(None, (why, "a cache's index costs more than it holds" if pmem and not option.cache_rows else "")))
 
 
 def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -63,7 +64,9 @@ def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     Shapes: (columns,), (tables, columns).
     """
     cached = any(r["cache_rows"] for r in rows)
+    hits = any(r.get("hit_ratio") is not None for r in rows)
     heads = ["table", "sharding", "kernel", "ranks", "rows", "pool rows", *(["cache rows"] if cached else [])]
+    heads += ["lookups", "hit ratio"] if hits else []
     heads += ["ddr", *(["pmem"] if cached else []), "ssd", "why"]
     lines = []
     for r in rows:
@@ -75,6 +78,8 @@ def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
             "rows": f"{r['rows']:,}",
             "pool rows": "all" if r["pool_rows"] is None else f"{r['pool_rows']:,}",
             "cache rows": f"{r['cache_rows']:,}" if r["cache_rows"] else "",
+            "lookups": f"{r.get('lookups', 0):,.0f}",
+            "hit ratio": "" if r.get("hit_ratio") is None else f"{r['hit_ratio']:.3f}",
             **{tier: show_bytes(r[f"{tier}_bytes"]) if r[f"{tier}_bytes"] else "" for tier in ("ddr", "pmem", "ssd")},
             "why": r["why"],
         }
@@ -114,4 +119,6 @@ class TieredStats(Stats):
         console = Console(width=160, no_color=True)
         with console.capture() as capture:
             console.print(render_plan(self._planner.described(best_plan), topology))
+            for line in self._planner.summarized(best_plan).lines():
+                console.print(line, highlight=False)
         logger.info("\n%s", capture.get())

@@ -63,3 +63,8 @@ class TieredTopology(Topology):
             **topology_kwargs,
         )
         self.ssd, self.pmem = ssd, pmem
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Ranks that share the devices of a host."""
+        return min(self.local_world_size, self.world_size)

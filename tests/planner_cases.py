@@ -65,6 +65,7 @@ class Case:
     def planner(self, ddr: int, ssd: int | None, pmem: int | None = None, **kwargs: Any) -> TieredShardingPlanner:
         home = None if ssd is None else SsdHome(("/nowhere",), ssd)
         device = None if pmem is None else PmemDevice("/pmem", pmem)
+        kwargs.setdefault("search_seconds", 0.05)
         topology = TieredTopology(self.world_size, ddr_budget_bytes=ddr, ssd=home, pmem=device)
         return TieredShardingPlanner(topology, batch_size=self.batch_size, constraints=self.constraints(), **kwargs)
 
@@ -113,15 +114,6 @@ def shards(case: Case, name: str, sharding: Any) -> list[tuple[int, int]]:
         (shard.placement.rank(), math.ceil(shard.shard_sizes[0] * shard.shard_sizes[1] / table.dim))
         for shard in sharding.sharding_spec.shards
     ]
-
-
-def rows_in_memory(case: Case, plan: ShardingPlan) -> dict[str, int]:
-    """Rows of each table that can be in memory at once."""
-    result = {}
-    for name, sharding in plan.plan["ebc"].items():
-        tiered = isinstance(sharding, TieredParameterSharding)
-        result[name] = sum(min(rows, sharding.tiers.pool_rows) if tiered else rows for _, rows in shards(case, name, sharding))
-    return result
 
 
 def tiered_tables(plan: ShardingPlan) -> set[str]:

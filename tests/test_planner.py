@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torchrec_mtrains.planner import (
     TieredTopology,
 )
 
-from planner_cases import DDR, PLENTY, SSD, Case, TableCase, cases, rows_in_memory, shards, tiered_tables
+from planner_cases import DDR, PLENTY, SSD, Case, TableCase, cases, shards, tiered_tables
 from ranks import RankFailureError, Ranks
 from torchrec_mtrains import SsdHome
 from torchrec_mtrains.errors import ConfigurationError, MTrainsError, UnsupportedError
@@ -85,17 +86,23 @@ def test_shards_make_up_their_tables_and_pools_are_legal(case: Case, ddr: int) -
 
 
 @MANY
-@given(cases(max_world_size=1), st.lists(DDR, min_size=2, max_size=6))
-def test_a_bigger_budget_never_has_fewer_rows_of_any_table_in_memory(case: Case, budgets: list[int]) -> None:
-    before: dict[str, int] = {}
+@given(cases(max_world_size=1), st.lists(DDR, min_size=2, max_size=4))
+def test_a_bigger_budget_is_never_predicted_to_be_slower(case: Case, budgets: list[int]) -> None:
+    """Within 2%: the search is not exact. The bound is exact to what stopping it early costs."""
+    step = bound = math.inf
     for ddr in sorted(budgets):
-        plan = plan_or_none(case, ddr, PLENTY)
-        if plan is None:
-            assert not before, "a bigger budget has no plan"
+        planner = case.planner(ddr, PLENTY)
+        try:
+            planner.plan(case.model(), case.sharders())
+        except InsufficientStorageError:
+            assert step == math.inf, "a bigger budget has no plan"
             continue
-        now = rows_in_memory(case, plan)
-        assert all(now[name] >= rows for name, rows in before.items()), (ddr, before, now)
-        before = now
+        now = planner.prediction.step_ms
+        assert now <= 1.02 * step, (ddr, step, now)
+        if planner.search_result is None:
+            break  # everything fits: TorchRec's plan
+        assert planner.search_result.bound_ms <= min(bound, now) * 1.001
+        step, bound = now, planner.search_result.bound_ms
 
 
 @settings(max_examples=20, deadline=None)
@@ -129,7 +136,7 @@ def test_on_one_rank_the_shortage_is_exact(case: Case, ddr: int, ssd: int) -> No
         pytest.fail("what the errors asked for was given, and there is still no plan")
 
 
-# -- the rule
+# -- the search
 
 
 def test_tables_with_most_lookups_per_byte_stay_in_memory() -> None:
@@ -138,10 +145,10 @@ def test_tables_with_most_lookups_per_byte_stay_in_memory() -> None:
     assert tiered_tables(plan) == {"t1"}
 
 
-def test_pools_share_the_rest_by_lookups() -> None:
+def test_of_two_tables_the_one_with_more_lookups_has_more_rows_in_its_pool() -> None:
     case = Case([TableCase(50_000, 32, [3.0]), TableCase(50_000, 32, [1.0])])
     chains = {name: s.tiers for name, s in case.plan(6 * MIB, PLENTY).plan["ebc"].items()}
-    assert chains["t0"].pool_rows == pytest.approx(3 * chains["t1"].pool_rows, abs=3)
+    assert chains["t0"].pool_rows > 1.5 * chains["t1"].pool_rows
 
 
 def test_a_table_too_large_for_a_rank_is_split_by_rows() -> None:
@@ -266,7 +273,7 @@ def test_the_plan_is_described_table_by_table() -> None:
         console.print(planner.describe(plan))
     text = capture.get()
     assert f"{plan.plan['ebc']['t0'].tiers.pool_rows:,}" in text
-    assert "most lookups a byte" in text
+    assert "most time saved a byte" in text
     with pytest.raises(ConfigurationError, match="last plan"):
         planner.plan_rows(case.plan(2 * MIB, PLENTY))
 
@@ -274,7 +281,7 @@ def test_the_plan_is_described_table_by_table() -> None:
 def test_the_plan_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="torchrec_mtrains.planner.stats"):
         Case([TableCase(50_000, 32)]).plan(2 * MIB, PLENTY)
-    assert "lookups' share" in caplog.text
+    assert "predicted step" in caplog.text
 
 
 def test_min_pool_rows_is_part_of_the_constraints_hash() -> None:

@@ -7,6 +7,7 @@ from .tiers import DdrCache, DdrHome, PmemCache, PmemHome, SsdHome, TierChain
 
 if TYPE_CHECKING:
     from . import kernels, planner
+    from .calibration import calibrate
     from .checkpoint import load_checkpoint, save_checkpoint, trickle, wants_checkpoint
     from .default_sharders import sharders
     from .explanation import explain
@@ -47,6 +48,7 @@ __all__ = [
     "TieredStager",
     "TieredTrainPipeline",
     "__version__",
+    "calibrate",
     "counters",
     "explain",
     "fail_together",
@@ -77,6 +79,7 @@ _MODULE_OF = {
     "TieredParameterSharding": ".parameter_sharding",
     "TieredStager": ".stager",
     "TieredTrainPipeline": ".train_pipeline",
+    "calibrate": ".calibration",
     "counters": ".tier_counters",
     "explain": ".explanation",
     "fail_together": ".rank_failures",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .calibrate_command import calibrate
 from .checkpoint_commands import checkpoint, inspect
 from .command import typed_errors
 from .data_options import DATA, DATA_OPTIONS, data_source, with_options
@@ -61,6 +62,8 @@ _PLACEMENT = (
     click.option("--ssd-capacity", type=_Bytes(), default=None, help="Cap of what a rank keeps on the SSD."),
     click.option("--pmem", default=None, metavar="PATH", help="Folder on PMem, CXL memory or tmpfs for caches in front of the SSD."),
     click.option("--pmem-capacity", type=_Bytes(), default=None, help="What a rank's caches take of --pmem: 16GiB."),
+    click.option("--hardware", type=click.Path(dir_okay=False), default=None, help="The machine, as mtrains calibrate measured it."),
+    click.option("--access", type=click.Path(dir_okay=False), default=None, help="How tables are used, as mtrains profile measured it."),
     click.option("--pool-rows", type=click.IntRange(1), default=None, help="Every table in tiers, with a slot pool of so many rows."),
     click.option("--in-memory", is_flag=True, help="Every table whole in memory: TorchRec's own plan."),
     click.option("--threads", type=click.IntRange(1), default=None, help="Of torch; its own choice if left out."),
@@ -103,6 +106,8 @@ def _train_options(o: dict[str, Any]) -> Any:
             pool_rows=o["pool_rows"],
             pmem=o["pmem"],
             pmem_capacity_bytes=o["pmem_capacity"],
+            hardware=o["hardware"],
+            access=o["access"],
         ),
         steps=o["steps"],
         checkpoint=o["checkpoint"],
@@ -124,7 +129,12 @@ def _plan(o: dict[str, Any]) -> None:
         source = data_source(o, pg.rank(), pg.size())
         _, placed = placed_model(source, options, pg)
         if pg.rank() == 0:
-            show.plan(placed.rows)
+            show.plan(placed.rows, placed.summary)
+            if o.get("picture") and placed.summary and placed.summary.step_by_ddr:
+                from .planner.explanations import draw
+
+                draw(placed.summary, o["picture"])
+                click.echo(f"picture: {o['picture']}")
 
 
 @click.group()
@@ -138,6 +148,7 @@ def main() -> None:
     keep_freed_memory_small()
 
 
+main.add_command(calibrate)
 main.add_command(checkpoint)
 main.add_command(inspect)
 main.add_command(profile)
@@ -145,6 +156,7 @@ main.add_command(profile)
 
 @main.command()
 @with_options(DATA, *DATA_OPTIONS, *_MODEL, *_PLACEMENT, *_SCHEDULE)
+@click.option("--picture", type=click.Path(dir_okay=False), default=None, help="Draw the predicted step by memory a rank: plan.png.")
 @typed_errors
 def plan(**o: Any) -> None:
     """Print where every table would live."""

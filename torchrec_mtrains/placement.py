@@ -15,7 +15,16 @@ from .errors import ConfigurationError
 from .hand_plan import plan_by_hand, plan_rows, tables_of_rank
 from .job_model import ModelOptions, fused_params, stock_plan, stock_sharders
 from .job_shape import JobShape
-from .planner import CheckpointSchedule, DdrStorageReservation, PmemDevice, TieredShardingPlanner, TieredTopology
+from .planner import (
+    AccessProfile,
+    CheckpointSchedule,
+    DdrStorageReservation,
+    HardwareProfile,
+    PlanSummary,
+    PmemDevice,
+    TieredShardingPlanner,
+    TieredTopology,
+)
 from .tiers import SsdHome, TierChain
 
 _LEAST_CAPACITY_BYTES = 1 << 30  # guess: what a small disk has to spare
@@ -30,7 +39,8 @@ _BYTES_PER_LOOKUP = 128
 class PlacementOptions:
     """``in_memory`` keeps every table in memory. Otherwise ``ssd`` names the folders of the volume, ``ddr_budget_bytes`` bounds
     the memory of tables, pools and indexes of a rank, and ``pool_rows`` puts every table in tiers with a pool of so many rows.
-    ``pmem`` names a folder for caches in front of the SSD, which take ``pmem_capacity_bytes`` of it on each rank."""
+    ``pmem`` names a folder for caches in front of the SSD, which take ``pmem_capacity_bytes`` of it on each rank. ``hardware`` and
+    ``access`` name the files of ``mtrains calibrate`` and ``mtrains profile`` that the planner goes by."""
 
     in_memory: bool = False
     ssd: tuple[str, ...] = ()
@@ -39,6 +49,8 @@ class PlacementOptions:
     pool_rows: int | None = None
     pmem: str | None = None
     pmem_capacity_bytes: int | None = None
+    hardware: str | None = None
+    access: str | None = None
 
     def __post_init__(self) -> None:
         if self.in_memory and (self.ssd or self.ddr_budget_bytes or self.pool_rows or self.ssd_capacity_bytes or self.pmem):
@@ -49,6 +61,8 @@ class PlacementOptions:
             raise ConfigurationError("say where the tables live: --ssd PATH with --ddr-budget BYTES for the SSD tier, or --in-memory")
         if self.ssd and (self.ddr_budget_bytes is None) == (self.pool_rows is None):
             raise ConfigurationError("with --ssd give either --ddr-budget BYTES, and the planner decides, or --pool-rows ROWS")
+        if (self.hardware or self.access) and self.ddr_budget_bytes is None:
+            raise ConfigurationError("--hardware and --access are for the planner, which has nothing to decide without --ddr-budget")
         if (self.pmem is None) != (self.pmem_capacity_bytes is None):
             raise ConfigurationError("--pmem PATH and --pmem-capacity BYTES go together: a cache takes its room when it opens")
 
@@ -60,11 +74,12 @@ class PlacementOptions:
 
 @dataclass
 class Placement:
-    """Sharders and plan of a model, and the plan as people read it."""
+    """Sharders and plan of a model, and the plan as people read it; a summary where the planner decided."""
 
     sharders: list[ModuleSharder[nn.Module]]
     plan: ShardingPlan
     rows: list[dict[str, Any]]
+    summary: PlanSummary | None = None
 
 
 def place(
@@ -100,9 +115,11 @@ def place(
         ),
         constraints={t.name: ParameterConstraints(pooling_factors=[float(t.pooling)]) for t in source.tables},
         checkpoints=checkpoints,
+        hardware=HardwareProfile.load(options.hardware) if options.hardware else None,
+        access=AccessProfile.load(options.access) if options.access else None,
     )
     plan = planner.collective_plan(model, tiered, pg)
-    return Placement(tiered, plan, planner.plan_rows(plan))
+    return Placement(tiered, plan, planner.plan_rows(plan), planner.summary(plan))
 
 
 def ssd_home(job: JobShape, options: PlacementOptions) -> SsdHome:

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .data import BatchSource
-from .planner import render_plan
+from .planner import PlanSummary, render_plan
 from .sizes import show_bytes
 from .tier_table import TierRow, tier_rows
 from .train import StepRecord, TrainOptions, TrainResult, hit_ratio, steps_of
@@ -35,9 +35,12 @@ def console() -> Console:
     return out
 
 
-def plan(rows: list[dict[str, Any]]) -> None:
-    """One line a table of the model."""
-    console().print(render_plan(rows))
+def plan(rows: list[dict[str, Any]], summary: PlanSummary | None = None) -> None:
+    """One line a table of the model, and what the planner says of the whole."""
+    out = console()
+    out.print(render_plan(rows))
+    for line in summary.lines() if summary else ():
+        out.print(line, highlight=False)
 
 
 class Progress:

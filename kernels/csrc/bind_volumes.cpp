@@ -7,7 +7,6 @@
 
 #include "bind_records.h"
 #include "errors.h"
-#include "io_probe.h"
 #include "memory_volume.h"
 #include "faulty_system.h"
 #include "log_volume.h"
@@ -194,15 +193,4 @@ void bind_volumes(nb::module_& m) {
       .def("unregistered_reason", &LogVolume::unregistered_reason)
       .def("direct", &LogVolume::direct)
       .def("wants_checkpoint", &LogVolume::wants_checkpoint);
-
-  m.def("random_reads",
-        [](const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend, uint64_t seed) {
-          ProbeResult r;
-          {
-            nb::gil_scoped_release unlocked;
-            r = random_reads(file, block_bytes, depth, seconds, backend, seed);
-          }
-          return nb::make_tuple(r.reads, r.seconds, r.cpu_seconds);
-        },
-        "file"_a, "block_bytes"_a, "depth"_a, "seconds"_a, "backend"_a, "seed"_a);
 }

@@ -26,18 +26,32 @@ double now(clockid_t clock) {
   return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
 }
 
+double quantile_us(std::vector<float>& seconds, double q) {
+  const auto at = seconds.begin() + static_cast<ptrdiff_t>(q * static_cast<double>(seconds.size() - 1));
+  std::nth_element(seconds.begin(), at, seconds.end());
+  return 1e6 * static_cast<double>(*at);
+}
+
+File open_to_probe(const std::string& file, bool writes) {
+  System& system = System::real();
+  const int flags = writes ? O_RDWR : O_RDONLY;
+  File opened(system, system.open(file.c_str(), flags | O_DIRECT, 0));
+  if (!opened.is_open() && errno == EINVAL) opened = File(system, system.open(file.c_str(), flags, 0));
+  if (!opened.is_open()) throw_io("open", file, errno);
+  return opened;
+}
+
 }  // namespace
 
-ProbeResult random_reads(const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend,
-                         uint64_t seed) {
-  System& system = System::real();
-  File opened(system, system.open(file.c_str(), O_RDONLY | O_DIRECT, 0));
-  if (!opened.is_open() && errno == EINVAL) opened = File(system, system.open(file.c_str(), O_RDONLY, 0));
+IoProbe random_io(const std::string& file, uint32_t block_bytes, uint32_t depth, double read_share, double seconds,
+                  const std::string& backend, uint64_t seed) {
+  const File opened = open_to_probe(file, read_share < 1);
   struct stat info{};
-  if (!opened.is_open() || fstat(opened.fd(), &info) != 0) throw_io("open", file, errno);
-  const uint64_t blocks = static_cast<uint64_t>(info.st_size) / block_bytes;
-  if (blocks == 0 || block_bytes % kPageBytes != 0 || depth < 1) {
-    throw Error(ErrorKind::kConfiguration, "random_reads needs a file of at least one block, blocks of whole 4096 bytes and a depth");
+  if (fstat(opened.fd(), &info) != 0) throw_io("open", file, errno);
+  const uint64_t blocks = block_bytes ? static_cast<uint64_t>(info.st_size) / block_bytes : 0;
+  if (blocks == 0 || block_bytes % kPageBytes != 0 || depth < 1 || !(read_share >= 0 && read_share <= 1)) {
+    throw Error(ErrorKind::kConfiguration,
+                "random_io needs a file of at least one block, blocks of whole 4096 bytes, a depth, and a share between 0 and 1");
   }
   std::string reason;
   std::unique_ptr<IoEngine> engine;
@@ -48,28 +62,39 @@ ProbeResult random_reads(const std::string& file, uint32_t block_bytes, uint32_t
       static_cast<std::byte*>(std::aligned_alloc(kPageBytes, uint64_t{depth} * block_bytes)), [](void* p) { std::free(p); });
   (void)engine->register_buffers({buffers.get(), block_bytes, block_bytes});  // as a queue does: with or without
   std::mt19937_64 random(seed);
-  auto start = [&](uint32_t tag) {
-    engine->start({false, opened.fd(), block_bytes, random() % blocks * block_bytes, buffers.get() + uint64_t{tag} * block_bytes}, tag);
+  for (uint64_t at = 0; at < uint64_t{depth} * block_bytes; at += sizeof(uint64_t)) {
+    const uint64_t noise = random();
+    std::memcpy(buffers.get() + at, &noise, sizeof noise);
+  }
+  std::bernoulli_distribution reads(read_share);
+  std::vector<double> started(depth);
+  std::vector<float> took;
+  auto start = [&](uint32_t tag, double at) {
+    started[tag] = at;
+    engine->start({!reads(random), opened.fd(), block_bytes, random() % blocks * block_bytes, buffers.get() + uint64_t{tag} * block_bytes},
+                  tag);
   };
   const double begin = now(CLOCK_MONOTONIC), cpu = now(CLOCK_THREAD_CPUTIME_ID);
-  for (uint32_t tag = 0; tag < depth; ++tag) start(tag);
+  for (uint32_t tag = 0; tag < depth; ++tag) start(tag, begin);
   std::vector<IoCompletion> completions(depth);
-  uint64_t reads = 0;
   uint32_t flying = depth;
   while (flying > 0) {
-    const bool on = now(CLOCK_MONOTONIC) - begin < seconds;
     const size_t n = engine->reap(completions, std::max<size_t>(1, flying / 8));
+    const double at = now(CLOCK_MONOTONIC);
     for (size_t i = 0; i < n; ++i) {
-      if (completions[i].result != static_cast<int32_t>(block_bytes)) throw_io("read", file, std::max(0, -completions[i].result));
-      ++reads;
-      if (on) {
-        start(completions[i].tag);
+      if (completions[i].result != static_cast<int32_t>(block_bytes)) {
+        throw_io("read or write", file, std::max(0, -completions[i].result));
+      }
+      took.push_back(static_cast<float>(at - started[completions[i].tag]));
+      if (at - begin < seconds) {
+        start(completions[i].tag, at);
       } else {
         --flying;
       }
     }
   }
-  return {reads, now(CLOCK_MONOTONIC) - begin, now(CLOCK_THREAD_CPUTIME_ID) - cpu};
+  const double spent = now(CLOCK_MONOTONIC) - begin, cpu_spent = now(CLOCK_THREAD_CPUTIME_ID) - cpu;
+  return {took.size(), spent, cpu_spent, quantile_us(took, 0.5), quantile_us(took, 0.99)};
 }
 
 }  // namespace mtrains

@@ -1,4 +1,4 @@
-// What a device can do with nothing above it: random aligned reads through an engine, kept at one depth.
+// What a device can do with nothing above it: random aligned reads and writes through an engine, kept at one depth.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +6,16 @@
 
 namespace mtrains {
 
-struct ProbeResult {
-  uint64_t reads;
+struct IoProbe {
+  uint64_t operations;
   double seconds;
   double cpu_seconds;  // of the calling thread
+  double latency_us_p50, latency_us_p99;
 };
 
-// Reads `file` (opened with O_DIRECT where the file system has it) for about `seconds`, `block_bytes` at random multiples of
-// it. backend as in IoQueue.
-ProbeResult random_reads(const std::string& file, uint32_t block_bytes, uint32_t depth, double seconds, const std::string& backend,
-                         uint64_t seed);
+// Works on `file` (opened with O_DIRECT where the file system has it) for about `seconds`: `block_bytes` at random multiples of it, of
+// which the share `read_share` is read and the rest overwritten with noise. backend as in IoQueue.
+IoProbe random_io(const std::string& file, uint32_t block_bytes, uint32_t depth, double read_share, double seconds,
+                  const std::string& backend, uint64_t seed);
 
 }  // namespace mtrains

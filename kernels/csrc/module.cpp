@@ -7,6 +7,7 @@ namespace nb = nanobind;
 
 void bind_caches(nb::module_& m);
 void bind_inspector(nb::module_& m);
+void bind_probes(nb::module_& m);
 void bind_profiler(nb::module_& m);
 void bind_requests(nb::module_& m);
 void bind_slots(nb::module_& m);
@@ -49,6 +50,7 @@ NB_MODULE(_core, m) {
   bind_slots(m);
   bind_trace(m);
   bind_inspector(m);
+  bind_probes(m);
   bind_profiler(m);
   bind_requests(m);
 }

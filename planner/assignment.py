@@ -1,0 +1,367 @@
+"""From the relaxation to a plan: round, place, and improve table by table and pair by pair.
+
+Cost of a state, smaller is better: the slowest step, plus a little of the mean of all ranks (so that a move that helps a rank which is
+not the slowest counts), plus a penalty for memory beyond a capacity (so that a start which does not fit is repaired by the same
+moves). A *re-placement* takes a table out and puts it back as the candidate and on the rank of least cost; all of a table's
+candidates × ranks are tried at once, as arrays. No move that raises the cost is ever made.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .choices import Assignment, Choices, Floats, Ints, Load, Ranks, objective_ms
+from .relaxation import Relaxation, relax
+
+_MEAN = 0.05  # weight of the mean step beside the slowest
+_WORK = 1e-4  # weight of all busy time: prefers the plan that does less
+_EXCESS = 1e4  # steps that memory beyond the whole capacity costs
+_LEAST_GAIN = 1e-6  # of the step: smaller improvements are rounding
+_CLOSE = 1e-4  # of the bound: nothing to search for beyond
+_FORCED = 150  # places a round
+_SPLIT_IF_DEARER = (-1.0, 0.01, 0.1)  # -1: never by itself
+_LARGE = 0.05
+_SHORTLIST = 24  # places of the first table of a pair that are followed up
+_ON_ALL = -1
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The best plan found. ``objective_ms`` is infinite where none was found to fit."""
+
+    assignment: Assignment
+    objective_ms: float
+    relaxation: Relaxation
+
+    @property
+    def over_bound(self) -> float:
+        """The plan's step ÷ the step that no plan can beat."""
+        return self.objective_ms / self.relaxation.bound_ms if self.relaxation.bound_ms else 1.0
+
+
+def solve(choices: Choices, ranks: Ranks, time_limit_s: float = 5.0, start: Assignment | None = None) -> Solution:
+    """A plan, and the bound that says how good it is. ``start``: a plan to improve, instead of the rounded relaxation. The same answer
+    every time, unless the time limit cuts it short."""
+    start_s = time.perf_counter()
+    relaxation = relax(choices, ranks, start_s + time_limit_s / 2)
+    search = _Search(choices, ranks, relaxation)
+    if start is None:
+        search.begin(search.rounded(start_s + time_limit_s / 2))
+    else:
+        search.begin(start)
+    best = search.search(start_s + time_limit_s)
+    return Solution(best, objective_ms(choices, ranks, best), relaxation)
+
+
+class _Search:
+    """A complete assignment and its load, improved in place."""
+
+    def __init__(self, choices: Choices, ranks: Ranks, relaxation: Relaxation) -> None:
+        self._choices, self._ranks = choices, ranks
+        self._starts, self._relaxation = choices.starts, relaxation
+        self._unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
+        self._scale = max(relaxation.bound_ms, 1e-9)
+        self._load = Load(choices, ranks)
+        self._candidate = np.full(choices.tables, -1, dtype=np.int64)
+        self._rank = np.full(choices.tables, _ON_ALL, dtype=np.int64)
+
+    @property
+    def assignment(self) -> Assignment:
+        return Assignment(self._candidate.copy(), self._rank.copy())
+
+    def begin(self, start: Assignment) -> None:
+        """Starts from a plan."""
+        for table, (candidate, rank) in enumerate(zip(start.candidate, start.rank, strict=True)):
+            self._put(table, int(candidate), int(rank))
+
+    def rounded(self, deadline_s: float) -> Assignment:
+        """The best of several roundings of the relaxation, each placed and improved by single moves.
+
+        The relaxation does not see that large shards are hard to place: to it, a table is as good whole as split. So some roundings split
+        the large ones where the relaxation's prices make that no more than so much dearer.
+        """
+        found: list[tuple[float, Assignment]] = []
+        for dearer in _SPLIT_IF_DEARER:
+            self.place(self._rounded(dearer))
+            while time.perf_counter() < deadline_s and (self._sweep(deadline_s, -1) or self._exchanges(deadline_s, -1)):
+                pass
+            found.append((self._cost(), self.assignment))
+            for table in range(self._choices.tables):
+                self._take(table)
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _rounded(self, dearer: float) -> Ints:
+        """Of each table the candidate with the largest share; for a large one the cheapest split one, if it is cheap. Shape (tables,)."""
+        c, starts, found = self._choices, self._starts, self._relaxation
+        copies = np.where(c.spread, self._ranks.count, 1)[:, None] / self._ranks.count
+        crowd = np.where(self._ranks.shared, self._ranks.per_host, 1)
+        value = c.memory * copies @ found.memory_price + c.busy * copies * crowd @ found.busy_price
+        chosen = np.empty(c.tables, dtype=np.int64)
+        for table, (first, last) in enumerate(pairwise(starts)):
+            pick = first + int(np.argmax(found.share[first:last]))
+            split = first + np.flatnonzero(c.spread[first:last])
+            if dearer >= 0 and len(split) and self._size(np.array([pick]))[0] > _LARGE:
+                cheapest = split[np.argmin(value[split])]
+                if value[cheapest] <= (1 + dearer) * value[first:last].min():
+                    pick = int(cheapest)
+            chosen[table] = pick
+        return chosen
+
+    def _size(self, candidates: Ints) -> Floats:
+        """The largest part of a rank's memory, or of the step, that each takes."""
+        c = self._choices
+        return np.maximum((c.memory[candidates] / self._unit).max(axis=1), c.busy[candidates].max(axis=1) / self._scale)
+
+    def place(self, chosen: Ints) -> None:
+        """The chosen candidates, the largest first, each where it leaves most room. Shape (tables,)."""
+        c = self._choices
+        for table in np.lexsort((-self._size(chosen), ~c.spread[chosen])):
+            candidate = int(chosen[table])
+            if c.spread[candidate]:
+                self._put(table, candidate, _ON_ALL)
+                continue
+            memory = ((self._load.memory + c.memory[candidate]) / np.maximum(self._ranks.capacity, 1.0)).max(axis=1)
+            own = (self._load.busy + c.busy[candidate])[:, ~self._ranks.shared].max(axis=1, initial=0.0)
+            host = (self._load.host_busy_ms() + c.busy[candidate, self._ranks.shared]).max(axis=1, initial=0.0)[self._ranks.host_of]
+            fill = np.maximum(memory, np.maximum(own, host) / self._scale)
+            self._put(table, candidate, int(np.lexsort((memory + own / self._scale, fill))[0]))
+        for rank in np.flatnonzero(self._load.excess().any(axis=1)):
+            self._shrink(int(rank))
+
+    def _shrink(self, rank: int) -> None:
+        """Cuts for a rank that does not fit: its single tables give memory up where that costs least busy time a byte."""
+        c = self._choices
+        here = np.flatnonzero(self._rank == rank)
+        options = np.flatnonzero(np.isin(c.table, here) & ~c.spread)
+        work = c.busy @ (self._relaxation.busy_price * np.where(self._ranks.shared, self._ranks.per_host, 1) + _WORK)
+        while len(options) and self._load.excess()[rank].any():
+            now = self._candidate[c.table[options]]
+            excess = (self._load.excess()[rank] / self._unit).sum()
+            after = self._load.memory[rank] + c.memory[options] - c.memory[now] - self._ranks.capacity[rank]
+            relief = excess - (np.maximum(0.0, after) / self._unit).sum(axis=1)
+            loss = np.maximum(work[options] - work[now], 1e-12 * self._scale)
+            best = int(np.argmax(relief / loss))
+            if relief[best] <= 0:
+                return
+            table = int(c.table[options[best]])
+            self._take(table)
+            self._put(table, int(options[best]), rank)
+
+    def search(self, deadline_s: float) -> Assignment:
+        """The best of what ``improve`` makes of the start and of the best so far with one table forced to another place, from where the
+        others are improved first. Places are tried in random order; each success begins
+        another round."""
+        random = np.random.default_rng(0)
+        self.improve(deadline_s)
+        best, best_cost = self.assignment, self._cost()
+        options = [self._places(table) for table in range(self._choices.tables)]
+        table_of = np.repeat(np.arange(len(options)), [len(candidates) for candidates, _ in options])
+        candidate_of, rank_of = (np.concatenate(parts) for parts in zip(*options, strict=True))
+        queue = list(random.permutation(len(table_of))[:_FORCED])
+        while queue and time.perf_counter() < deadline_s and self._load.step_ms().max() > self._scale * (1 + _CLOSE):
+            at = queue.pop()
+            self._take(table_of[at])
+            self._put(table_of[at], int(candidate_of[at]), int(rank_of[at]))
+            self.improve(deadline_s, keep=int(table_of[at]))
+            self.improve(deadline_s)
+            if self._cost() < best_cost - _LEAST_GAIN * self._scale:
+                best, best_cost = self.assignment, self._cost()
+                queue = list(random.permutation(len(table_of))[:_FORCED])
+            else:
+                self._restore(best)
+        return best
+
+    def _restore(self, assignment: Assignment) -> None:
+        for table in np.flatnonzero((assignment.candidate != self._candidate) | (assignment.rank != self._rank)).tolist():
+            self._take(table)
+            self._put(table, int(assignment.candidate[table]), int(assignment.rank[table]))
+
+    def improve(self, deadline_s: float, keep: int = -1) -> None:
+        """Re-placements until none helps, then exchanges, then re-placed pairs; from the start after each success. ``keep``
+        stays where it is."""
+        moves = (self._sweep, self._exchanges, self._pairs)
+        at = 0
+        while at < len(moves) and time.perf_counter() < deadline_s:
+            at = 0 if moves[at](deadline_s, keep) else at + 1
+
+    def _sweep(self, deadline_s: float, keep: int) -> bool:
+        improved = False
+        before = self._cost()
+        for table in range(self._choices.tables):
+            if time.perf_counter() > deadline_s:
+                break
+            if table == keep:
+                continue
+            self._take(table)
+            candidate, rank, after = self._best(table)
+            if after < before - _LEAST_GAIN * self._scale:
+                self._put(table, candidate, rank)
+                improved, before = True, after
+            else:
+                self._put(table, int(self._candidate[table]), int(self._rank[table]))
+        return improved
+
+    def _exchanges(self, deadline_s: float, keep: int) -> bool:
+        """Single tables change ranks with each other, as they are; all partners of a table are tried at once."""
+        improved = False
+        single = np.setdiff1d(np.flatnonzero(self._rank != _ON_ALL), [keep])
+        for first in single[np.argsort(-self._load.step_ms()[self._rank[single]], kind="stable")]:
+            if time.perf_counter() > deadline_s:
+                break
+            partners = single[self._rank[single] != self._rank[first]]
+            if not len(partners):
+                continue
+            costs = self._exchanged(int(first), partners)
+            at = int(np.argmin(costs))
+            if costs[at] < self._cost() - _LEAST_GAIN * self._scale:
+                second, improved = int(partners[at]), True
+                places = (int(self._candidate[first]), int(self._rank[second])), (int(self._candidate[second]), int(self._rank[first]))
+                for table, place in zip((int(first), second), places, strict=True):
+                    self._take(table)
+                    self._put(table, *place)
+        return improved
+
+    def _exchanged(self, first: int, partners: Ints) -> Floats:
+        """The cost of the state with the first table and each partner on each other's rank. Shape (partners,)."""
+        c, shared, host_of = self._choices, self._ranks.shared, self._ranks.host_of
+        here, there = np.full(len(partners), self._rank[first]), self._rank[partners]
+        mine, theirs = self._candidate[first], self._candidate[partners]
+        more_memory, more_busy = c.memory[theirs] - c.memory[mine], c.busy[theirs] - c.busy[mine]
+        own, host_busy = self._load.own_ms(), self._load.host_busy_ms()
+        host = host_busy.max(axis=1, initial=0.0)
+        excess = (self._load.excess() / self._unit).sum(axis=1)
+        own_sum, host_sum, excess_sum = own.sum(), host.sum(), excess.sum()
+        slowest = np.maximum(_others_of_two(own, here, there), _others_of_two(host, host_of[here], host_of[there]))
+        moved = np.where(host_of[here] == host_of[there], 0.0, 1.0)[:, None]
+        own_sum, host_sum, excess_sum = (np.full(len(partners), x) for x in (own_sum, host_sum, excess_sum))
+        for rank, sign in ((here, 1), (there, -1)):
+            own_with = (self._load.busy[rank] + sign * more_busy)[:, ~shared].max(axis=1, initial=0.0)
+            host_with = (host_busy[host_of[rank]] + sign * moved * more_busy[:, shared]).max(axis=1, initial=0.0)
+            over = np.maximum(0.0, self._load.memory[rank] + sign * more_memory - self._ranks.capacity[rank])
+            slowest = np.maximum(slowest, np.maximum(own_with, host_with))
+            own_sum += own_with - own[rank]
+            host_sum += host_with - host[host_of[rank]]
+            excess_sum += (over / self._unit).sum(axis=1) - excess[rank]
+        mean = own_sum / len(own) + host_sum / len(host)
+        return np.asarray(self._total(slowest, mean, excess_sum, self._load.busy.sum() / len(own)))
+
+    def _pairs(self, deadline_s: float, keep: int) -> bool:
+        """Both tables of a pair out, and back where the two cost least; pairs with a table of a slowest rank first."""
+        improved = False
+        step = self._load.step_ms()
+        slowness = np.where(self._rank == _ON_ALL, step.max(), step[self._rank])
+        order = np.argsort(-slowness, kind="stable")
+        order = order[order != keep]
+        before = self._cost()
+        for i, first in enumerate(order):
+            for second in order[i + 1 :]:
+                if time.perf_counter() > deadline_s:
+                    return improved
+                after = self._pair(int(first), int(second), before)
+                improved, before = improved or after < before, after
+        return improved
+
+    def _pair(self, first: int, second: int, before: float) -> float:
+        was = [(t, int(self._candidate[t]), int(self._rank[t])) for t in (first, second)]
+        self._take(first)
+        self._take(second)
+        found, best = was, before - _LEAST_GAIN * self._scale
+        places, costs = self._costs(first)
+        shortlist = np.argsort(costs, kind="stable")[:_SHORTLIST] if len(costs) > _SHORTLIST else np.arange(len(costs))
+        for at in shortlist:
+            candidate, rank = int(places[0][at]), int(places[1][at])
+            self._load.add(candidate, rank)
+            other_candidate, other_rank, after = self._best(second)
+            self._load.add(candidate, rank, -1)
+            if after < best:
+                found, best = [(first, candidate, rank), (second, other_candidate, other_rank)], after
+        for table, candidate, rank in found:
+            self._put(table, candidate, rank)
+        return best if found is not was else before
+
+    def _put(self, table: int, candidate: int, rank: int) -> None:
+        self._candidate[table], self._rank[table] = candidate, rank
+        self._load.add(candidate, rank)
+
+    def _take(self, table: int) -> None:
+        self._load.add(int(self._candidate[table]), int(self._rank[table]), -1)
+
+    # -- the cost of the state, and of every way to put back a table that is out of it
+
+    def _total(self, slowest: Any, mean: Any, excess: Any, work: Any) -> Any:
+        return slowest + _MEAN * mean + _WORK * work + _EXCESS * self._scale * excess
+
+    def _cost(self) -> float:
+        own, host = self._load.own_ms(), self._load.host_busy_ms().max(axis=1, initial=0.0)
+        excess = (self._load.excess() / self._unit).sum()
+        return float(self._total(max(own.max(), host.max()), own.mean() + host.mean(), excess, self._load.busy.sum() / len(own)))
+
+    def _best(self, table: int) -> tuple[int, int, float]:
+        (candidates, ranks), costs = self._costs(table)
+        at = int(np.argmin(costs))
+        return int(candidates[at]), int(ranks[at]), float(costs[at])
+
+    def _costs(self, table: int) -> tuple[tuple[Ints, Ints], Floats]:
+        """Every place (candidate, rank) of a table that is out, and the cost of the state with it there."""
+        candidates = np.arange(self._starts[table], self._starts[table + 1])
+        spread = self._choices.spread[candidates]
+        costs = np.concatenate([self._on_all(candidates[spread]), self._on_one(candidates[~spread]).ravel()])
+        return self._places(table), costs
+
+    def _places(self, table: int) -> tuple[Ints, Ints]:
+        candidates = np.arange(self._starts[table], self._starts[table + 1])
+        spread = self._choices.spread[candidates]
+        single, count = candidates[~spread], self._ranks.count
+        return (
+            np.concatenate([candidates[spread], np.repeat(single, count)]),
+            np.concatenate([np.full(int(spread.sum()), _ON_ALL), np.tile(np.arange(count), len(single))]),
+        )
+
+    def _on_all(self, candidates: Ints) -> Floats:
+        """Shape (candidates,)."""
+        shared = self._ranks.shared
+        memory, busy = self._choices.memory[candidates], self._choices.busy[candidates]
+        own = (self._load.busy[:, ~shared] + busy[:, None, ~shared]).max(axis=2, initial=0.0)
+        host = (self._load.host_busy_ms() + self._ranks.per_host * busy[:, None, shared]).max(axis=2, initial=0.0)
+        excess = np.maximum(0.0, self._load.memory + memory[:, None] - self._ranks.capacity)
+        slowest = np.maximum(own.max(axis=1), host.max(axis=1))
+        work = self._load.busy.sum() / len(self._load.busy) + busy.sum(axis=1)
+        return np.asarray(self._total(slowest, own.mean(axis=1) + host.mean(axis=1), (excess / self._unit).sum(axis=(1, 2)), work))
+
+    def _on_one(self, candidates: Ints) -> Floats:
+        """Shape (candidates, ranks)."""
+        shared, count = self._ranks.shared, self._ranks.count
+        memory, busy = self._choices.memory[candidates], self._choices.busy[candidates]
+        own, host_busy = self._load.own_ms(), self._load.host_busy_ms()
+        host = host_busy.max(axis=1, initial=0.0)
+        own_with = (self._load.busy[:, ~shared] + busy[:, None, ~shared]).max(axis=2, initial=0.0)
+        host_with = (host_busy + busy[:, None, shared]).max(axis=2, initial=0.0)
+        slowest = np.maximum(np.maximum(own_with, _others(own)), np.maximum(host_with, _others(host))[:, self._ranks.host_of])
+        mean = (own.sum() - own + own_with) / count + ((host.sum() - host + host_with) / len(host))[:, self._ranks.host_of]
+        excess = (self._load.excess() / self._unit).sum(axis=1)
+        excess_with = (np.maximum(0.0, self._load.memory + memory[:, None] - self._ranks.capacity) / self._unit).sum(axis=2)
+        work = (self._load.busy.sum() + busy.sum(axis=1)[:, None]) / count
+        return np.asarray(self._total(slowest, mean, excess.sum() - excess + excess_with, work))
+
+
+def _others(values: Floats) -> Floats:
+    """The largest of all other values, for each. Shape (n,) → (n,)."""
+    if len(values) == 1:
+        return np.zeros(1)
+    top = int(np.argmax(values))
+    result = np.full(len(values), values[top])
+    result[top] = np.delete(values, top).max()
+    return result
+
+
+def _others_of_two(values: Floats, i: Ints, j: Ints) -> Floats:
+    """The largest of all values but two, for each pair. Shapes: values (n,), i (m,), j (m,) → (m,)."""
+    result = np.zeros(len(i))
+    for at in np.argsort(values)[-3:]:
+        result = np.where((i != at) & (j != at), np.maximum(result, values[at]), result)
+    return result

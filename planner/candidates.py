@@ -1,0 +1,150 @@
+"""From TorchRec's options to the arrays of ``choices.py``, and back.
+
+A table's ways: its options in memory (table- or row-wise, data-parallel; a column-wise one as a whole on one rank), and above the SSD a
+grid of pools × PMem caches for each sharding. The grid is geometric, and finer round the sizes of a plan that is to be improved.
+
+A shard on every rank is charged and timed on all of them like the largest and the busiest of them: never too little.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torchrec.distributed.planner.types import PartitionByType, ShardingOption
+
+from .choices import Choices, Floats, Ints
+from .estimators import uncharged_bytes
+from .perf_model import PerfModel, ShardUse
+from .pmem_caches import Uncached
+from .sharding_options import TieredShardingOption
+
+TIERS = ("ddr", "pmem", "ssd")
+
+POOLS = 12  # sizes of a table's pool, from the smallest legal one to all rows
+CACHE_SHARES = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0)  # of the rows that a pool leaves out
+_FINER = np.array([-0.6, -0.3, 0.3, 0.6])  # of a step of the grid, beside the sizes of a plan
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of a pool and of a cache of each shard; (0, 0) for a table in memory."""
+
+    pool_rows: int = 0
+    cache_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every way of every table, in the order of the choices."""
+
+    options: list[ShardingOption]
+    sizes: list[Sizes]
+    choices: Choices
+
+    def placed(self, candidate: Ints, rank: Ints) -> list[ShardingOption]:
+        """The options of an assignment, every shard with its rank, pools and caches of their sizes."""
+        result = []
+        for at, on in zip(candidate, rank, strict=True):
+            option, sizes = self.options[at], self.sizes[at]
+            option = (
+                option.resized(sizes.pool_rows, sizes.cache_rows) if isinstance(option, TieredShardingOption) else copy.deepcopy(option)
+            )
+            for i, shard in enumerate(option.shards):
+                shard.rank = i if on < 0 else int(on)
+            result.append(option)
+        return result
+
+
+def candidates(
+    tables: Sequence[Sequence[ShardingOption]],
+    model: PerfModel,
+    pmem: bool,
+    around: Sequence[Sizes | None] | None = None,
+    finer: float = 1.0,
+) -> Candidates:
+    """``tables``: the options of each. ``around``: sizes of each table's pool and cache in a plan, round which
+    the grid is finer by so much."""
+    options: list[ShardingOption] = []
+    sizes: list[Sizes] = []
+    table: list[int] = []
+    spread: list[bool] = []
+    memory: list[Floats] = []
+    busy: list[Floats] = []
+    for t, of_table in enumerate(tables):
+        for option in of_table:
+            everywhere = is_spread(option)
+            if isinstance(option, TieredShardingOption):
+                found = _grid(option, pmem, around[t] if around else None, finer)
+                of_memory, of_busy = _tiered(option, found)
+            else:
+                found = [Sizes()]
+                of_memory, of_busy = _in_memory(option, model)
+            options += [option] * len(found)
+            sizes += found
+            table += [t] * len(found)
+            spread += [everywhere] * len(found)
+            memory.append(of_memory)
+            busy.append(of_busy)
+    return Candidates(options, sizes, Choices(np.array(table), np.array(spread), np.concatenate(memory), np.concatenate(busy)))
+
+
+def is_spread(option: ShardingOption) -> bool:
+    """Whether the option has a shard on every rank; else all are on one."""
+    return bool(option.partition_by == PartitionByType.UNIFORM.value)
+
+
+def placeable(option: ShardingOption) -> bool:
+    """Whether the search has a place for such an option."""
+    return option.partition_by in (PartitionByType.UNIFORM.value, PartitionByType.DEVICE.value)
+
+
+def busiest(option: ShardingOption) -> ShardUse:
+    """Of the shards, the one with most lookups."""
+    uses: list[ShardUse] = option.uses
+    return max(uses, key=lambda use: use.lookups)
+
+
+def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats]:
+    ddr = [shard.storage.ddr + missing for shard, missing in zip(option.shards, uncharged_bytes(option), strict=True)]
+    if is_spread(option):
+        return np.array([[max(ddr), 0.0, 0.0]]), model.in_memory(busiest(option))[None]
+    return np.array([[sum(ddr), 0.0, 0.0]]), np.sum([model.in_memory(use) for use in option.uses], axis=0, keepdims=True)
+
+
+def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
+    pool, cache = (np.array(column) for column in zip(*((s.pool_rows, s.cache_rows) for s in sizes), strict=True))
+    largest = max(range(option.num_shards), key=lambda i: option.shards[i].size[0])
+    memory = [
+        (option.ddr_bytes(largest, int(p), int(c)), option.pmem_bytes_of(largest, int(c)), option.shards[largest].storage.ssd)
+        for p, c in zip(pool, cache, strict=True)
+    ]
+    return np.array(memory, np.float64), option.model.tiered(busiest(option), pool, cache)
+
+
+def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer: float) -> list[Sizes]:
+    rows, least = option.shard_rows, option.min_pool_rows
+    step = (rows / least) ** (1 / (POOLS - 1))
+    pools = set(np.rint(np.geomspace(least, rows, POOLS)).astype(int).tolist())
+    shares = set(CACHE_SHARES if pmem else (0.0,))
+    near: set[Sizes] = set()
+    if around is not None and around.pool_rows:
+        beside = [around.pool_rows, *(around.pool_rows * step ** (_FINER * finer))]
+        near_pools = {min(rows, max(least, round(p))) for p in beside}
+        caches = {0, *(round(around.cache_rows * f) for f in (1.0, *(1 + _FINER * finer)))} if pmem else {0}
+        near = {Sizes(p, min(c, rows - p)) for p in near_pools for c in caches}
+    grid = {Sizes(p, int((rows - p) * share)) for p in pools for share in shares} | near
+    return sorted((s for s in grid if _worth(option, s)), key=lambda s: (s.pool_rows, s.cache_rows))
+
+
+def _worth(option: TieredShardingOption, sizes: Sizes) -> bool:
+    """A cache has to hold more rows than its index would hold as slots of the pool."""
+    use = Uncached(option.shard_rows, option.shard_rows - sizes.pool_rows, option.record_bytes, option.lookups)
+    return not sizes.cache_rows or use.gain(sizes.cache_rows) > 1
+
+
+def ranks_memory(ddr: Sequence[float], pmem_bytes: int, ssd: Sequence[float]) -> Floats:
+    """Capacities as ``choices.Ranks`` wants them. Shape (ranks, tiers)."""
+    return np.array([[d, pmem_bytes, s] for d, s in zip(ddr, ssd, strict=True)], np.float64)

@@ -1,0 +1,107 @@
+"""The last bytes: what a plan leaves of each rank's memory makes caches, then pools, larger.
+
+Always the table gets more that saves most time a byte, priced as the search's bound prices it; it gets an eighth of what is left, or what
+it can use, and then the next one. Sizes only grow, and no rank's memory is exceeded.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torchrec.distributed.planner.types import ShardingOption, Storage
+
+from . import charges
+from .estimators import uncharged_bytes
+from .perf_model import Floats
+from .sharding_options import TieredShardingOption
+
+_PART = 8
+_ANY_WORK = 1e-3  # the price of time that is not the bottleneck's
+
+
+@dataclass
+class _Growing:
+    """One tiered table while its sizes grow."""
+
+    option: TieredShardingOption
+    pool_rows: int
+    cache_rows: int
+    price: Floats
+
+    @property
+    def room(self) -> int:
+        """Rows that neither has."""
+        return self.option.shard_rows - self.pool_rows - self.cache_rows
+
+    def gain(self, more_pool: int, more_cache: int) -> float:
+        """Priced time that so many more rows save, on all ranks."""
+        sizes = [self.pool_rows, self.pool_rows + more_pool], [self.cache_rows, self.cache_rows + more_cache]
+        return sum(float(now - then) for use in self.option.uses for now, then in [self.option.model.tiered(use, *sizes) @ self.price])
+
+
+def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes: int, busy_price: Floats) -> list[ShardingOption]:
+    """The placed plan with larger pools and caches. Shape: busy_price (resources,)."""
+    ddr, pmem = [float(storage.ddr) for storage in capacity], [float(pmem_bytes)] * len(capacity)
+    for option in plan:
+        for i, (shard, missing) in enumerate(zip(option.shards, uncharged_bytes(option), strict=True)):
+            ddr[shard.rank] -= shard.storage.ddr + missing
+            if isinstance(option, TieredShardingOption):
+                pmem[shard.rank] -= option.pmem_bytes_of(i, option.cache_rows)
+    tables = [_Growing(o, o.pool_rows, o.cache_rows, busy_price + _ANY_WORK) for o in plan if isinstance(o, TieredShardingOption)]
+
+    def more_cache(t: _Growing, share: float) -> int:
+        if not t.cache_rows:
+            return 0  # the search found that its index costs more than it holds
+        free = min(pmem[s.rank] for s in t.option.shards) - charges.PAGE_BYTES, min(ddr[s.rank] for s in t.option.shards)
+        return min(t.room, int(share * free[0]) // t.option.record_bytes, int(share * free[1]) // charges.DIRECTORY_BYTES_PER_SLOT)
+
+    def grow_cache(t: _Growing, rows: int) -> None:
+        t.cache_rows += rows
+        for s in t.option.shards:
+            pmem[s.rank] -= rows * t.option.record_bytes
+            ddr[s.rank] -= rows * charges.DIRECTORY_BYTES_PER_SLOT
+
+    def more_pool(t: _Growing, share: float) -> int:
+        return min(t.room, int(share * min(ddr[s.rank] for s in t.option.shards)) // t.option.slot_bytes)
+
+    def grow_pool(t: _Growing, rows: int) -> None:
+        t.pool_rows += rows
+        for s in t.option.shards:
+            ddr[s.rank] -= rows * t.option.slot_bytes
+
+    _pour(tables, more_cache, grow_cache, lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes))
+    _pour(tables, more_pool, grow_pool, lambda t, rows: t.gain(rows, 0) / (rows * t.option.slot_bytes))
+    grown = {t.option.fqn: t for t in tables}
+    return [_resized(grown[o.fqn]) if o.fqn in grown else o for o in plan]
+
+
+def _pour(
+    tables: Sequence[_Growing],
+    more: Callable[[_Growing, float], int],
+    grow: Callable[[_Growing, int], None],
+    gain: Callable[[_Growing, int], float],
+) -> None:
+    """Rank by rank; of a table on several ranks the first of them is its own."""
+    by_rank: dict[int, list[_Growing]] = defaultdict(list)
+    for table in tables:
+        by_rank[table.option.shards[0].rank].append(table)
+    for of_rank in by_rank.values():
+        queue = [(-gain(t, rows), i) for i, t in enumerate(of_rank) if (rows := more(t, 1 / _PART) or more(t, 1.0)) > 0]
+        heapq.heapify(queue)
+        while queue:
+            _, i = heapq.heappop(queue)
+            rows = more(of_rank[i], 1 / _PART) or more(of_rank[i], 1.0)
+            if rows > 0:
+                grow(of_rank[i], rows)
+                if (rows := more(of_rank[i], 1 / _PART) or more(of_rank[i], 1.0)) > 0:
+                    heapq.heappush(queue, (-gain(of_rank[i], rows), i))
+
+
+def _resized(table: _Growing) -> TieredShardingOption:
+    option = table.option.resized(table.pool_rows, table.cache_rows)
+    for new, old in zip(option.shards, table.option.shards, strict=True):
+        new.rank = old.rank
+    return option

@@ -1,0 +1,128 @@
+"""The search for the plan with the fastest predicted step: candidates, ``assignment.solve``, finer candidates, again, and the last bytes.
+
+The grid of sizes is coarse at first. Each further round offers sizes between, near those of the best plan so far, and starts from it, so
+that no round is worse than the one before. What is left of memory afterwards (``filling.py``) makes pools and caches larger.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torchrec.distributed.planner.types import ShardingOption, Storage
+
+from .assignment import solve
+from .candidates import TIERS, Candidates, Sizes, candidates, ranks_memory
+from .choices import Assignment, Choices, Ints, Ranks
+from .filling import fill
+from .perf_model import SHARED, PerfModel, StepPrediction
+from .relaxation import relax
+from .sharding_options import TieredShardingOption
+
+_FINER = (1.0, 0.25)  # of a step of the grid, in the rounds after the first
+_FULL = 1e-6  # of a capacity: what the relaxation may lack by rounding
+_FIRST_SHARE = 0.6  # of the time, for the first round
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the tables may take of each rank's memory; PMem of every rank alike."""
+
+    storage: Sequence[Storage]
+    pmem_bytes: int = 0
+
+    def ranks(self, model: PerfModel) -> Ranks:
+        """As ``choices`` has them."""
+        memory = ranks_memory([s.ddr for s in self.storage], self.pmem_bytes, [s.ssd for s in self.storage])
+        return Ranks(memory, model.base_ms, SHARED, model.ranks_per_host)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """``options``: every table's, placed. ``bound_ms``: no plan has a faster step, of the grid's sizes and those near this plan's.
+    ``seconds``: that it took."""
+
+    options: list[ShardingOption]
+    prediction: StepPrediction
+    bound_ms: float
+    seconds: float
+    _choices: Choices
+    _ranks: Ranks
+
+    @property
+    def over_bound(self) -> float:
+        """The plan's step ÷ the bound."""
+        return self.prediction.step_ms / self.bound_ms if self.bound_ms else 1.0
+
+    def bound_with(self, tier: str, capacity_bytes: float) -> float | None:
+        """The bound, had every rank so much of a tier; None where the tables would not fit."""
+        memory = self._ranks.capacity.copy()
+        memory[:, TIERS.index(tier)] = capacity_bytes
+        relaxation = relax(self._choices, replace(self._ranks, capacity=memory))
+        return None if (relaxation.excess > _FULL).any() else relaxation.bound_ms
+
+    def capacity_bytes(self, tier: str) -> float:
+        """What a rank has of a tier, on average."""
+        return float(self._ranks.capacity[:, TIERS.index(tier)].mean())
+
+
+def search(
+    tables: Sequence[Sequence[ShardingOption]],
+    capacity: Capacity,
+    model: PerfModel,
+    seconds: float,
+    start: Sequence[ShardingOption] | None = None,
+) -> SearchResult | None:
+    """The best plan found in about so many seconds; None where none was found to fit. ``tables``: the options of each. ``start``: a plan of
+    some of them, with smallest pools, that is known to fit; where the candidates, which charge a rank for the largest shard of a table,
+    leave no other, it is the plan."""
+    began = time.perf_counter()
+    ranks = capacity.ranks(model)
+    pmem = capacity.pmem_bytes > 0
+    offered = candidates(tables, model, pmem)
+    solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds)
+    if not np.isfinite(solution.objective_ms) and start is not None:
+        solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds, _found(offered, start))
+    if not np.isfinite(solution.objective_ms):
+        if start is None:
+            return None
+        return _result(fill(start, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms), tables, capacity, model, began)
+    for finer in _FINER:
+        chosen = [(offered.options[i], offered.sizes[i]) for i in solution.assignment.candidate]
+        offered = candidates(tables, model, pmem, [sizes for _, sizes in chosen], finer)
+        before = Assignment(_indices(offered, chosen), solution.assignment.rank)
+        solution = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, before)
+    placed = offered.placed(solution.assignment.candidate, solution.assignment.rank)
+    options = fill(placed, capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
+    return _result(options, tables, capacity, model, began)
+
+
+def _result(
+    options: list[ShardingOption], tables: Sequence[Sequence[ShardingOption]], capacity: Capacity, model: PerfModel, began: float
+) -> SearchResult:
+    sizes = [Sizes(o.pool_rows, o.cache_rows) if isinstance(o, TieredShardingOption) else None for o in options]
+    choices, ranks = candidates(tables, model, capacity.pmem_bytes > 0, sizes).choices, capacity.ranks(model)
+    bound_ms = relax(choices, ranks).bound_ms
+    return SearchResult(options, predicted(options, model, len(capacity.storage)), bound_ms, time.perf_counter() - began, choices, ranks)
+
+
+def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: int) -> StepPrediction:
+    """The step of a placed plan, from what each of its shards does."""
+    busy = np.tile(model.base_ms, (world_size, 1))
+    for option in options:
+        for i, shard in enumerate(option.shards):
+            busy[shard.rank] += option.busy_ms(i) if isinstance(option, TieredShardingOption) else model.in_memory(option.uses[i])
+    return model.predict(busy)
+
+
+def _found(offered: Candidates, plan: Sequence[ShardingOption]) -> Assignment:
+    chosen = [(o, Sizes(o.pool_rows) if isinstance(o, TieredShardingOption) else Sizes()) for o in plan]
+    everywhere = offered.choices.spread[indices := _indices(offered, chosen)]
+    return Assignment(indices, np.array([-1 if all_ranks else o.shards[0].rank for o, all_ranks in zip(plan, everywhere, strict=True)]))
+
+
+def _indices(offered: Candidates, chosen: Sequence[tuple[ShardingOption, Sizes]]) -> Ints:
+    index = {(id(option), sizes): i for i, (option, sizes) in enumerate(zip(offered.options, offered.sizes, strict=True))}
+    return np.array([index[id(option), sizes] for option, sizes in chosen])

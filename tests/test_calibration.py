@@ -1,0 +1,118 @@
+"""``mtrains calibrate``: every part is measured where there is something to measure, and nothing is guessed where there is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torchrec_mtrains.kernels import _core
+from torchrec_mtrains.planner import HardwareProfile
+
+import torchrec_mtrains as mtrains
+from torchrec_mtrains.calibration import QUICK, calibrate
+from torchrec_mtrains.calibration.block_device import POINTS, write_noise
+from torchrec_mtrains.cli import main
+from torchrec_mtrains.errors import ConfigurationError, MTrainsError
+
+MAY_BE_0 = {"read_share", "cpu_ns_per_miss", "cpu_ns_per_io", "cpu_ns_per_write_back", "cpu_ns_per_cache_hit"}
+"""Costs that are differences of two measurements, and lines through few points."""
+
+
+def numbers(of: Any, name: str = "") -> list[tuple[str, float]]:
+    """Every number of a profile under the name of its field."""
+    if dataclasses.is_dataclass(of):
+        return [found for f in dataclasses.fields(of) for found in numbers(getattr(of, f.name), f.name)]
+    if isinstance(of, tuple):
+        return [found for each in of for found in numbers(each, name)]
+    return [(name, of)] if isinstance(of, int | float) else []
+
+
+def folders(tmp_path: Path) -> tuple[str, str, str]:
+    paths = [tmp_path / name for name in ("ssd0", "ssd1", "pmem")]
+    for path in paths:
+        path.mkdir()
+    return str(paths[0]), str(paths[1]), str(paths[2])
+
+
+def test_every_tier_with_a_path_is_measured_and_nothing_stays(tmp_path: Path) -> None:
+    first, second, pmem = folders(tmp_path)
+    said: list[str] = []
+    profile = calibrate((first, second), pmem, effort=QUICK, say=said.append)
+    assert profile.ssd is not None
+    assert {(p.block_bytes, p.queue_depth, p.read_share) for p in profile.ssd.points} == set(POINTS)
+    assert profile.pmem is not None
+    found = numbers(profile)
+    assert len(found) > 100
+    for name, value in found:
+        assert math.isfinite(value), name
+        assert value > 0 or (value == 0 and (name in MAY_BE_0 or name.startswith(("tbe_", "step_overhead_us_per_table")))), name
+    assert (profile.hbm is not None) == (profile.pcie is not None) == torch.cuda.is_available()
+    assert said
+    assert all(not list(Path(path).iterdir()) for path in (first, second, pmem))
+    profile.save(tmp_path / "profile.json")
+    assert HardwareProfile.load(tmp_path / "profile.json") == profile
+
+
+def test_a_tier_without_a_path_is_absent() -> None:
+    profile = mtrains.calibrate(effort=QUICK)
+    assert profile.ssd is None
+    assert profile.pmem is None
+    kernel = profile.kernel
+    assert kernel.cpu_ns_per_io is kernel.cpu_ns_per_write_back is kernel.cpu_ns_per_cache_hit is None
+
+
+def test_the_command_writes_a_profile_and_shows_it(tmp_path: Path) -> None:
+    path, _, pmem = folders(tmp_path)
+    file = tmp_path / "hardware.json"
+    result = CliRunner().invoke(main, ["calibrate", "--quick", "--path", path, "--pmem-path", pmem, "-o", str(file)])
+    assert result.exit_code == 0, result.output
+    profile = HardwareProfile.load(file)
+    assert profile.ssd is not None
+    for shown in (path, pmem, profile.date, f"{profile.ssd.points[0].operations_per_s:,.0f}", "a row written back to the SSD"):
+        assert shown in result.output
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    with pytest.raises(ConfigurationError, match="--path"):
+        calibrate((missing,), effort=QUICK)
+    with pytest.raises(MTrainsError, match="none"):
+        calibrate((), missing, effort=QUICK)
+    result = CliRunner().invoke(main, ["calibrate", "--quick", "--path", missing])
+    assert result.exit_code == 2
+    assert "none" in result.output
+
+
+def test_a_probe_overwrites_only_when_it_writes(tmp_path: Path) -> None:
+    file = tmp_path / "noise"
+    write_noise(file, 1 << 20)
+    before = file.read_bytes()
+    probe = _core.random_io(str(file), 4096, 4, 1.0, 0.01)
+    assert file.read_bytes() == before
+    assert probe.operations >= 4
+    assert 0 < probe.latency_us_p50 <= probe.latency_us_p99
+    _core.random_io(str(file), 4096, 4, 0.0, 0.05)
+    assert file.read_bytes() != before
+    assert file.stat().st_size == len(before)
+
+
+@pytest.mark.parametrize(("block", "depth", "share"), [(4095, 1, 1.0), (8192 << 10, 1, 1.0), (4096, 0, 1.0), (4096, 1, 1.1), (0, 1, 1.0)])
+def test_a_probe_refuses_what_it_cannot_measure(block: int, depth: int, share: float, tmp_path: Path) -> None:
+    file = tmp_path / "noise"
+    write_noise(file, 1 << 20)
+    with pytest.raises(ConfigurationError, match="random_io needs"):
+        _core.random_io(str(file), block, depth, share, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("threads", "bytes_", "rows", "seconds"),
+    [(0, 1 << 20, [64], 0.01), (2, 100, [64], 0.01), (1, 1 << 20, [0], 0.01), (1, 1 << 20, [64], 0)],
+)
+def test_a_memory_probe_refuses_what_it_cannot_measure(threads: int, bytes_: int, rows: list[int], seconds: float) -> None:
+    with pytest.raises(ConfigurationError, match="probe_memory needs"):
+        _core.probe_memory("", bytes_, threads, rows, seconds)
