@@ -66,6 +66,7 @@ class _Search:
         self._starts, self._relaxation = choices.starts, relaxation
         self._unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
         self._scale = max(relaxation.bound_ms, 1e-9)
+        self._penalty = _EXCESS * max(self._scale, float(choices.busy.max()))  # a relaxation that was cut short has a low bound, or none
         self._load = Load(choices, ranks)
         self._candidate = np.full(choices.tables, -1, dtype=np.int64)
         self._rank = np.full(choices.tables, _ON_ALL, dtype=np.int64)
@@ -294,7 +295,7 @@ class _Search:
     # -- the cost of the state, and of every way to put back a table that is out of it
 
     def _total(self, slowest: Any, mean: Any, excess: Any, work: Any) -> Any:
-        return slowest + _MEAN * mean + _WORK * work + _EXCESS * self._scale * excess
+        return slowest + _MEAN * mean + _WORK * work + self._penalty * excess
 
     def _cost(self) -> float:
         own, host = self._load.own_ms(), self._load.host_busy_ms().max(axis=1, initial=0.0)

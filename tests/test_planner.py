@@ -268,7 +268,7 @@ def test_the_plan_is_described_table_by_table() -> None:
     case = Case([TableCase(50_000, 32), TableCase(100, 8)])
     planner = case.planner(2 * MIB, PLENTY)
     plan = planner.plan(case.model(), case.sharders())
-    console = Console(width=120)
+    console = Console(width=240)
     with console.capture() as capture:
         console.print(planner.describe(plan))
     text = capture.get()
