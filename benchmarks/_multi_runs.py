@@ -14,6 +14,7 @@ from torchrec_mtrains.kernels import durability
 import torchrec_mtrains as mtrains
 from _common import median
 from _multi_job import Batches, Shape, Side, Tiers
+from torchrec_mtrains import DdrHome, SsdHome
 
 PIPELINES = {"TieredTrainPipeline": mtrains.TieredTrainPipeline, "PrefetchTrainPipelineSparseDist": PrefetchTrainPipelineSparseDist}
 ROUNDS = 3
@@ -25,30 +26,36 @@ def _synchronize(device: torch.device) -> None:
     dist.barrier()
 
 
-def bits(rank: int, shape: Shape, sharding: str, tiers: Tiers, steps: int) -> dict[str, Any]:
-    """Losses of every step and all rows at the end, beside stock FUSED on the same ranks, in deterministic mode."""
+def bits(rank: int, shape: Shape, shardings: tuple[str, ...], pool_share: float, folder: str, steps: int) -> dict[str, Any]:
+    """Losses of every step and all rows at the end, beside stock FUSED on the same ranks, in deterministic mode; over DDR and an SSD."""
     torch.use_deterministic_algorithms(True)
-    batches, sides = Batches(shape, steps, rank), {}
+    batches, found = Batches(shape, steps, rank), {}
 
-    def train(pipeline: Any, tiers: Tiers | None) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    def train(pipeline: Any, sharding: str, tiers: Tiers | None) -> tuple[list[torch.Tensor], torch.Tensor, int]:
         side = Side(shape, rank, sharding, tiers, alike=True)
         loop, source = pipeline(side.dmp, side.optimizer, side.device), batches.stream(0, steps)
         losses = [loop.progress(source)[0].cpu() for _ in range(steps)]
-        if isinstance(loop, mtrains.TieredTrainPipeline):
-            loop.detach()
-        else:
-            loop.detach() if hasattr(loop, "detach") else None
+        loop.detach()
         rows, misses = side.every_row(), side.counters()["misses"]
         durability.close(side.groups)
         return losses, rows, misses
 
-    names = [n for n in PIPELINES if n == "TieredTrainPipeline" or torch.cuda.is_available()]  # TorchRec's needs streams
-    theirs, their_rows, _ = train(TrainPipelineSparseDist, None)
-    for name in names:
-        losses, rows, misses = train(PIPELINES[name], tiers)
-        equal = sum(torch.equal(a, b) for a, b in zip(losses, theirs, strict=True))
-        sides[name] = {"equal_losses": equal, "equal_rows": torch.equal(rows, their_rows), "misses": misses}
-    return sides
+    pipelines = [n for n in PIPELINES if n == "TieredTrainPipeline" or torch.cuda.is_available()]  # TorchRec's needs streams
+    for sharding in shardings:
+        theirs, their_rows, _ = train(TrainPipelineSparseDist, sharding, None)
+        for name in pipelines:
+            for home in ("DDR", "SSD"):
+                ssd = Path(folder) / f"{sharding}_{name}"
+                ssd.mkdir(exist_ok=True)
+                below = DdrHome() if home == "DDR" else SsdHome((str(ssd),), capacity_bytes=2 << 30)
+                losses, rows, misses = train(PIPELINES[name], sharding, Tiers(pool_share, (below,)))
+                equal = sum(torch.equal(a, b) for a, b in zip(losses, theirs, strict=True))
+                found[f"{sharding}, {home}, {name}"] = {
+                    "equal_losses": equal,
+                    "equal_rows": torch.equal(rows, their_rows),
+                    "misses": misses,
+                }
+    return found
 
 
 def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | None, warm_up: int, count: int, batches: int) -> dict[str, Any]:
