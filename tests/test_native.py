@@ -39,6 +39,12 @@ PLANTED = {
         "  for (const ManifestSegment& s : manifest.segments) snapshot_->covered[s.number] = {s.blocks, s.records};",
         "cleans while index snapshots",
     ),
+    "replay believes the last record it meets": (
+        "log_checkpoint.cpp",
+        "    if (h.sequence < newest) continue;\n",
+        "",
+        "written over many times",
+    ),
     "records are served unverified": (
         "log_volume.cpp",
         "  return h.table == table.id && h.row == row &&",

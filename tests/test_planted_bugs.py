@@ -78,9 +78,6 @@ BUGS = {
     "caches outlive going back": Bug(
         "kernels/csrc/cached_volume.cpp", (("  below_.restore(epoch);\n  forget();", "  below_.restore(epoch);"),), STORES
     ),
-    "replay believes the last record it meets": Bug(
-        "kernels/csrc/log_checkpoint.cpp", (("    if (h.sequence < newest) continue;\n", ""),), STORES
-    ),
 }
 
 
