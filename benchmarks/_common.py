@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 
+from torchrec_mtrains.meters import processor_name
+
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and versions, for the head of a report."""
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        platform.processor(),
-    )
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = {p: version(p) for p in ("torch", "torchrec", "torchrec-mtrains")}
     return {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory_gib, 1),
         "kernel": platform.release(),

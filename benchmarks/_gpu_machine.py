@@ -10,6 +10,7 @@ import torch
 from torchrec_mtrains.kernels import _core
 
 from _common import median
+from torchrec_mtrains.calibration.block_device import write_noise
 
 GB = 1e9
 ROW_BYTES = 512
@@ -68,10 +69,7 @@ def ssd_reads(folder: str, gigabytes: float = 2, seconds: float = 1.5) -> dict[s
         backend = volume.backend
         volume.close()
         file = Path(inside) / "probe"
-        block = torch.randint(0, 256, (64 << 20,), dtype=torch.uint8).numpy().tobytes()
-        with file.open("wb") as f:
-            for _ in range(int(gigabytes * 16)):
-                f.write(block)
+        write_noise(file, int(gigabytes * 2**30))
         figures: dict[str, Any] = {"backend": backend}
         for depth in (1, 16, 64, 128, 256):
             probe = _core.random_io(str(file), 4096, depth, 1.0, seconds, backend, depth)

@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiers:
-    """A share of a shard's rows is in its pool, above these; ``pool_share`` of at least what a batch may need."""
+    """``pool_share`` of a shard's rows are in its pool, but never fewer than batches need; ``below``: what is under it."""
 
     pool_share: float
     below: tuple[Any, ...]
@@ -124,13 +124,11 @@ class Side:
         values = {}
         for config in configs:
             key = f"{EBC_PATH}.embedding_bags.{config.name}.weight"
-            if alike and (tiers is None or config.name == shape.shapes[-1].name):
-                values[key] = config.init_fn(torch.empty(shape.rows, shape.dim))
             if tiers is None or config.name == shape.shapes[-1].name:
+                if alike:
+                    values[key] = config.init_fn(torch.empty(shape.rows, shape.dim))
                 config.init_fn = nn.init.zeros_  # a shard cannot know its rows
-        params = {**fused_params(shape.options), "prefetch_pipeline": True}
-        if self.device.type == "cpu":
-            del params["prefetch_pipeline"]
+        params = fused_params(shape.options) | ({"prefetch_pipeline": True} if self.device.type == "cuda" else {})
         sharders = mtrains.sharders(params) if tiers else [EmbeddingBagCollectionSharder(params)]
         self.dmp = DistributedModelParallel(model, device=self.device, plan=plan(shape, model, sharding, tiers), sharders=sharders)  # type: ignore[arg-type]
         if values:

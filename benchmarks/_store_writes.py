@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, _core
-from torchrec_mtrains.kernels.tiered_tbe import BATCH_LIMIT
 from torchrec_mtrains.planner.charges import live_bytes
 
 from _common import Figure, ZipfIds, own_io_bytes
 from _subjects import records, shuffled
+from torchrec_mtrains.calibration.pool import Pool
 from torchrec_mtrains.meters import disk_counters
 
 POOL_SHARE = 0.1
@@ -74,10 +74,8 @@ class PooledTable:
     def __init__(self, volume: SsdVolume | MemoryVolume, rows: int, record_bytes: int, pool_rows: int) -> None:
         self.volume = volume
         self.home = volume.table("t", row_count=rows, record_bytes=record_bytes)
-        self.memory = torch.zeros(pool_rows, record_bytes, dtype=torch.uint8)
-        part = _core.Part(self.memory.data_ptr(), record_bytes, record_bytes)
-        table = _core.SlotPoolTable("t", volume._native, self.home._id, rows, pool_rows, [part])
-        self.pool = _core.SlotPool([table], [0], BATCH_LIMIT)
+        self._slots = Pool(self.home, pool_rows)
+        self.pool, self.memory = self._slots.native, torch.from_numpy(self._slots.values)
 
     def announce(self, ids: torch.Tensor) -> AnnouncedIds:
         """The ids of a coming batch, for ``train``."""

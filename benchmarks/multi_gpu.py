@@ -50,7 +50,7 @@ def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kill
             ssd.mkdir()
         tiers = [Tiers(POOL_SHARE, (SsdHome((str(ssd),), capacity_bytes=2 << 30),)) for ssd in ssds]
         whole = on_ranks(world, job, shape, "row_wise", tiers[0], count, count + 1, f"{inside}/none")
-        kills, compared, done, checkpoint = 0, 0, None, Path(inside) / "checkpoint"
+        kills, done, checkpoint = 0, None, Path(inside) / "checkpoint"
         while done is None:
             kill = once_there(checkpoint / "LATEST", random_.random() * 2) if kills < most_kills else None
             done = on_ranks(world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), kill_when=kill)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, MemoryProfile
+from .built_in_hardware import DDR4, OPTANE_PMEM
+from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts
 from .topology import TieredTopology
 
 _MEASURED = "2 cores AMD EPYC, virtio NVMe, 2026-11-25"
@@ -21,8 +22,8 @@ def assumed_hardware(topology: TieredTopology) -> HardwareProfile:
         machine=f"assumed: {_MEASURED}",
         date="2026-11-25",
         cores=2 * topology.ranks_per_host,
-        ddr=MemoryProfile("DDR4-2400", 75e9, 75e9, source="MyNVM (EuroSys 2018), table 1"),
-        pmem=MemoryProfile("Optane PMem 100, six DIMMs", 39.4e9, 13.9e9, source="Izraelevitz et al., arXiv 1903.05714"),
+        ddr=DDR4,
+        pmem=OPTANE_PMEM,
         ssd=BlockDeviceProfile("virtio NVMe", tuple(DevicePoint(*point) for point in points), source=_MEASURED),
         kernel=KernelCosts(
             cpu_ns_per_lookup=4.0,

@@ -39,8 +39,8 @@ ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.valu
 
 class TieredEnumerator(EmbeddingEnumerator):
     """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask, with
-    the smallest legal pool, and with pools of ``pool_shares`` of the shard's rows for proposers that choose among options. Every
-    option has ``uses``: what a step does to each of its shards, by ``access``, or by a popularity law (``assumed_access``).
+    the smallest legal pool. Every option has ``uses``: what a step does to each of its shards, by ``access``, or by a popularity law
+    (``assumed_access``).
 
     Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4,
     trained by SGD, Adagrad or row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
@@ -53,7 +53,6 @@ class TieredEnumerator(EmbeddingEnumerator):
         constraints: dict[str, ParameterConstraints] | None = None,
         model: PerfModel | None = None,
         access: AccessProfile | None = None,
-        pool_shares: tuple[float, ...] = (),
         **kwargs: object,
     ) -> None:
         estimators = [
@@ -61,7 +60,7 @@ class TieredEnumerator(EmbeddingEnumerator):
             TieredStorageEstimator(topology=topology, constraints=constraints),
         ]
         super().__init__(topology, batch_size, constraints=constraints, estimator=estimators, **kwargs)
-        self._topology, self._pool_shares = topology, pool_shares
+        self._topology = topology
         self._model = model or PerfModel(assumed_hardware(topology), topology.ranks_per_host)
         self._access = access
         self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
@@ -117,8 +116,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
-        smallest = [self._above_ssd(option, templates[option.fqn]) for option in fused]
-        return smallest + [o.resized(round(share * o.shard_rows)) for o in smallest for share in self._pool_shares]
+        return [self._above_ssd(option, templates[option.fqn]) for option in fused]
 
     def _optimizer(self, option: ShardingOption) -> str:
         return optimizer_name(option.tensor, sharders_for_estimators(self)[option.module_type_key].fused_params)

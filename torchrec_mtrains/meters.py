@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import time
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from pathlib import Path
 _SECTOR_BYTES = 512  # /proc/diskstats counts sectors of 512 bytes whatever the device's (Documentation/admin-guide/iostats.rst)
 
 PHASES = ("data", "lookup", "dense forward", "backward and update", "dense optimizer", "pipeline")
+
+
+def processor_name() -> str:
+    """As Linux names it, or else Python."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 class StepClock:

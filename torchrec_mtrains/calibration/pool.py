@@ -22,11 +22,11 @@ class PoolBatch:
 
 
 class Pool:
-    """``pool_rows`` slots over a table of a volume."""
+    """``pool_rows`` slots over a table of a volume. ``values``: their records, (pool_rows, record bytes)."""
 
     def __init__(self, table: Any, pool_rows: int) -> None:
-        self.table, self._values = table, np.zeros((pool_rows, table.record_bytes), np.uint8)
-        part = _core.Part(self._values.ctypes.data, table.record_bytes, table.record_bytes)
+        self.table, self.values = table, np.zeros((pool_rows, table.record_bytes), np.uint8)
+        part = _core.Part(self.values.ctypes.data, table.record_bytes, table.record_bytes)
         spec = _core.SlotPoolTable(table.name, table.volume._native, table._id, table.row_count, pool_rows, [part])
         self.native = _core.SlotPool([spec], [0], BATCH_LIMIT)
 

@@ -7,22 +7,18 @@ import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
+from ..meters import processor_name
 from ..planner.hardware_profile import BlockDeviceProfile, HardwareProfile, KernelCosts
 from . import block_device, gpu, lookup_costs, memory, pool_costs, step_overhead
 from .effort import FULL, Effort, Said
 
 
 def _machine() -> str:
-    processor = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        platform.processor(),
-    )
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{processor}, {os.cpu_count()} cores, {gib:.0f} GiB, Linux {platform.release()}"
+    return f"{processor_name()}, {os.cpu_count()} cores, {gib:.0f} GiB, Linux {platform.release()}"
 
 
 def _kernel_costs(paths: Sequence[str], pmem_path: str | None, effort: Effort, say: Said) -> KernelCosts:
