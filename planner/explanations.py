@@ -77,12 +77,13 @@ def summary(prediction: StepPrediction, result: SearchResult | None, notes: Sequ
     )
 
 
-def alternative(option: ShardingOption, table: Table, model: PerfModel) -> str:
+def alternative(option: ShardingOption, table: Table, model: PerfModel, *, allowed_in_memory: bool) -> str:
     """What the table's other place would save and cost: in memory for one above the SSD, and the other way round."""
     other = table.in_memory if isinstance(option, TieredShardingOption) else table.tiered
     if other is None:
-        tiered = isinstance(option, TieredShardingOption)
-        return "in memory: no rank has room, or not allowed" if tiered else "on the SSD: not supported, or not allowed"
+        if isinstance(option, TieredShardingOption):
+            return f"in memory: {'no rank has room' if allowed_in_memory else 'its constraints forbid it'}"
+        return "on the SSD: its constraints, module, optimizer or dimension forbid it"
     more_bytes, more_ms = _ddr(other) - _ddr(option), _busy(other, model) - _busy(option, model)
     where = "on the SSD" if isinstance(other, TieredShardingOption) else "in memory"
     at = int(np.argmax(np.abs(more_ms)))

@@ -190,11 +190,12 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
         """Rows as ``plan_rows`` returns them, of placed options."""
-        other = {
-            option.fqn: table
-            for option, table in zip(self._tiered_proposer.first_options, self._tiered_proposer.footprint.tables, strict=True)
+        proposer = self._tiered_proposer
+        fqns = [option.fqn for option in proposer.first_options]
+        other = dict(zip(fqns, zip(proposer.footprint.tables, proposer.stock, strict=True), strict=True))
+        alternatives = {
+            o.fqn: alternative(o, other[o.fqn][0], self._model, allowed_in_memory=bool(other[o.fqn][1])) for o in options if o.fqn in other
         }
-        alternatives = {o.fqn: alternative(o, other[o.fqn], self._model) for o in options}
         return plan_rows(options, self._pmem is not None, alternatives)
 
     def summarized(self, options: list[ShardingOption]) -> PlanSummary:
