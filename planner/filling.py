@@ -65,12 +65,12 @@ def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes
             ddr[s.rank] -= rows * charges.DIRECTORY_BYTES_PER_SLOT
 
     def more_pool(t: _Growing, share: float) -> int:
-        return min(t.room, int(share * min(ddr[s.rank] for s in t.option.shards)) // t.option.slot_bytes)
+        return min(t.room, t.option.more_slots(t.pool_rows, share * min(ddr[s.rank] for s in t.option.shards)))
 
     def grow_pool(t: _Growing, rows: int) -> None:
+        for i, s in enumerate(t.option.shards):
+            ddr[s.rank] -= t.option.ddr_bytes(i, t.pool_rows + rows) - t.option.ddr_bytes(i, t.pool_rows)
         t.pool_rows += rows
-        for s in t.option.shards:
-            ddr[s.rank] -= rows * t.option.slot_bytes
 
     _pour(tables, more_cache, grow_cache, lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes))
     _pour(tables, more_pool, grow_pool, lambda t, rows: t.gain(rows, 0) / (rows * t.option.slot_bytes))

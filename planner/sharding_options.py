@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,9 @@ class TieredShardingOption(ShardingOption):
     """A sharding option whose every shard has a slot pool of ``pool_rows`` rows (or all of its rows) above the SSD, and a PMem cache of
     ``cache_rows`` between the two; 0: none.
 
-    ``min_pool_rows``: slots that each pool has at least. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what a batch brings
-    along in memory, TorchRec's perf of the table in memory, and what a step does to it.
+    ``min_pool_rows``: slots that each pool has at least. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what the batch that
+    trains brings along in memory, TorchRec's perf of the table in memory, and what a step does to it. ``bags``: of ids, a batch.
+    ``snapshots``: whether the SSD's volume writes any (``charges.py``).
     """
 
     min_pool_rows: int
@@ -31,6 +33,9 @@ class TieredShardingOption(ShardingOption):
     uncharged_bytes: list[int]
     uses: list[ShardUse]
     model: PerfModel
+    bags: float
+    world_size: int
+    snapshots: bool
 
     @classmethod
     def of(
@@ -41,6 +46,9 @@ class TieredShardingOption(ShardingOption):
         min_pool_rows: int,
         uses: list[ShardUse],
         model: PerfModel,
+        bags: float,
+        world_size: int,
+        snapshots: bool,
     ) -> Any:
         """The option ``fused``, whose storage and perf are estimated, with the smallest legal pools above an SSD."""
         option = cls.__new__(cls)
@@ -50,6 +58,7 @@ class TieredShardingOption(ShardingOption):
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + optimizer_state_bytes
         option.uses, option.model = uses, model
+        option.bags, option.world_size, option.snapshots = bags, world_size, snapshots
         option.batch_bytes = [
             shard.storage.ddr - shard.size[0] * shard.size[1] * element_bytes + round(use.lookups) * charges.SLOT_NUMBER_BYTES
             for shard, use in zip(fused.shards, uses, strict=True)
@@ -69,6 +78,12 @@ class TieredShardingOption(ShardingOption):
         """DDR of one slot."""
         return charges.slot_bytes(self.record_bytes)
 
+    def more_slots(self, pool_rows: int, ddr_bytes: float) -> int:
+        """Slots that pools of ``pool_rows`` can grow by in so much DDR a shard, the ids of a longer window included."""
+        batch = math.ceil(max(1.0, *(use.unique_rows for use in self.uses)))
+        longer = max(self._waiting_bytes(i, pool_rows + batch) - self._waiting_bytes(i, pool_rows) for i in range(self.num_shards))
+        return max(0, int((ddr_bytes - 1) / (self.slot_bytes + (longer + 1) / batch * 1.001)))
+
     def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
         """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
         option = copy.deepcopy(self)
@@ -87,7 +102,8 @@ class TieredShardingOption(ShardingOption):
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``."""
         rows = self.shards[shard].size[0]
-        ddr = self.batch_bytes[shard] + rows * charges.INDEX_BYTES_PER_ROW + charges.pool_bytes(rows, self.record_bytes, pool_rows)
+        ddr = self.batch_bytes[shard] + charges.log_index_bytes(rows, self.record_bytes, snapshots=self.snapshots)
+        ddr += charges.pool_bytes(rows, self.record_bytes, pool_rows) + self._waiting_bytes(shard, pool_rows)
         return ddr + charges.cache_index_bytes(rows, cache_rows) if cache_rows else ddr
 
     def busy_ms(self, shard: int) -> Floats:
@@ -104,9 +120,17 @@ class TieredShardingOption(ShardingOption):
     def _resize(self, pool_rows: int, cache_rows: int) -> None:
         self.pool_rows, self.cache_rows = pool_rows, cache_rows
         for i, shard in enumerate(self.shards):
-            ssd = charges.log_bytes(shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints)
+            ssd = charges.log_bytes(
+                shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints, snapshots=self.snapshots
+            )
             shard.storage = Storage(hbm=0, ddr=self.ddr_bytes(i, pool_rows, cache_rows), ssd=ssd)
             shard.perf = replace(self.compute[i], prefetch_compute=self._more_ms(i))
+
+    def _waiting_bytes(self, shard: int, pool_rows: int) -> int:
+        if not self.model.prefetched:
+            return 0
+        unique = max(use.unique_rows for use in self.uses)  # the shortest window of all ranks is that of all
+        return charges.waiting_bytes(self.uses[shard].lookups, self.bags, unique, pool_rows, self.world_size)
 
     def _more_ms(self, shard: int) -> float:
         """What tiers add to the step of a rank that has nothing else to wait for: TorchRec's own sum of parts has no other place for it,

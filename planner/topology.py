@@ -10,6 +10,7 @@ from torchrec.distributed.planner.types import Topology
 
 from ..errors import ConfigurationError, UnsupportedError
 from ..tiers import SsdHome
+from .charges import VOLUME_BYTES
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class TieredTopology(Topology):
     """``world_size`` ranks, each with ``ddr_budget_bytes`` of memory for its embedding tables and an ``ssd`` for what exceeds it;
     ``pmem`` is for caches in front of the SSD.
 
-    ``capacity_bytes`` are per rank, as everywhere. Without ``ssd`` no table is tiered. ``topology_kwargs`` are TorchRec's
+    ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what the volume does not keep to itself
+    (``charges.VOLUME_BYTES``). Without ``ssd`` no table is tiered. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
 
     Raises: UnsupportedError for a compute device other than the CPU; ConfigurationError for a budget that is not positive, or
@@ -58,7 +60,7 @@ class TieredTopology(Topology):
             world_size=world_size,
             compute_device=compute_device,
             ddr_cap=ddr_budget_bytes,
-            ssd_cap=ssd.capacity_bytes if ssd else 0,
+            ssd_cap=max(0, ssd.capacity_bytes - VOLUME_BYTES) if ssd else 0,
             local_world_size=local_world_size,
             **topology_kwargs,
         )
