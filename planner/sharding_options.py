@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torchrec.distributed.planner.types import Perf, ShardingOption, Storage
+from torchrec.distributed.planner.types import Perf, ShardingOption
 
 from ..parameter_sharding import TIERED_KERNEL
 from . import charges
 from .perf_model import CPU, PMEM, SSD, TIERS, Floats, PerfModel, ShardUse
+from .storage import TieredStorage
 
 
 class TieredShardingOption(ShardingOption):
@@ -90,11 +91,6 @@ class TieredShardingOption(ShardingOption):
         option._resize(max(self.min_pool_rows, min(pool_rows, self.shard_rows)), cache_rows)
         return option
 
-    @property
-    def pmem_bytes(self) -> int:
-        """PMem of the caches of all shards."""
-        return sum(self.pmem_bytes_of(i, self.cache_rows) for i in range(self.num_shards))
-
     def pmem_bytes_of(self, shard: int, cache_rows: int) -> int:
         """PMem of one shard, had it a cache of ``cache_rows``."""
         return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows) if cache_rows else 0
@@ -123,7 +119,8 @@ class TieredShardingOption(ShardingOption):
             ssd = charges.log_bytes(
                 shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints, snapshots=self.snapshots
             )
-            shard.storage = Storage(hbm=0, ddr=self.ddr_bytes(i, pool_rows, cache_rows), ssd=ssd)
+            ddr, pmem = self.ddr_bytes(i, pool_rows, cache_rows), self.pmem_bytes_of(i, cache_rows)
+            shard.storage = TieredStorage(ddr=ddr, ssd=ssd, pmem=pmem)
             shard.perf = replace(self.compute[i], prefetch_compute=self._more_ms(i))
 
     def _waiting_bytes(self, shard: int, pool_rows: int) -> int:

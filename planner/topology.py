@@ -6,11 +6,12 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.planner.types import Topology, hash_sha256_to_int
 
 from ..errors import ConfigurationError, UnsupportedError
 from ..tiers import SsdHome
 from .charges import VOLUME_BYTES
+from .storage import TieredStorage
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,19 @@ class TieredTopology(Topology):
             **topology_kwargs,
         )
         self.ssd, self.pmem = ssd, pmem
+        for device in self.devices:
+            of_rank = device.storage
+            device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, of_rank.ssd, pmem.capacity_bytes if pmem else 0)
+
+    def _hash(self) -> int:
+        return hash_sha256_to_int([super()._hash(), repr(self.ssd), repr(self.pmem)])
 
     @property
     def ranks_per_host(self) -> int:
         """Ranks that share the devices of a host."""
         return min(self.local_world_size, self.world_size)
+
+    def host_storage(self, host: int) -> TieredStorage:
+        """What the ranks of a host may take of its memory and devices together."""
+        ranks = self.devices[host * self.ranks_per_host : (host + 1) * self.ranks_per_host]
+        return sum((device.storage for device in ranks), TieredStorage())
