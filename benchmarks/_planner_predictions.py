@@ -20,12 +20,12 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchrec_mtrains.planner import AccessProfile, HardwareProfile, MissCurve, TableAccess
+from torchrec_mtrains.planner import AccessProfile, HardwareProfile
 from torchrec_mtrains.planner.charges import records_per_block
 from torchrec_mtrains.planner.neighbours import curve_over_ssd
 from torchrec_mtrains.planner.perf_model import PerfModel, ShardUse
@@ -144,21 +144,11 @@ class _Predicted:
     busy_ms: list[float]
 
 
-def _curve(table: TableAccess, batch_size: int, record_bytes: int, pool_rows: int, cache_rows: int, lookahead: int) -> MissCurve:
-    """The profile's, less what neighbours spare of the rows that are read from the SSD: those that neither pool nor cache has."""
-    spared = curve_over_ssd(table, batch_size, records_per_block(record_bytes), lookahead)
-    if not cache_rows:
-        return spared
-    alone = table.miss_curve_for(batch_size, lookahead)
-    most = alone.misses(pool_rows + cache_rows) - spared.misses(pool_rows + cache_rows)
-    misses = zip(alone.misses_per_batch, spared.misses_per_batch, strict=True)
-    return replace(spared, misses_per_batch=tuple(max(without - most, with_) for without, with_ in misses))
-
-
 def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, lookahead: int, dense_ms: float) -> _Predicted:
-    """The model's step of one rank, and the misses of its pools ÷ unique rows."""
+    """The model's step of one rank, and the misses of its pools, less those that neighbours spare, ÷ unique rows."""
     model = PerfModel(hardware, dense_ms=dense_ms)
     busy, missed, unique = model.base_ms.copy(), 0.0, 0.0
+    per_block = records_per_block(c.job.record_bytes)
     for table, pool_rows, cache_rows in zip(access.tables.values(), c.pool_rows, c.cache_rows, strict=True):
         use = ShardUse(
             rows=table.rows,
@@ -166,11 +156,13 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
             unique_rows=table.unique_rows_per_batch,
             weight_bytes=4 * c.job.dim,
             record_bytes=c.job.record_bytes,
-            curve=_curve(table, c.job.batch_size, c.job.record_bytes, pool_rows, cache_rows, lookahead),
+            curve=table.miss_curve_for(c.job.batch_size, lookahead),
+            ssd_curve=curve_over_ssd(table, c.job.batch_size, per_block, lookahead),
             table_rows=table.rows,
         )
         busy += model.tiered(use, pool_rows, cache_rows)[0]
-        missed += float(use.misses(pool_rows))
+        behind = pool_rows + cache_rows
+        missed += float(use.misses(pool_rows) - use.misses(behind) + use.reads(behind))
         unique += table.unique_rows_per_batch
     step = model.predict(busy[None])
     return _Predicted(step.step_ms, missed / unique, step.bottleneck, step.busy_ms[0].tolist())
