@@ -1,9 +1,9 @@
 """Every figure of the planner in one run: a table, JSON and a picture.
 
 Sections: predictions (step times and miss ratios, predicted and trained), held_out (the same of configurations that no constant was
-fitted on), placement (our plans trained beside others of the same memory), curves (sampled miss-ratio curves against full ones),
-statistics (what a profile does for stock UVM-caching plans), oracles (the search against plans known to be best), scale (large plans:
-objective over bound, time, memory). Each says in its module how it measures; docs/planner.md and docs/calibrate.md what the figures mean.
+fitted on), placement (our plans trained beside others of the same memory), contention (two ranks on one SSD), curves (sampled miss-ratio
+curves against full ones), statistics (what a profile does for stock UVM-caching plans), oracles (the search against plans known to be
+best), scale (large plans: objective over bound, time, memory). Each says in its module how it measures; docs/planner.md and docs/calibrate.md what the figures mean.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from torchrec_mtrains.planner import HardwareProfile
 
+import _planner_contention
 import _planner_curves
 import _planner_oracles
 import _planner_picture
@@ -98,10 +99,16 @@ def _scale(run: _Run) -> tuple[Any, list[Figure]]:
     return found, _planner_scale.figures(found)
 
 
+def _contention(run: _Run) -> tuple[Any, list[Figure]]:
+    found = _planner_contention.measure(run.root, run.hardware, _planner_contention.QUICK if run.args.quick else _planner_contention.FULL)
+    return found, _planner_contention.figures(found)
+
+
 SECTIONS: dict[str, Callable[[_Run], tuple[Any, list[Figure]]]] = {
     "predictions": _predictions,
     "held_out": _held_out,
     "placement": _placement,
+    "contention": _contention,
     "curves": _curves,
     "statistics": _statistics,
     "oracles": _oracles,

@@ -25,7 +25,7 @@ RECORD_BYTES = 4 * DIM + 4  # with row-wise Adagrad's state
 _IDS = 1000
 
 
-def _resident_bytes() -> tuple[int, int]:
+def resident_bytes() -> tuple[int, int]:
     """Anonymous memory in use, and memory of mapped files in memory (tmpfs; no other process maps them)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -47,9 +47,9 @@ def _grown(there: Any, rows: int, warm: TierChain, chains: list[TierChain]) -> N
     torch.set_num_threads(1)
     keep, grown = [_train_every_row(rows // 2, warm)], []  # what the first batches of a process load, and a log's buffers
     for chain in chains:
-        before = _resident_bytes()
+        before = resident_bytes()
         keep.append(_train_every_row(rows, chain))
-        grown.append(tuple(after - b for after, b in zip(_resident_bytes(), before, strict=True)))
+        grown.append(tuple(after - b for after, b in zip(resident_bytes(), before, strict=True)))
     there.send(grown)
 
 
