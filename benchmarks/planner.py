@@ -3,7 +3,8 @@
 Sections: predictions (step times and miss ratios, predicted and trained), held_out (the same of configurations that no constant was
 fitted on), placement (our plans trained beside others of the same memory), contention (two ranks on one SSD), curves (sampled miss-ratio
 curves against full ones), statistics (what a profile does for stock UVM-caching plans), oracles (the search against plans known to be
-best), scale (large plans: objective over bound, time, memory). Each says in its module how it measures; docs/planner.md and docs/calibrate.md what the figures mean.
+best), scale (large plans: objective over bound, time, memory). Each says in its module how it measures; docs/planner.md and
+docs/calibrate.md what the figures mean.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..lookahead import MOST_BATCHES
 from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
-from .access_profile import MOST_LOOKAHEAD
 from .checkpoint_schedule import CheckpointSchedule
 
 INDEX_BYTES_PER_ROW = 8
@@ -149,7 +149,7 @@ def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: in
     ranks a batch is held twice: as it was read, and as it came from all ranks. Never less for a larger pool.
     """
     of_a_batch = (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
-    window = min(float(MOST_LOOKAHEAD), 1 + pool_rows / max(unique_rows, 1.0))
+    window = min(float(MOST_BATCHES), 1 + pool_rows / max(unique_rows, 1.0))
     return math.ceil(of_a_batch * (BATCHES_WAITING + window))
 
 
