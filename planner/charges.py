@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..lookahead import MOST_BATCHES
+from ..lookahead import MOST_BATCHES, POOLS_OF_BATCHES
 from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
 from .checkpoint_schedule import CheckpointSchedule
 
@@ -145,11 +145,12 @@ def has_snapshots(home: Home, checkpoints: CheckpointSchedule) -> bool:
 def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> int:
     """DDR of the ids that wait for a shard with such a pool, of so many lookups in so many bags a batch.
 
-    The window is as many batches as have together as many distinct rows as the pool, one begun counted, 64 at most. On several
-    ranks a batch is held twice: as it was read, and as it came from all ranks. Never less for a larger pool.
+    The window is that of a pipeline left its own choice (``lookahead.useful_batches``) whose largest pool this is; another table's pool
+    that holds more batches makes it longer. On several ranks a batch is held twice: as it was read, and as it came from all ranks. Never
+    less for a larger pool.
     """
     of_a_batch = (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
-    window = min(float(MOST_BATCHES), 1 + pool_rows / max(unique_rows, 1.0))
+    window = min(float(MOST_BATCHES), 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0))
     return math.ceil(of_a_batch * (BATCHES_WAITING + window))
 
 
