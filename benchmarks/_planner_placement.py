@@ -119,7 +119,9 @@ def drawn(size: Size, seed: int = SEED) -> list[Case]:
     for _ in range(size.cases):
         tables = tuple(
             JobTable(
-                round(math.exp(rng.uniform(*np.log(size.rows)))), round(rng.uniform(0.3, 1.3), 2), round(math.exp(rng.uniform(0, math.log(10))))
+                round(math.exp(rng.uniform(*np.log(size.rows)))),
+                round(rng.uniform(0.3, 1.3), 2),
+                round(math.exp(rng.uniform(0, math.log(10)))),
             )
             for _ in range(rng.integers(4, 9))
         )
