@@ -75,7 +75,7 @@ def _placement(run: _Run) -> tuple[Any, list[Figure]]:
 
 
 def _curves(run: _Run) -> tuple[Any, list[Figure]]:
-    shape: dict[str, Any] = dict(rows=2_000_000, lookups=32_768, batches=400)
+    shape: dict[str, Any] = dict(rows=2_000_000, lookups=32_768, batches=200)
     if run.args.quick:
         shape = dict(rows=60_000, lookups=2_048, batches=20, only=["zipf 0.9"])
     found = _planner_curves.run(**shape, movielens=run.args.movielens, copies=128)
@@ -83,7 +83,7 @@ def _curves(run: _Run) -> tuple[Any, list[Figure]]:
 
 
 def _statistics(run: _Run) -> tuple[Any, list[Figure]]:
-    shape = dict(rows=4_000, samples=128, batches=40) if run.args.quick else dict(rows=200_000, samples=4_096, batches=200)
+    shape = dict(rows=4_000, samples=128, batches=40) if run.args.quick else dict(rows=100_000, samples=2_048, batches=200)
     found = _planner_statistics.run(**shape, **({"hbm_shares": (0.5,)} if run.args.quick else {}))  # type: ignore[arg-type]
     return found, _planner_statistics.figures(found)
 

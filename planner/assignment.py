@@ -176,9 +176,9 @@ class _Search:
             self._restore(best)
 
     def _resize(self) -> None:
-        """Other sizes of all tables, each on the ranks where it is: a program as the relaxation, with every rank's memory for itself, and of
-        its solution the largest shares."""
-        c, ranks, bound = self._choices, self._ranks, self._relaxation
+        """Other sizes of all tables, each on the ranks where it is: a program as the relaxation's, with every rank's memory for itself;
+        of its solution the largest shares."""
+        c, ranks = self._choices, self._ranks
         mine = self._shortlist()
         rank_of, spread = self._rank[c.table[mine]], c.spread[mine]
         held_by = spread[:, None] | (rank_of[:, None] == np.arange(ranks.count))  # (candidates, ranks)
@@ -186,7 +186,8 @@ class _Search:
         memory = [held_by * (c.memory[mine, i] / self._unit[i])[:, None] for i in range(c.memory.shape[1])]
         busy = [(held_by @ hosts if ranks.shared[i] else held_by) * c.busy[mine, i][:, None] for i in range(c.busy.shape[1])]
         base = [
-            np.bincount(ranks.host_of) * x if shared else np.full(ranks.count, x) for x, shared in zip(ranks.base_busy_ms, ranks.shared)
+            np.bincount(ranks.host_of) * x if shared else np.full(ranks.count, x)
+            for x, shared in zip(ranks.base_busy_ms, ranks.shared, strict=True)
         ]
         room, base_ms = (ranks.capacity / self._unit).T.ravel(), np.concatenate(base)
         rows = csr_array(np.concatenate([*memory, *busy], axis=1).T)
