@@ -26,6 +26,7 @@ _MEAN = 0.05  # weight of the mean step beside the slowest
 _WORK = 1e-4  # weight of all busy time: prefers the plan that does less
 _EXCESS = 1e4  # steps that memory beyond the whole capacity costs
 _LEAST_GAIN = 1e-6  # of the step: smaller improvements are rounding
+_LEAST_RELIEF = 1e-9  # of a rank's memory: less is rounding, and would be chosen for ever
 _CLOSE = 1e-4  # of the bound: nothing to search for beyond
 _FORCED = 150  # places a round
 _SPLIT_IF_DEARER = (-1.0, 0.1, 0.3)  # -1: never by itself
@@ -153,6 +154,7 @@ class _Search:
             excess = (self._load.excess()[rank] / self._unit).sum()
             after = self._load.memory[rank] + c.memory[options] - c.memory[now] - self._ranks.capacity[rank]
             relief = excess - (np.maximum(0.0, after) / self._unit).sum(axis=1)
+            relief[relief < _LEAST_RELIEF] = 0.0
             loss = np.maximum(work[options] - work[now], 1e-12 * self._scale)
             best = int(np.argmax(relief / loss))
             if relief[best] <= 0:

@@ -14,7 +14,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from torchrec_mtrains.planner import budget
-from torchrec_mtrains.planner.assignment import solve
+from torchrec_mtrains.planner.assignment import _Search, solve
+from torchrec_mtrains.planner.budget import Budget
 from torchrec_mtrains.planner.choices import Load, objective_ms
 from torchrec_mtrains.planner.relaxation import relax
 
@@ -94,3 +95,13 @@ def test_more_work_never_makes_a_worse_plan() -> None:
     choices, ranks = random_case(np.random.default_rng(5), 20, 3, 1, 4)
     steps = [solve(choices, ranks, seconds).objective_ms for seconds in (0.05, 0.2, 0.8)]
     assert steps == sorted(steps, reverse=True)
+
+
+def test_a_rank_that_cannot_be_made_to_fit_ends_the_cuts() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((4, 1, 1, 2), (20, 3, 3, 6), (30, 16, 8, 12)):
+        random_case(rng, *shape)
+    choices, ranks = random_case(rng, 20, 64, 8, 12)  # rounding left a candidate better than itself by 1e-16 of a rank
+    search = _Search(choices, ranks, relax(choices, ranks), Budget(1.0))
+    search.place(search._rounded(-1.0))
+    assert len(search.assignment.candidate) == choices.tables
