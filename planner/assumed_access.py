@@ -83,7 +83,8 @@ def _lru_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray) -> np.nd
 def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahead: np.ndarray) -> np.ndarray:
     """The fixed point of the times and the window, in steps of their logarithms; all pools at once.
 
-    Shapes: counts, use (groups,); pools, lookahead (pools,) → (pools,). A miss begins a cycle of a row: presence, then absence until the next miss.
+    Shapes: counts, use (groups,); pools, lookahead (pools,) → (pools,). A miss begins a cycle of a row: presence, then absence until the
+    next miss.
     """
     q, n, none = use[:, None], counts[:, None], np.log1p(-use)[:, None]
     batch = (n * q).sum()
