@@ -204,7 +204,7 @@ class _Search:
             options={"time_limit": self._budget.time_left_s},
         )
         self._budget.spend(_PLACES_A_ROW * (c.tables + len(room) + len(base_ms)))
-        if solved.x is None:
+        if solved.status != 0:  # out of time
             return
         share = np.zeros(len(c.table))
         share[mine] = solved.x[1:]
@@ -222,17 +222,16 @@ class _Search:
         starts = np.searchsorted(c.table[mine], np.arange(c.tables))
         work = c.busy[mine] * np.where(self._ranks.shared, self._ranks.per_host, 1) @ found.busy_price + _WORK * c.busy[mine].sum(axis=1)
         memory = c.memory[mine] * found.memory_price
-        kept = [self._candidate]
-        for factors in itertools.product(_PRICE_FACTORS, repeat=int((found.memory_price > 0).sum())):
-            of_tier = np.ones(len(found.memory_price))
-            of_tier[found.memory_price > 0] = factors
+        kept, priced = [self._candidate], found.memory_price > 0
+        for factors in itertools.product(_PRICE_FACTORS[:: 1 if priced.sum() < 3 else 2], repeat=int(priced.sum())):
+            of_tier = np.ones(len(priced))
+            of_tier[priced] = factors
             kept.append(mine[_first_least(work + memory @ of_tier, starts)])
         return np.unique(np.concatenate(kept))
 
     def search(self, budget: Budget) -> Assignment:
         """The best of what ``improve`` makes of the start and of the best so far with one table forced to another place, from where the
-        others are improved first. Places are tried in random order; each success begins
-        another round."""
+        others are improved first. Places are tried in random order; each success begins another round."""
         random = np.random.default_rng(0)
         self._budget = budget
         self._settle()
