@@ -63,7 +63,7 @@ def _held_out(run: _Run) -> tuple[Any, list[Figure]]:
     if run.args.quick:
         jobs, size = p.held_out(2, rows=(1_000, 3_000), dims=(16,), batches=(32,), widths=(16,)), p.QUICK
     else:
-        jobs, size = p.held_out(run.args.held_out), p.FULL
+        jobs, size = p.held_out(run.args.held_out, seed=run.args.held_out_seed), p.FULL
     found = p.measure(run.root, run.pmem, run.hardware, jobs, size)
     return found, p.figures(found, "held out", 20)
 
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--hardware", type=Path, help="a profile of this machine by mtrains calibrate; made now if left out")
     parser.add_argument("--cases", type=int, nargs="+", help="of placement, by number; all if left out")
     parser.add_argument("--held-out", type=int, default=24, help="configurations of held_out")
+    parser.add_argument("--held-out-seed", type=int, default=_planner_predictions.HELD_OUT_SEED, help="what draws them")
     parser.add_argument("--movielens", type=Path, help="u.data of ml-100k, for two more traces of curves")
     parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")
     args = parser.parse_args()
