@@ -36,8 +36,9 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
-from .device_directory import HOST, SLOT, WINDOW, Attempt, Batch, DeviceDirectory, Lookup, Misses, Turn
+from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses, Turn
 from .device_fused import SEQUENCES, FusedDirectory
+from .device_ids import Batch
 from .device_planes import Planes, native_part
 from .device_streams import Streams
 

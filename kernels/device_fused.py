@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, Batch, DeviceDirectory, Exchange, Turn
+from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange, Turn
+from .device_ids import Batch
 
 SEQUENCES = 4
 """Of one kind, so attempts that the host need not have looked at; a guess: batches are rarely prefetched further ahead."""
@@ -143,7 +144,7 @@ class FusedDirectory(DeviceDirectory):
         ring = self._sequences.setdefault((capacity, ids32, offsets32), deque())
         on_gpu = self.device.type == "cuda"
         if len(ring) < SEQUENCES:
-            sizes = (_kernels().BATCH, 2 + 3 * self.tables + len(self._feature_row) + 2)
+            sizes = (_kernels().BATCH, 2 + 3 * self.tables + self.features + 2)
             given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
             slots, hosts, tables = torch.empty(3, min(capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
             count = torch.zeros(1, dtype=_INT64, device=self.device)
@@ -168,7 +169,7 @@ class FusedDirectory(DeviceDirectory):
     def _launch(self, sequence: _Sequence) -> None:
         k, s, tables = _kernels(), self._scratch, self.tables
         assert s is not None
-        features = len(self._feature_row)
+        features = self.features
         feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}
         pow2 = {"FEATURES_POW2": _pow2(features + 1), "TABLES_POW2": _pow2(tables)}
         ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
