@@ -213,8 +213,13 @@ class DeviceDirectory(GroupIds):
         hits, begins = rest[: self.tables], rest[self.tables :]
         return Lookup(batch, place, slot, missing, missing_count, hits, self._lookups(batch.ids, begins, bad_count))
 
-    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
-        """All that a batch needs, if its rows are in places and enough slots may be taken. Raises nothing: ``outcome`` does."""
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, coming: tuple[Batch, int] | None = None) -> Attempt:
+        """All that a batch needs, if its rows are in places and enough slots may be taken. Raises nothing: ``outcome`` does.
+
+        ``coming`` is announced before, with its number.
+        """
+        if coming is not None:
+            self.announce(*coming, True)
         seq, before, dirty, announced, first_announced = turn
         summary = torch.zeros(2 + 3 * self.tables + self.features + 2, dtype=_INT64)
         summary[2 + 3 * self.tables : -1] = self._begins(batch)

@@ -110,7 +110,7 @@ class FusedDirectory(DeviceDirectory):
     def announce(self, batch: Batch, number: int, comes: bool) -> None:
         _kernels().announce(*batch, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
 
-    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, coming: tuple[Batch, int] | None = None) -> Attempt:
         ids, offsets, stride = batch
         count = ids.numel()
         capacity = max(_kernels().BLOCK, _pow2(count))
@@ -119,7 +119,14 @@ class FusedDirectory(DeviceDirectory):
         sequence = self._next(capacity, ids.dtype is _INT32, offsets.dtype is _INT32)
         out = torch.empty((2, count), dtype=_INT64, device=self.device)
         place, slot = out.unbind(0)
-        sequence.as_given[:10] = (ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn)
+        awaited: tuple[int, ...] = (0, 0, 0, 0, 0)
+        if coming is not None:
+            later, number = coming
+            if later.ids.numel() <= capacity and later.ids.dtype is ids.dtype and later.offsets.dtype is offsets.dtype:
+                awaited = (later.ids.data_ptr(), later.offsets.data_ptr(), later.ids.numel(), later.stride, number % WINDOW)
+            else:
+                self.announce(later, number, True)
+        sequence.as_given[:15] = (ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn, *awaited)
         sequence.runs += 1
         if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
             self._launch(sequence)
@@ -152,7 +159,7 @@ class FusedDirectory(DeviceDirectory):
             ring.append(_Sequence(capacity, ids32, offsets32, given, summary, slots, hosts, tables, count, done))
         else:
             ring.rotate(-1)
-            if on_gpu:
+            if on_gpu and not ring[-1].done.query():
                 torch.cuda.current_stream(self.device).wait_event(ring[-1].done)
         return ring[-1]
 
@@ -177,9 +184,9 @@ class FusedDirectory(DeviceDirectory):
         by_position, by_candidate, by_slot = (blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
         by_block, first_slot = {"BLOCK": k.BLOCK}, self._first_place[SLOT]
         k._start[(-(-s.counters.numel() // 2048),)](sequence.given, s.batch, s.counters, s.counters.numel(), BLOCK=2048)
-        k._look[by_position](
+        k._look[(2 * blocks,)](
             s.batch, *self._of_feature, self.place_of_row, self.stamp, self.window, s.row, s.feature, s.missing, s.bad, s.missing_count,
-            s.hits, self.slots, self._sink_place, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
+            s.hits, self.slots, self._sink_place, blocks, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
         )  # fmt: skip
         k._claim[by_position](s.missing, s.row, self.place_of_row, s.missing_count, **by_block)
         k._win[(blocks + tables * s.queue_blocks,)](

@@ -9,7 +9,7 @@ grids are as large as they may have to be, and programs without work return. The
 An attempt's launches, each of which needs what the one before has written everywhere:
 
     start       batch from the host; counters to zero
-    look        by position: place and slot; stamps of hits; what misses
+    look        by position: place and slot; stamps of hits; what misses. By position of a batch that is announced: windows
     claim       by position that misses: its claim, the smaller the earlier
     win         by position that misses: whether its claim won. By candidate: whether it is fresh. Both counted by block and table
     scan        one program: where each block's winners and candidates begin; whether a table has too few candidates
@@ -39,12 +39,13 @@ SLOT_BLOCK = 2048
 CHUNK = 4096
 BATCH = 16
 _IDS, _OFFSETS, _OUT, _COUNT, _STRIDE, _SEQ, _BEFORE, _DIRTY, _ANNOUNCED, _FIRST = (tl.constexpr(i) for i in range(10))
-"""Of ``batch``: addresses, then numbers."""
+_LATER_IDS, _LATER_OFFSETS, _LATER_COUNT, _LATER_STRIDE, _LATER_SHIFT = (tl.constexpr(i) for i in range(10, 15))
+"""Of ``batch``: addresses, then numbers; and of a batch that is announced with it."""
 
 _BATCH = tl.constexpr(BATCH)
 _LOWEST = tl.constexpr(-(1 << 31))
 
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 512, 132
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 512, 132, 4
 """Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
 
 PAGES_POW2 = 12
@@ -77,8 +78,8 @@ def _add_by_table(counts, table, amount, here):
 
 
 @triton.jit
-def _ids_and_offsets(batch, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # type: ignore[no-untyped-def]
-    ids, offsets = tl.load(batch + _IDS), tl.load(batch + _OFFSETS)
+def _ids_and_offsets(batch, IDS32: tl.constexpr, OFFSETS32: tl.constexpr, AT: tl.constexpr = _IDS):  # type: ignore[no-untyped-def]
+    ids, offsets = tl.load(batch + AT), tl.load(batch + AT + 1)
     if IDS32:  # noqa: SIM108
         ids_at = ids.to(tl.pointer_type(tl.int32))
     else:
@@ -100,14 +101,43 @@ def _start(given, batch, counters, count, BLOCK: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
+def _set_windows(  # type: ignore[no-untyped-def]
+    ids, offsets, stride, feature_row, feature_rows, place_of_row, window, count, shift, at,
+    COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of positions ``at``, which are in places: the bit of their batch."""
+    here = at < count
+    feature = _feature_at(offsets, stride, at, FEATURES, SEARCH)
+    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+    good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+    place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
+    bit = tl.full([BLOCK], 1, tl.int64) << shift
+    there = tl.maximum(place, 0)
+    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
+    if COMES:
+        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
+    else:
+        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
+
+
+@triton.jit
 def _look(  # type: ignore[no-untyped-def]
     batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, row_out, feature_out, missing_out,
-    bad, missing_count, hits, slots, sink, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    bad, missing_count, hits, slots, sink, blocks, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr,
+    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(batch + _COUNT)
-    if tl.program_id(0).to(tl.int64) * BLOCK >= count:
+    if tl.program_id(0) >= blocks:
+        at -= blocks * BLOCK
+        later = tl.load(batch + _LATER_COUNT)
+        if (tl.program_id(0) - blocks) * BLOCK < later:
+            later_ids, later_offsets = _ids_and_offsets(batch, IDS32, OFFSETS32, _LATER_IDS)
+            _set_windows(
+                later_ids, later_offsets, tl.load(batch + _LATER_STRIDE), feature_row, feature_rows, place_of_row, window, later,
+                tl.load(batch + _LATER_SHIFT), at, True, FEATURES, SEARCH, BLOCK,
+            )  # fmt: skip
+    elif tl.program_id(0).to(tl.int64) * BLOCK >= count:
         tl.store(missing_out + at, tl.zeros([BLOCK], tl.int8))
     else:
         ids, offsets = _ids_and_offsets(batch, IDS32, OFFSETS32)
@@ -152,18 +182,7 @@ def _announce(  # type: ignore[no-untyped-def]
     COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < count
-    feature = _feature_at(offsets, stride, at, FEATURES, SEARCH)
-    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-    good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
-    place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
-    bit = tl.full([BLOCK], 1, tl.int64) << shift
-    there = tl.maximum(place, 0)
-    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
-    if COMES:
-        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
-    else:
-        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
+    _set_windows(ids, offsets, stride, feature_row, feature_rows, place_of_row, window, count, shift, at, COMES, FEATURES, SEARCH, BLOCK)
 
 
 def announce(
@@ -608,5 +627,5 @@ def exchange(
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
         upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
-        ALIGN=align, ROWS=rows, COLUMNS=columns,
+        ALIGN=align, ROWS=rows, COLUMNS=columns, num_warps=EXCHANGE_WARPS,
     )  # fmt: skip

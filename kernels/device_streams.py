@@ -20,6 +20,7 @@ class Streams:
         self.device, self._index = device, device.index  # an index is quicker to look up
         self.directory: Any = None
         self.mover: Any = None
+        self._caller: Any = None
         self._free: list[Any] = []
         self._kept: deque[tuple[Any, Any]] = deque()
         if device.type == "cuda":
@@ -50,6 +51,15 @@ class Streams:
                 if event is not None:
                     stream.wait_event(event)
 
+    def current(self) -> Any:
+        """The current stream."""
+        return None if self.mover is None else torch.cuda.current_stream(self._index)
+
+    def wait_for_stream(self, other: Any) -> None:
+        """The directory's stream, which is current, waits for another one; it has waited for the one that was current before."""
+        if other is not None and other != self._caller:
+            self.directory.wait_stream(other)
+
     def on_directory(self) -> AbstractContextManager[Any]:
         """The directory's stream, after the current one."""
         return self._on(self.directory) if self.mover is not None else nullcontext()
@@ -65,6 +75,8 @@ class Streams:
             return
         self._called.record(before)
         stream.wait_event(self._called)
+        if stream is self.directory:
+            self._caller = before
         torch.cuda.set_stream(stream)
         try:
             yield
