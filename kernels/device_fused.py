@@ -9,9 +9,10 @@ and for what is to be exchanged.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -30,8 +31,14 @@ BINS = 2 * BUCKETS
 _INT8, _INT32, _INT64 = torch.int8, torch.int32, torch.int64
 
 
-def _kernels() -> ModuleType:
-    from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
+GIVEN = struct.Struct("15q")
+"""What the host gives a sequence: ``batch`` in ``device_kernels``."""
+
+
+@cache
+def kernels() -> ModuleType:
+    """``device_kernels``, which needs Triton, which a CPU's PyTorch may lack."""
+    from . import device_kernels
 
     return device_kernels
 
@@ -40,7 +47,7 @@ class _Scratch:
     """What the launches of an attempt pass on: by position, by candidate, by slot, by block or by table."""
 
     def __init__(self, directory: DeviceDirectory, capacity: int) -> None:
-        k, tables, sizes = _kernels(), directory.tables, directory.sizes[SLOT]
+        k, tables, sizes = kernels(), directory.tables, directory.sizes[SLOT]
 
         def empty(count: int, dtype: torch.dtype = _INT32) -> Tensor:
             return torch.empty(max(1, count), dtype=dtype, device=directory.device)
@@ -82,7 +89,7 @@ class _Sequence:
     runs: int = 0
 
     def __post_init__(self) -> None:
-        self.as_given, self.as_summary = self.given.numpy(), self.summary.numpy()
+        self.as_given, self.as_summary = self.given.numpy().data.cast("B"), self.summary.numpy()
 
 
 def queue_room(slots: int) -> int:
@@ -108,12 +115,12 @@ class FusedDirectory(DeviceDirectory):
         return self._feature_row, self._feature_rows, self._feature_slot, self._feature_table
 
     def announce(self, batch: Batch, number: int, comes: bool) -> None:
-        _kernels().announce(*batch, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
+        kernels().announce(*batch, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
 
     def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, coming: tuple[Batch, int] | None = None) -> Attempt:
         ids, offsets, stride = batch
         count = ids.numel()
-        capacity = max(_kernels().BLOCK, _pow2(count))
+        capacity = max(kernels().BLOCK, _pow2(count))
         if self._scratch is None or capacity > self._scratch.capacity:
             self._grow(capacity)
         sequence = self._next(capacity, ids.dtype is _INT32, offsets.dtype is _INT32)
@@ -126,7 +133,7 @@ class FusedDirectory(DeviceDirectory):
                 awaited = (later.ids.data_ptr(), later.offsets.data_ptr(), later.ids.numel(), later.stride, number % WINDOW)
             else:
                 self.announce(later, number, True)
-        sequence.as_given[:15] = (ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn, *awaited)
+        GIVEN.pack_into(sequence.as_given, 0, ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn, *awaited)
         sequence.runs += 1
         if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
             self._launch(sequence)
@@ -151,7 +158,7 @@ class FusedDirectory(DeviceDirectory):
         ring = self._sequences.setdefault((capacity, ids32, offsets32), deque())
         on_gpu = self.device.type == "cuda"
         if len(ring) < SEQUENCES:
-            sizes = (_kernels().BATCH, 2 + 3 * self.tables + self.features + 2)
+            sizes = (kernels().BATCH, 2 + 3 * self.tables + self.features + 2)
             given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
             slots, hosts, tables = torch.empty(3, min(capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
             count = torch.zeros(1, dtype=_INT64, device=self.device)
@@ -174,7 +181,7 @@ class FusedDirectory(DeviceDirectory):
         return graphs
 
     def _launch(self, sequence: _Sequence) -> None:
-        k, s, tables = _kernels(), self._scratch, self.tables
+        k, s, tables = kernels(), self._scratch, self.tables
         assert s is not None
         features = self.features
         feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}

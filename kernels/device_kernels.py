@@ -45,8 +45,12 @@ _LATER_IDS, _LATER_OFFSETS, _LATER_COUNT, _LATER_STRIDE, _LATER_SHIFT = (tl.cons
 _BATCH = tl.constexpr(BATCH)
 _LOWEST = tl.constexpr(-(1 << 31))
 
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 512, 132, 4
-"""Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 8192, 22, 8
+"""Of a tile, how many are under way, and the warps of each: few programs, so that what trains beside them keeps its multiprocessors, with
+much on its way over the bus each. Of 22 combinations tried in a training step the best or nearly so (docs/gpu.md)."""
+
+EXCHANGE_ROWS, EXCHANGE_COLUMNS = 256, 512
+"""A tile has at most, so that narrow rows are shared between programs, and wide ones between tiles."""
 
 PAGES_POW2 = 12
 """At most two to the power of this many *pages*: stretches of host places that are exchanged one after the other. With 5 GB of host
@@ -622,8 +626,8 @@ def exchange(
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
     """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; ``order``: of the rows."""
-    columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
-    rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
+    columns = min(triton.next_power_of_2(widest), EXCHANGE_COLUMNS)
+    rows = max(1, min(EXCHANGE_ROWS, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
         upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,

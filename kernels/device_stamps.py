@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device_fused import SEQUENCES
+from .device_fused import GIVEN, SEQUENCES, kernels
 from .device_ids import Batch, GroupIds, set_before, told
 
 _INT64 = torch.int64
+_UNUSED = (0,) * 7
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Sequence:
     runs: int = 0
 
     def __post_init__(self) -> None:
-        self.as_given, self.as_summary = self.given.numpy(), self.summary.numpy()
+        self.as_given, self.as_summary = self.given.numpy().data.cast("B"), self.summary.numpy()
 
 
 class FusedStamps(Stamps):
@@ -106,35 +106,40 @@ class FusedStamps(Stamps):
         super().__init__(*args)
         self._sequences: dict[tuple[int, bool, bool], deque[_Sequence]] = {}  # by kind
         self._last_stream: Any = None
+        self._last_raw_stream = -1  # of it; a number is quicker to look up
 
     def use(self, batch: Batch, seq: int, dirty: bool) -> Use:
         ids, offsets, stride = batch
         count = ids.numel()
         sequence = self._next(count, ids.dtype is torch.int32, offsets.dtype is torch.int32)
-        sequence.as_given[:8] = (ids.data_ptr(), offsets.data_ptr(), 0, count, stride, seq, 0, dirty)
+        GIVEN.pack_into(sequence.as_given, 0, ids.data_ptr(), offsets.data_ptr(), 0, count, stride, seq, 0, dirty, *_UNUSED)
         sequence.runs += 1
         if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
             self._launch(sequence)
         else:
-            stream = torch.cuda.current_stream(self.device.index)
-            if stream != self._last_stream:  # stamps are in the order of batches
-                if self._last_stream is not None:
-                    stream.wait_stream(self._last_stream)
-                self._last_stream = stream
+            if torch._C._cuda_getCurrentRawStream(self.device.index) != self._last_raw_stream:
+                self._change_stream()
             if sequence.graph is None:
                 sequence.graph = self._captured(sequence)
             sequence.graph.replay()
         return Use(batch, seq, sequence.as_summary)
 
+    def _change_stream(self) -> None:
+        """The current stream waits for the one that used the batch before: stamps are in the order of batches."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None:
+            stream.wait_stream(self._last_stream)
+        self._last_stream, self._last_raw_stream = stream, stream.cuda_stream
+
     def _next(self, count: int, ids32: bool, offsets32: bool) -> _Sequence:
         """The one whose last run was longest ago: whoever uses batches has looked at that one."""
-        capacity = max(_kernels().BLOCK, 1 << max(0, count - 1).bit_length())
+        capacity = max(kernels().BLOCK, 1 << max(0, count - 1).bit_length())
         ring = self._sequences.setdefault((capacity, ids32, offsets32), deque())
         if len(ring) < SEQUENCES:
             on_gpu = self.device.type == "cuda"
-            sizes = (_kernels().BATCH, 2 + self.tables + self.features + 2)
+            sizes = (kernels().BATCH, 2 + self.tables + self.features + 2)
             given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
-            batch, counters = (torch.zeros(n, dtype=_INT64, device=self.device) for n in (_kernels().BATCH, 1 + self.tables))
+            batch, counters = (torch.zeros(n, dtype=_INT64, device=self.device) for n in (kernels().BATCH, 1 + self.tables))
             ring.append(_Sequence(capacity, ids32, offsets32, given, summary, batch, counters))
         else:
             ring.rotate(-1)
@@ -149,7 +154,7 @@ class FusedStamps(Stamps):
         return graph
 
     def _launch(self, sequence: _Sequence) -> None:
-        _kernels().use(
+        kernels().use(
             sequence.given, sequence.batch, sequence.counters, sequence.summary, self.stamp, self._feature_rows, self._feature_slot,
             self._feature_table, self.tables, sequence.capacity, sequence.ids32, sequence.offsets32,
         )  # fmt: skip
@@ -158,9 +163,3 @@ class FusedStamps(Stamps):
 def stamps_type(device: torch.device) -> type[Stamps]:
     """Of those of a device the fastest."""
     return FusedStamps if device.type == "cuda" else Stamps
-
-
-def _kernels() -> ModuleType:
-    from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
-
-    return device_kernels
