@@ -109,7 +109,7 @@ class Loop:
     def __init__(self, tbe: Any, batches: Batches, prefetch: bool, lookahead: int = 0) -> None:
         self.tbe, self.batches, self.prefetch, self.lookahead, self.at = tbe, batches, prefetch, lookahead, 0
         self.announced = 1  # up to this batch
-        self.stream = torch.cuda.Stream()
+        self.main, self.stream = torch.cuda.current_stream(), torch.cuda.Stream()
         self.thread: ThreadPoolExecutor | None = None
         self.gradient: torch.Tensor | None = None
         if prefetch:
@@ -117,7 +117,7 @@ class Loop:
 
     def _prefetch(self, i: int) -> None:
         with torch.cuda.stream(self.stream):
-            self.tbe.prefetch(*self.batches[i], forward_stream=torch.cuda.default_stream())
+            self.tbe.prefetch(*self.batches[i], forward_stream=self.main)
             self.announced = max(self.announced, i)
             while self.announced < i + self.lookahead:
                 self.announced += 1
@@ -126,7 +126,7 @@ class Loop:
     def step(self) -> torch.Tensor:
         """One forward and backward; returns the output."""
         if self.prefetch:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            self.main.wait_stream(self.stream)
         output = self.tbe(*self.batches[self.at])
         self.at += 1
         done = None
