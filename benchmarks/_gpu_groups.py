@@ -116,12 +116,13 @@ class Loop:
             self._prefetch(0)
 
     def _prefetch(self, i: int) -> None:
-        with torch.cuda.stream(self.stream):
-            self.tbe.prefetch(*self.batches[i], forward_stream=self.main)
-            self.announced = max(self.announced, i)
-            while self.announced < i + self.lookahead:
-                self.announced += 1
-                self.tbe.announce(*self.batches[self.announced])
+        torch.cuda.set_stream(self.stream)
+        self.tbe.prefetch(*self.batches[i], forward_stream=self.main)
+        self.announced = max(self.announced, i)
+        while self.announced < i + self.lookahead:
+            self.announced += 1
+            self.tbe.announce(*self.batches[self.announced])
+        torch.cuda.set_stream(self.main)
 
     def step(self) -> torch.Tensor:
         """One forward and backward; returns the output."""
