@@ -145,8 +145,9 @@ uint64_t SlotPool::announce(const Batch& batch) {
       if (at == announced_.end()) return;  // withdrawn
       mine = &at->second;
     }
-    by_feature(mine->batch, mine->bounds,
-               [&](size_t t, const auto* ids, int64_t begin, int64_t end) { directories_[t].announce(ids, begin, end, bit_of(number)); });
+    by_feature(mine->batch, mine->bounds, [&](size_t t, const auto* ids, int64_t begin, int64_t end) {
+      if (directories_[t].resident() < directories_[t].rows()) directories_[t].announce(ids, begin, end, bit_of(number));
+    });
     set_first_announced();
   });
   return number;
@@ -379,6 +380,7 @@ void SlotPool::evict_victims(size_t table) {
     rows[d.dirty(slot)].push_back(d.row_of_slot(slot));
     slots[d.dirty(slot)].push_back(slot);
   }
+  if (rows[false].empty() && rows[true].empty()) return;
   const TraceSpan span("evict", rows[0].size() + rows[1].size());
   for (const bool dirty : {false, true}) {
     if (!rows[dirty].empty()) t.volume->evict(t.id, rows[dirty], slots[dirty], t.parts, dirty);
