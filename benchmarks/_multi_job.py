@@ -59,26 +59,24 @@ class Tiers:
 
 
 class Batches:
-    """So many batches of one rank, made once and used in turn. A table's popular rows are scattered, alike on every rank."""
+    """So many batches of one rank, drawn once, on its device, and used in turn. A table's popular rows are scattered, alike on every rank."""
 
     def __init__(self, shape: Shape, count: int, rank: int) -> None:
         features = [t.feature for t in shape.shapes]
-        tables = [ZipfIds(shape.rows, shape.exponent, torch.Generator().manual_seed(i)) for i in range(shape.tables)]
-        drawing = torch.Generator().manual_seed(1000 + rank)
-        for table in tables:
-            table.generator = drawing
-        size = shape.batch_size
+        drawing = torch.Generator(device_of(rank)).manual_seed(1000 + rank)
+        tables = [ZipfIds(shape.rows, shape.exponent, torch.Generator().manual_seed(i)).by(drawing) for i in range(shape.tables)]
+        size, where = shape.batch_size, drawing.device
         self.made = [
             make_batch(
                 features,
-                torch.cat([table.draw(size * shape.pooling) for table in tables]).numpy(),
+                torch.cat([table.draw(size * shape.pooling) for table in tables]).cpu().numpy(),
                 np.full(shape.tables * size, shape.pooling, np.int32),
-                torch.rand(size, DENSE_FEATURES, generator=drawing).numpy(),
-                torch.randint(2, (size,), generator=drawing).float().numpy(),
+                torch.rand(size, DENSE_FEATURES, generator=drawing, device=where).cpu().numpy(),
+                torch.randint(2, (size,), generator=drawing, device=where).float().cpu().numpy(),
             )
             for _ in range(count)
         ]
-        if torch.cuda.is_available():
+        if where.type == "cuda":
             self.made = [batch.pin_memory() for batch in self.made]
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from torchrec_mtrains.kernels import durability
 import torchrec_mtrains as mtrains
 from _common import median
 from _multi_job import Batches, Shape, Side, Tiers
+from _multi_ranks import say
 from torchrec_mtrains import DdrHome, SsdHome
 
 PIPELINES = {"TieredTrainPipeline": mtrains.TieredTrainPipeline, "PrefetchTrainPipelineSparseDist": PrefetchTrainPipelineSparseDist}
@@ -61,13 +62,18 @@ def bits(rank: int, shape: Shape, shardings: tuple[str, ...], pool_share: float,
 def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | None, warm_up: int, count: int, batches: int) -> dict[str, Any]:
     """Milliseconds a step, from all ranks' start to all ranks' end, and what this rank's tables counted a step."""
     side = Side(shape, rank, sharding, tiers)
+    say("model sharded")
     side.put_every_row()
+    say("rows put")
     made = Batches(shape, batches, rank)
+    say("batches drawn")
     source = made.stream(0, warm_up + ROUNDS * count + 200)
     pipeline = mtrains.TieredTrainPipeline if tiers else TrainPipelineSparseDist
     loop = pipeline(side.dmp, side.optimizer, side.device)
-    for _ in range(warm_up):
+    for done in range(warm_up):
         loop.progress(source)
+        if done in (0, warm_up - 1):
+            say(f"{done + 1} of {warm_up} steps to warm up")
     times, before = [], side.counters()
     for _ in range(ROUNDS):
         _synchronize(side.device)
@@ -76,6 +82,7 @@ def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | None, warm_up: 
             loop.progress(source)
         _synchronize(side.device)
         times.append((perf_counter() - start) / count * 1e3)
+        say(f"{times[-1]:.2f} ms a step of {count}")
     after = side.counters()
     moved = {f"{k}_per_step": (after[k] - before[k]) / (ROUNDS * count) for k in before}
     if tiers:

@@ -6,6 +6,7 @@ that it runs, and its bits; its times say nothing.
 
 from __future__ import annotations
 
+import argparse
 import random
 import tempfile
 from pathlib import Path
@@ -17,21 +18,21 @@ import torch
 from _common import Figure, finish, options, print_figures, print_machine
 from _gpu_machine import ssd_reads
 from _multi_job import SHARDINGS, Shape, Tiers
-from _multi_ranks import on_ranks, once_there
+from _multi_ranks import Ranks, once_there
 from _multi_runs import bits, job, steps
 from torchrec_mtrains import DdrHome, SsdHome
 
 SMALL = Shape(tables=5, rows=20_000, dim=64, batch_size=256, pooling=4, over=(64,))
-LARGE = Shape(tables=17, rows=1_000_000, dim=128, batch_size=4096, pooling=10, over=(1024, 1024))
+LARGE = Shape(tables=17, rows=1_000_000, dim=128, batch_size=2048, pooling=12, over=(1024, 1024))
 TINY = Shape(tables=3, rows=600, dim=8, batch_size=16, pooling=2, over=(8,))
 POOL_SHARE = 0.1
 PARTS = ("bits", "resume", "scaling", "ssd")
 
 
-def same_bits(shape: Shape, world: int, count: int, folder: str) -> dict[str, Any]:
+def same_bits(ranks: Ranks, shape: Shape, world: int, count: int, folder: str) -> dict[str, Any]:
     """By sharding, home and pipeline: on every rank, whether the bits were those of stock FUSED."""
     with tempfile.TemporaryDirectory(dir=folder) as inside:
-        by_rank = on_ranks(world, bits, shape, SHARDINGS, POOL_SHARE, inside, count)
+        by_rank = ranks.run(world, bits, shape, SHARDINGS, POOL_SHARE, inside, count, within_s=300)
     assert by_rank
     found: dict[str, Any] = {}
     for name in by_rank[0]:
@@ -49,11 +50,15 @@ def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kill
         for ssd in ssds:
             ssd.mkdir()
         tiers = [Tiers(POOL_SHARE, (SsdHome((str(ssd),), capacity_bytes=2 << 30),)) for ssd in ssds]
-        whole = on_ranks(world, job, shape, "row_wise", tiers[0], count, count + 1, f"{inside}/none")
+        with Ranks(world) as ranks:
+            whole = ranks.run(world, job, shape, "row_wise", tiers[0], count, count + 1, f"{inside}/none", within_s=300)
         kills, done, checkpoint = 0, None, Path(inside) / "checkpoint"
         while done is None:
             kill = once_there(checkpoint / "LATEST", random_.random() * 2) if kills < most_kills else None
-            done = on_ranks(world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), kill_when=kill)
+            with Ranks(world) as ranks:
+                done = ranks.run(
+                    world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), within_s=300, kill_when=kill
+                )
             kills += done is None
         assert whole
         equal = all(whole[r][step] == loss for r in range(world) for step, loss in done[r].items())
@@ -61,25 +66,24 @@ def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kill
         return {"kills": kills, "equal": equal, "losses_compared": compared, "resumed_at": min(min(losses) for losses in done)}
 
 
-def scaling(shape: Shape, world: int, warm_up: int, count: int, batches: int) -> dict[str, Any]:
-    """Steps of stock FUSED and of ours over DDR, on one GPU and on all."""
-    found: dict[str, Any] = {}
+def scaling(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, batches: int, found: dict[str, Any]) -> None:
+    """Fills in steps of stock FUSED and of ours over DDR, on one GPU and on all."""
     for name, tiers in (("fused", None), ("ours", Tiers(POOL_SHARE, (DdrHome(),)))):
-        for ranks in sorted({1, world}):
-            by_rank = on_ranks(ranks, steps, shape, "table_wise", tiers, warm_up, count, batches)
+        for size in sorted({1, world}):
+            print(f"{name}, {size} ranks:", flush=True)
+            by_rank = ranks.run(size, steps, shape, "table_wise", tiers, warm_up, count, batches, within_s=90)
             assert by_rank
-            found[f"{name} {ranks}"] = of = {"ms": max(r["ms"] for r in by_rank), "ranks": by_rank}
-            print(f"{name}, {ranks} ranks: {of['ms']:.2f} ms a step of {ranks * shape.batch_size:,} samples", flush=True)
-    return found
+            found[f"{name} {size}"] = of = {"ms": max(r["ms"] for r in by_rank), "ranks": by_rank}
+            print(f"{name}, {size} ranks: {of['ms']:.2f} ms a step of {size * shape.batch_size:,} samples", flush=True)
 
 
-def on_ssd(shape: Shape, world: int, warm_up: int, count: int, batches: int, folder: str) -> dict[str, Any]:
+def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, batches: int, folder: str) -> dict[str, Any]:
     """Ours with the host's SSD below the pools of all ranks, and what that device can do."""
     reads = ssd_reads(folder)
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         record_bytes = 4 * shape.dim + 4
         home = SsdHome((inside,), capacity_bytes=2 * shape.tables * shape.rows * (record_bytes + 36) // world + (256 << 20))
-        by_rank = on_ranks(world, steps, shape, "table_wise", Tiers(POOL_SHARE, (home,)), warm_up, count, batches)
+        by_rank = ranks.run(world, steps, shape, "table_wise", Tiers(POOL_SHARE, (home,)), warm_up, count, batches, within_s=150)
     assert by_rank
     ios = sum(r["read_ios_per_step"] for r in by_rank)
     most = max(v for k, v in reads.items() if k != "backend")
@@ -97,7 +101,8 @@ def table(results: dict[str, Any], world: int) -> list[Figure]:
     if of := results.get("resume"):
         figures.append(Figure(f"killed {of['kills']} times and resumed: losses equal, of {of['losses_compared']}",
                               of["losses_compared"] * of["equal"], f"≥ {of['losses_compared']}", 0))  # fmt: skip
-    if of := results.get("scaling"):
+    of = results.get("scaling", {})
+    if f"ours {world}" in of:
         fused, ours = (of[f"{name} 1"]["ms"] / of[f"{name} {world}"]["ms"] for name in ("fused", "ours"))
         figures.append(Figure(f"stock FUSED: samples/s on {world} ÷ {world} × one", fused))
         figures.append(Figure(f"ours, pool {POOL_SHARE:.0%}, DDR: samples/s on {world} ÷ {world} × one", ours))
@@ -116,23 +121,32 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="GPUs to use, or processes where there are none")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to do; ssd needs scaling")
     args = parser.parse_args()
-    small, large = (TINY, TINY) if args.quick else (SMALL, LARGE)
-    count, warm_up, timed, batches = (12, 3, 5, 10) if args.quick else (100, 100, 50, 100)
     facts = {**print_machine(), "ranks": args.ranks, "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"}
     print(f"{args.ranks} ranks, gpu: {facts['gpu']}", flush=True)
     start, results = perf_counter(), {}
-    if "bits" in args.parts:
-        results["bits"] = same_bits(small, args.ranks, count, args.folder)
+    try:
+        measure(args, results)
+    finally:  # what was measured before something failed is not lost
+        if figures := table(results, args.ranks):
+            print_figures(figures)
+        print(f"took {perf_counter() - start:.0f} s")
+        finish(args, facts, results)
+
+
+def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Fills in the results of every part that was asked for."""
+    small, large = (TINY, TINY) if args.quick else (SMALL, LARGE)
+    count, warm_up, timed, batches = (12, 5, 10, 10) if args.quick else (100, 100, 50, 100)
+    with Ranks(args.ranks) as ranks:
+        if "bits" in args.parts:
+            results["bits"] = same_bits(ranks, small, args.ranks, count, args.folder)
+        if "scaling" in args.parts:
+            scaling(ranks, large, args.ranks, warm_up, timed, batches, results.setdefault("scaling", {}))
+        if "ssd" in args.parts:
+            results["ssd"] = on_ssd(ranks, large, args.ranks, warm_up // 5, timed // 10, batches, args.folder)
     if "resume" in args.parts:
         results["resume"] = kill_and_resume(small, args.ranks, 10 * count, args.folder, 1 if args.quick else 3)
         print(results["resume"], flush=True)
-    if "scaling" in args.parts:
-        results["scaling"] = scaling(large, args.ranks, warm_up, timed, batches)
-    if "ssd" in args.parts:
-        results["ssd"] = on_ssd(large, args.ranks, warm_up // 5, timed // 5, batches, args.folder)
-    print_figures(table(results, args.ranks))
-    print(f"took {perf_counter() - start:.0f} s")
-    finish(args, facts, results)
 
 
 if __name__ == "__main__":
