@@ -26,7 +26,6 @@ from torchrec_mtrains.job_model import EBC_PATH, ModelOptions, build_model, dens
 
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "table_row_wise")
 DENSE_FEATURES = 13
-ROWS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,17 @@ class Side:
         self.groups = mtrains.tiered_groups(self.dmp)
 
     def put_every_row(self) -> None:
-        """Every row is in its home, in an order of its own: what lies in one block has nothing to do with use."""
+        """Every row comes into its pool once, in an order of its own: what is below has its values, and what lies in one block there
+        has nothing to do with use."""
         for group in self.groups:
-            for t, table in enumerate(group.tables):
-                for rows in torch.randperm(table.rows, generator=torch.Generator().manual_seed(t)).split(ROWS_AT_ONCE):
-                    group.write_some_rows(t, rows, group.read_some_rows(t, rows))
-            group.flush()
+            orders = [torch.randperm(t.rows, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(group.tables)]
+            size = max(1, min(group.pool_rows) // 2)
+            for first in range(0, max(map(len, orders)), size):
+                parts = [order[first : first + size] for order in orders]
+                offsets = torch.tensor([0, *map(len, parts)]).cumsum(0)
+                ticket = group._begin(torch.cat(parts).to(self.device), offsets.to(self.device), None, True)
+                group._pool.wait(ticket.seq)
+                group._pool.release(ticket.seq)
 
     def counters(self) -> dict[str, int]:
         """Sums over this rank's tables and volumes."""

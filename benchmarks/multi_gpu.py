@@ -69,7 +69,7 @@ def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kill
 def scaling(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, batches: int, found: dict[str, Any]) -> None:
     """Fills in steps of stock FUSED and of ours over DDR, on one GPU and on all."""
     for name, tiers in (("fused", None), ("ours", Tiers(POOL_SHARE, (DdrHome(),)))):
-        for size in sorted({1, world}):
+        for size in sorted({1, world}, reverse=True):  # all first: TorchRec tries collectives once a process, on every rank of the world
             print(f"{name}, {size} ranks:", flush=True)
             by_rank = ranks.run(size, steps, shape, "table_wise", tiers, warm_up, count, batches, within_s=90)
             assert by_rank
