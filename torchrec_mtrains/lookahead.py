@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,39 @@ MOST_BATCHES = 64
 _ANY = MOST_BATCHES + 1  # what a rank says that takes what the others say
 
 
+class _Smallest:
+    """The smallest number of all ranks. On a GPU on a stream of its own, so that the host waits for ranks to have begun their step, not
+    for all that it has launched since."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._work: Any = None
+        on_gpu = device.type == "cuda"
+        self._number = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
+        self._stream, self._event = (torch.cuda.Stream(device), torch.cuda.Event()) if on_gpu else (None, None)
+
+    def begin(self, number: int, pg: Any) -> None:
+        self._number[0] = number
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            there = self._number.to(self._device, non_blocking=True)
+            self._work = dist.all_reduce(there, dist.ReduceOp.MIN, group=pg, async_op=True)
+            if self._event is not None:
+                self._work.wait()
+                self._number.copy_(there, non_blocking=True)
+                self._event.record()
+
+    def end(self) -> int | None:
+        """None where it was not begun."""
+        if self._work is None:
+            return None
+        if self._event is not None:
+            self._event.synchronize()
+        else:
+            self._work.wait()
+        self._work = None
+        return int(self._number)
+
+
 class Lookahead:
     """The window of one pipeline, in batches. ``asked`` None: what the pools can use."""
 
@@ -35,7 +69,7 @@ class Lookahead:
             raise ConfigurationError(f"lookahead_bytes must be at least 0, got {limit_bytes}")
         self.asked, self.limit_bytes = asked, limit_bytes
         self.batches = 0
-        self._agreeing: tuple[torch.Tensor, Any] | None = None
+        self._agreeing: _Smallest | None = None
         self._warned = False
 
     def propose(
@@ -54,16 +88,15 @@ class Lookahead:
         if alone:
             self.batches = said
         else:
-            smallest = torch.tensor([_ANY if wish is None and said == most else said], device=device)
-            self._agreeing = smallest, dist.all_reduce(smallest, dist.ReduceOp.MIN, group=pg, async_op=True)
+            if self._agreeing is None:
+                self._agreeing = _Smallest(device)
+            self._agreeing.begin(_ANY if wish is None and said == most else said, pg)
 
     def agree(self) -> None:
         """The window of this step: the end of what the step before has begun."""
-        if self._agreeing is not None:
-            smallest, work = self._agreeing
-            work.wait()
-            said = int(smallest.item())
-            self.batches, self._agreeing = 0 if said == _ANY else said, None
+        said = self._agreeing.end() if self._agreeing else None
+        if said is not None:
+            self.batches = 0 if said == _ANY else said
 
     def _affordable(self, held_bytes: Sequence[int], wish: int) -> int:
         taken = 0
