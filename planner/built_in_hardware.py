@@ -1,4 +1,4 @@
-"""Profiles of machines that nobody has calibrated here, from published figures of their devices. Each constant has its source beside it.
+"""Built-in profiles: machines made of their devices' published figures, and one that was calibrated. Each constant has its source beside it.
 
 Published figures are few: a device's rates at their best, and the latency of one operation. Points between follow from Little's law: up
 to rate × latency operations in flight each takes the latency, and beyond that the rate is reached. So they promise more than a device
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, MemoryProfile
+from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, LinkProfile, MemoryProfile
 
 _PAGE_BYTES = 4096
 _LARGE_BYTES = 256 << 10
@@ -91,15 +91,76 @@ def _machine(name: str, ssd: BlockDeviceProfile, pmem: MemoryProfile | None = No
     return HardwareProfile(name, "2026-11-25", 32, DDR4, KERNEL, pmem=pmem, ssd=ssd, source="published figures, 32 cores assumed")
 
 
+_H200 = "measured: mtrains calibrate on a machine with one H200, 16 cores of an Intel Xeon and a virtio NVMe, torch 2.11, 2026-11-26"
+
+_H200_SSD = (  # block bytes, queue depth, read share, operations/s, µs p50, µs p99
+    (4096, 1, 1.0, 34500, 27.4, 48.9),
+    (4096, 8, 1.0, 94600, 77.2, 393),
+    (4096, 32, 1.0, 78400, 367, 930),
+    (4096, 128, 1.0, 106000, 1190, 2550),
+    (16384, 1, 1.0, 26500, 35, 62.1),
+    (16384, 8, 1.0, 58600, 140, 300),
+    (16384, 32, 1.0, 62100, 496, 948),
+    (16384, 128, 1.0, 68500, 1830, 3000),
+    (65536, 1, 1.0, 17700, 53.6, 84.8),
+    (65536, 8, 1.0, 23800, 260, 734),
+    (65536, 32, 1.0, 28500, 1090, 1630),
+    (65536, 128, 1.0, 31500, 4140, 6220),
+    (4096, 32, 0.5, 48900, 632, 1160),
+    (4096, 128, 0.5, 59100, 2120, 3690),
+    (65536, 32, 0.5, 23800, 1300, 1750),
+    (65536, 128, 0.5, 27000, 4960, 7530),
+    (4096, 8, 0.0, 25800, 238, 874),
+    (4096, 128, 0.0, 41400, 3280, 4520),
+    (262144, 1, 0.0, 9330, 102, 161),
+    (262144, 8, 0.0, 10100, 750, 1160),
+)
+
+H200 = HardwareProfile(
+    "NVIDIA H200, 16 cores of an Intel Xeon, virtio NVMe",
+    "2026-11-26",
+    cores=16,
+    ddr=MemoryProfile(
+        "DDR",
+        read_bytes_per_s=149e9,
+        write_bytes_per_s=266e9,
+        random_read_rows_per_s=((64, 4.83e7), (128, 3.8e7), (256, 2.24e7), (512, 1.16e7), (1024, 6.27e6)),
+        latency_ns=149,
+        source=_H200,
+    ),
+    kernel=KernelCosts(
+        cpu_ns_per_lookup=11.2,
+        cpu_ns_per_miss=200,
+        cpu_ns_per_io=2560,
+        cpu_ns_per_write_back=0,
+        tbe_forward_ns_per_lookup=0,
+        tbe_forward_ns_per_byte=0.151,
+        tbe_backward_ns_per_lookup=276,
+        tbe_backward_ns_per_byte=0.0871,
+        tbe_threads=16,
+        step_overhead_us_per_group=1330,
+        step_overhead_us_per_table=23.9,
+        row_bytes=(260,),
+        source=_H200 + "; the processor's, as all kernel costs",
+    ),
+    hbm=MemoryProfile("NVIDIA H200", read_bytes_per_s=3.48e12, write_bytes_per_s=4.13e12, source=_H200),
+    pcie=LinkProfile("host to NVIDIA H200", 55.2e9, 55.1e9, 96.2e9, source=_H200),
+    ssd=BlockDeviceProfile("virtio NVMe beside an H200", tuple(DevicePoint(*point) for point in _H200_SSD), _H200),
+    source=_H200,
+)
+
+
 def hardware_profiles() -> dict[str, HardwareProfile]:
     """By name:
 
     nvme-gen4   DDR4 and one Samsung PM9A3, a TLC drive on PCIe 4.0
     nand-2018   DDR4 and the TLC drive of MyNVM
     optane      DDR4, Optane PMem 100 and one Optane P4800X: MTrainS's tiers
+    h200        one NVIDIA H200 and what stood beside it, measured by ``mtrains calibrate``
     """
     return {
         "nvme-gen4": _machine("DDR4-2400, Samsung PM9A3", NVME_GEN4),
         "nand-2018": _machine("DDR4-2400, TLC NAND SSD of 2018", NAND_2018),
         "optane": _machine("DDR4-2400, Optane PMem 100, Optane SSD P4800X", OPTANE_SSD, OPTANE_PMEM),
+        "h200": H200,
     }
