@@ -264,7 +264,7 @@ class AccessProfile:
         except (OSError, ValueError) as e:
             raise ConfigurationError(f"access profile {path}: {e}; make one with mtrains profile") from e
         version = content.get("format_version") if isinstance(content, dict) else None
-        if not isinstance(version, int):
+        if not isinstance(version, int) or version < 1:
             raise ConfigurationError(f"access profile {path}: no format_version, so it is no access profile; make one with mtrains profile")
         if version > FORMAT_VERSION:
             raise ConfigurationError(
@@ -273,7 +273,7 @@ class AccessProfile:
         try:
             tables = [_table(of_table) for of_table in content["tables"]]
             return cls({t.name: t for t in tables}, content["source"], content["date"])
-        except (KeyError, TypeError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ConfigurationError(
                 f"access profile {path}: {e!r} is missing or of another type; make it anew with mtrains profile"
             ) from e

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from torchrec.distributed.planner.types import PartitionByType, ShardingOption
 
+from . import charges
 from .choices import Choices, Floats, Ints
 from .estimators import uncharged_bytes
 from .perf_model import PerfModel, ShardUse
-from .pmem_caches import Uncached
 from .sharding_options import TieredShardingOption
 
 TIERS = ("ddr", "pmem", "ssd")
@@ -116,10 +116,10 @@ def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats
 
 def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
     pool, cache = (np.array(column) for column in zip(*((s.pool_rows, s.cache_rows) for s in sizes), strict=True))
-    largest = max(range(option.num_shards), key=lambda i: option.shards[i].size[0])
+    largest = max(range(option.num_shards), key=lambda i: (option.shards[i].size[0], option.batch_bytes[i]))
+    ssd = max(shard.storage.ssd for shard in option.shards)
     memory = [
-        (option.ddr_bytes(largest, int(p), int(c)), option.pmem_bytes_of(largest, int(c)), option.shards[largest].storage.ssd)
-        for p, c in zip(pool, cache, strict=True)
+        (option.ddr_bytes(largest, int(p), int(c)), option.pmem_bytes_of(largest, int(c)), ssd) for p, c in zip(pool, cache, strict=True)
     ]
     return np.array(memory, np.float64), option.model.tiered(busiest(option), pool, cache)
 
@@ -141,8 +141,8 @@ def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer:
 
 def _worth(option: TieredShardingOption, sizes: Sizes) -> bool:
     """A cache has to hold more rows than its index would hold as slots of the pool."""
-    use = Uncached(option.shard_rows, option.shard_rows - sizes.pool_rows, option.record_bytes, option.lookups)
-    return not sizes.cache_rows or use.gain(sizes.cache_rows) > 1
+    index_bytes = charges.cache_index_bytes(option.shard_rows, sizes.cache_rows)
+    return not sizes.cache_rows or sizes.cache_rows * option.slot_bytes > index_bytes
 
 
 def ranks_memory(ddr: Sequence[float], pmem_bytes: int, ssd: Sequence[float]) -> Floats:

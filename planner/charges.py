@@ -2,9 +2,9 @@
 
 ::
 
-    slot pool    ddr   4 × rows + pool_rows × (record + 18)
-    DdrCache     ddr   4 × rows + cache_rows × (record + 17)
-    PmemCache    ddr   4 × rows + cache_rows × 18            pmem   cache_rows × record, whole pages
+    slot pool    ddr   4 × rows + pool_rows × (record + 33)
+    DdrCache     ddr   4 × rows + cache_rows × (record + 32), records in whole pages
+    PmemCache    ddr   4 × rows + cache_rows × 32            pmem   cache_rows × record, whole pages
     SsdHome      ddr   8 × rows                              ssd    blocks of records × (1 ÷ fill + what checkpoints hold)
     PmemHome     ddr   8 × rows                              pmem   the same
     DdrHome      ddr   rows × (record + 1)

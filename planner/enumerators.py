@@ -23,10 +23,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
 from ..torchrec_hooks import sharders_for_estimators
-from .access_profile import AccessProfile, TableAccess
+from .access_profile import AccessProfile, MissCurve, TableAccess
 from .assumed_access import assumed_access
 from .assumed_hardware import assumed_hardware
+from .charges import records_per_block
 from .estimators import TieredStorageEstimator
+from .neighbours import curve_over_ssd
 from .perf_model import PerfModel, ShardUse
 from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
@@ -65,9 +67,12 @@ class TieredEnumerator(EmbeddingEnumerator):
         self._access = access
         self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
         self._row_wise_by_us: set[str] = set()
+        self._used: dict[str, TableAccess] = {}
+        self._curves: dict[tuple[str, int], MissCurve] = {}
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Every option of every shardable table, storage and perf filled in."""
+        self._used, self._curves = {}, {}
         stock = super().enumerate(module, sharders)
         for option in stock:
             option.uses = self._uses(option)
@@ -157,27 +162,26 @@ class TieredEnumerator(EmbeddingEnumerator):
         fused._tensor = template.tensor
         state = state_bytes_per_row(self._optimizer(template), template.tensor.shape[1])
         assert state is not None
-        lookups = self._lookups(template)
         asked = getattr(self._asked(template.name), "min_pool_rows", None)
         return TieredShardingOption.of(
             fused,
             optimizer_state_bytes=state,
-            lookups=lookups / len(fused.shards),
-            min_pool_rows=math.ceil(lookups) if asked is None else asked,  # one shard may get a whole batch
-            uses=self._uses(fused),
+            min_pool_rows=math.ceil(self._lookups(template)) if asked is None else asked,  # one shard may get a whole batch
+            uses=self._uses(fused, above_ssd=True),
             model=self._model,
         )
 
     # -- what a step does
 
-    def _uses(self, option: ShardingOption) -> list[ShardUse]:
+    def _uses(self, option: ShardingOption, *, above_ssd: bool = False) -> list[ShardUse]:
         rows, columns = option.tensor.shape
         samples = self._batch_size * self._world_size
         access = self._table_access(option)
-        curve = access.miss_curve_for(samples)
         lookups, unique = self._lookups(option), access.unique_rows(samples)
         weight_bytes = option.tensor.element_size()
         state = state_bytes_per_row(self._optimizer(option), columns) or 0
+        curve = self._curve(option, access, 1)
+        ssd_curve = self._curve(option, access, records_per_block(columns * weight_bytes + state)) if above_ssd else None
         copies = option.sharding_type == ShardingType.DATA_PARALLEL.value
         uses = []
         for shard, share in zip(option.shards, _shares(option, access), strict=True):
@@ -195,13 +199,27 @@ class TieredEnumerator(EmbeddingEnumerator):
                     curve=curve,
                     table_rows=rows,
                     share=share,
+                    ssd_curve=ssd_curve,
                     comms_ms=shard.perf.fwd_comms + shard.perf.bwd_comms,
                     compute_ms=update_ms,
                 )
             )
         return uses
 
+    def _curve(self, option: ShardingOption, access: TableAccess, records: int) -> MissCurve:
+        """Of batches of all ranks, over blocks of so many records. Where nothing is prefetched, nobody looks ahead."""
+        key = option.fqn, records
+        if key not in self._curves:
+            lookahead = None if self._model.prefetched else 0
+            self._curves[key] = curve_over_ssd(access, self._batch_size * self._world_size, records, lookahead)
+        return self._curves[key]
+
     def _table_access(self, option: ShardingOption) -> TableAccess:
+        if option.fqn not in self._used:
+            self._used[option.fqn] = self._access_of(option)
+        return self._used[option.fqn]
+
+    def _access_of(self, option: ShardingOption) -> TableAccess:
         rows = option.tensor.shape[0]
         if self._access is None:
             return assumed_access(rows, max(self._lookups(option), 1e-6), self._batch_size * self._world_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption
 
+from ..errors import ConfigurationError
 from ..sizes import show_bytes
 from .estimators import uncharged_bytes
 from .footprint import Table
@@ -23,8 +24,8 @@ _CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 @dataclass(frozen=True)
 class PlanSummary:
     """``busy_share``: of the step, by resource. ``bound_ms``: no plan with tiers has a faster step; None where everything is in memory.
-    ``one_more_gib_ms``: by tier, what a GiB more on every rank takes off the bound. ``step_by_ddr``: (bytes a rank, bound) pairs.
-    ``notes``: what was assumed."""
+    ``one_more_gib_ms``: by tier, what a GiB more on every rank takes off the bound. ``ddr_bytes``: that a rank has for tables, on average,
+    and ``step_by_ddr``: (bytes a rank, bound) pairs; 0 and none where everything is in memory. ``notes``: what was assumed."""
 
     step_ms: float
     bottleneck: str
@@ -32,6 +33,7 @@ class PlanSummary:
     bound_ms: float | None
     search_seconds: float
     one_more_gib_ms: dict[str, float]
+    ddr_bytes: float
     step_by_ddr: tuple[tuple[float, float], ...]
     notes: tuple[str, ...]
 
@@ -53,6 +55,7 @@ def summary(prediction: StepPrediction, result: SearchResult | None, notes: Sequ
     """Of a plan; ``result``: of the search, where there was one."""
     gains: dict[str, float] = {}
     curve: list[tuple[float, float]] = []
+    ddr = 0.0
     if result is not None:
         for tier in ("ddr", "pmem", "ssd"):
             have = result.capacity_bytes(tier)
@@ -68,17 +71,19 @@ def summary(prediction: StepPrediction, result: SearchResult | None, notes: Sequ
         result.bound_ms if result else None,
         result.seconds if result else 0.0,
         gains,
+        ddr,
         tuple(curve),
         tuple(notes),
     )
 
 
-def alternative(option: ShardingOption, table: Table, model: PerfModel) -> str:
+def alternative(option: ShardingOption, table: Table, model: PerfModel, *, allowed_in_memory: bool) -> str:
     """What the table's other place would save and cost: in memory for one above the SSD, and the other way round."""
     other = table.in_memory if isinstance(option, TieredShardingOption) else table.tiered
     if other is None:
-        tiered = isinstance(option, TieredShardingOption)
-        return "in memory: no rank has room, or not allowed" if tiered else "on the SSD: not supported, or not allowed"
+        if isinstance(option, TieredShardingOption):
+            return f"in memory: {'no rank has room' if allowed_in_memory else 'its constraints forbid it'}"
+        return "on the SSD: its constraints, module, optimizer or dimension forbid it"
     more_bytes, more_ms = _ddr(other) - _ddr(option), _busy(other, model) - _busy(option, model)
     where = "on the SSD" if isinstance(other, TieredShardingOption) else "in memory"
     at = int(np.argmax(np.abs(more_ms)))
@@ -86,7 +91,14 @@ def alternative(option: ShardingOption, table: Table, model: PerfModel) -> str:
 
 
 def draw(plan: PlanSummary, path: str | Path) -> None:
-    """One picture: the fastest step that any plan can have, by DDR of a rank, with this plan in it."""
+    """One picture: the fastest step that any plan can have, by DDR of a rank, with this plan in it.
+
+    Raises: ConfigurationError for a plan that nobody searched for.
+    """
+    if not plan.step_by_ddr:
+        raise ConfigurationError(
+            f"no picture {path}: every table is in memory, so that more of it buys nothing; leave --picture out, or lower --ddr-budget"
+        )
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,7 +107,7 @@ def draw(plan: PlanSummary, path: str | Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
     ddr, step = zip(*plan.step_by_ddr, strict=True)
     axes.plot(np.array(ddr) / GIB, step, marker="o", label="bound")
-    axes.plot([ddr[-1] / GIB / _CURVE_FACTORS[-1]], [plan.step_ms], marker="*", markersize=12, linestyle="none", label="this plan")
+    axes.plot([plan.ddr_bytes / GIB], [plan.step_ms], marker="*", markersize=12, linestyle="none", label="this plan")
     axes.set_xlabel("DDR a rank, GiB")
     axes.set_ylabel("predicted step, ms")
     axes.set_ylim(bottom=0)

@@ -239,11 +239,17 @@ class HardwareProfile:
         _require_numbers(self, ("cores",))
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON, whole or not at all.
+
+        Raises: ConfigurationError when the file cannot be written.
+        """
         path = Path(path)
         written = path.with_name(path.name + ".new")
-        written.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        written.replace(path)
+        try:
+            written.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            written.replace(path)
+        except OSError as e:
+            raise ConfigurationError(f"cannot write the hardware profile '{path}': {e.strerror}; name another file") from e
 
     @classmethod
     def load(cls, path: str | Path) -> HardwareProfile:

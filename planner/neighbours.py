@@ -28,6 +28,18 @@ def misses_and_reads(
 ) -> tuple[float, float]:
     """Misses, and reads from the SSD, of a batch. ``lookahead`` as in ``TableAccess.miss_curve_for``."""
     curve = table.miss_curve_for(batch_samples, lookahead)
+    return _left(table, curve, pool_rows, batch_samples, records_per_block, lookahead, prefetch_depth)
+
+
+def _left(
+    table: TableAccess,
+    curve: MissCurve,
+    pool_rows: float,
+    batch_samples: int,
+    records_per_block: int,
+    lookahead: int | None,
+    prefetch_depth: int = 2,
+) -> tuple[float, float]:
     missed = curve.misses(pool_rows)
     first_uses = min(missed, curve.misses(table.used_rows)) if table.used_rows < table.rows else 0.0
     room = pool_rows - table.unique_rows((prefetch_depth + 1) * batch_samples)
@@ -45,7 +57,7 @@ def misses_and_reads(
 def curve_over_ssd(table: TableAccess, batch_samples: int, records_per_block: int, lookahead: int | None = None) -> MissCurve:
     """``miss_curve_for``, less what neighbours spare. Write-backs stay: a row that came along leaves too."""
     curve = table.miss_curve_for(batch_samples, lookahead)
-    missed = [misses_and_reads(table, rows, batch_samples, records_per_block, lookahead)[0] for rows in curve.pool_rows]
+    missed = [_left(table, curve, rows, batch_samples, records_per_block, lookahead)[0] for rows in curve.pool_rows]
     return replace(curve, misses_per_batch=tuple(np.minimum.accumulate(missed).tolist()))
 
 

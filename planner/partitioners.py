@@ -63,9 +63,8 @@ class NoRoomError(PlannerError):
     """A shard that no rank has room for: ``tier`` is ``short_bytes`` too small where there is most of it."""
 
     def __init__(self, name: str, tier: str, need_bytes: int, most_bytes: int) -> None:
-        super().__init__(
-            f"a shard of table {name!r} needs {need_bytes} bytes, no rank has more than {most_bytes} left", PlannerErrorType.PARTITION
-        )
+        what = f"a shard of table {name!r} needs {need_bytes} bytes of {tier}, no rank has more than {most_bytes} left"
+        super().__init__(what, PlannerErrorType.PARTITION)
         self.tier, self.short_bytes = tier, need_bytes - most_bytes
 
 

@@ -51,8 +51,9 @@ _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forwa
 class ShardUse:
     """What one step does to a shard of ``rows``: all ranks' lookups that fall into it, and the rows among them.
 
-    ``curve``: of the whole table, which has ``table_rows``; the shard has ``share`` of its uses. ``comms_ms``: what the shard's
-    communication takes its rank. ``compute_ms``: what else the training thread does for it.
+    ``curve``: of the whole table, which has ``table_rows``; the shard has ``share`` of its uses. ``ssd_curve``: what of it is read from
+    an SSD, where rows that come along with neighbours need no read of their own (``neighbours.py``); None: all. ``comms_ms``: what the
+    shard's communication takes its rank. ``compute_ms``: what else the training thread does for it.
     """
 
     rows: int
@@ -63,6 +64,7 @@ class ShardUse:
     curve: MissCurve
     table_rows: int
     share: float = 1.0
+    ssd_curve: MissCurve | None = None
     comms_ms: float = 0.0
     compute_ms: float = 0.0
 
@@ -72,6 +74,10 @@ class ShardUse:
     def misses(self, rows_held: Any) -> Floats:
         """Rows a step that are not among so many of the shard. Shapes: any → the same."""
         return self._at(rows_held, self.curve.misses_per_batch)
+
+    def reads(self, rows_held: Any) -> Floats:
+        """Of those misses, the ones that an SSD below so many rows reads. Shapes: any → the same."""
+        return self._at(rows_held, (self.ssd_curve or self.curve).misses_per_batch)
 
     def write_backs(self, rows_held: Any) -> Floats:
         """Changed rows a step that leave those. Shapes: any → the same."""
@@ -144,9 +150,9 @@ class PerfModel:
     def tiered(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:
         """Busy times of a shard above an SSD, by sizes of its pool and its PMem cache. Shapes: (n,), (n,) → (n, resources)."""
         pool, cache = np.broadcast_arrays(*np.atleast_1d(np.asarray(pool_rows, np.float64), np.asarray(cache_rows, np.float64)))
-        missed = use.misses(pool)
+        missed = use.misses(pool)  # or brought by a neighbour: admitted all the same
         behind = np.minimum(pool + cache, use.rows)  # a cache is exclusive
-        cold, written = np.minimum(missed, use.misses(behind)), use.write_backs(behind)
+        cold, written = np.minimum(missed, use.reads(behind)), use.write_backs(behind)
         hits = np.where(cache > 0, missed - cold, 0.0)
         kernel, busy = self.hardware.kernel, np.tile(self._stock(use), (len(pool), 1))
         busy[:, CPU] += kernel.step_overhead_us_per_table * 1e-3
@@ -200,7 +206,7 @@ class PerfModel:
                 raise ConfigurationError("the plan has an SSD, and the hardware profile none; measure it with `mtrains calibrate --path`")
             return np.zeros(len(reads))
         block = charges.block_bytes(record_bytes)
-        per_record = charges.live_bytes(block, record_bytes) / block  # bytes of the log, a row
+        per_record = block / charges.records_per_block(record_bytes)  # bytes of the log, a row
         amplification = self.checkpoints.write_amplification
         appended = written * per_record * amplification / ssd.bytes_per_s(_WRITE_BYTES, QUEUE_DEPTH, 0.0)
         cleaned = written * per_record * (amplification - 1) / ssd.bytes_per_s(_WRITE_BYTES, QUEUE_DEPTH, 1.0)

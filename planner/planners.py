@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch.distributed as dist
@@ -53,7 +54,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
     renders it. ``batch_size`` is per rank.
 
     Raises, from ``plan``: InsufficientStorageError, naming the tier that is short and by how many bytes; ConfigurationError for
-    constraints that leave a table no way to be kept.
+    constraints that leave a table no way to be kept, and for an access profile of other tables.
     """
 
     def __init__(
@@ -72,6 +73,12 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         partitioner: Partitioner | None = None,
         **planner_kwargs: Any,
     ) -> None:
+        enumerator = planner_kwargs.pop("enumerator", None)
+        if enumerator is not None and not isinstance(enumerator, TieredEnumerator):
+            raise ConfigurationError(
+                f"TieredShardingPlanner: enumerator must be a TieredEnumerator, got {type(enumerator).__name__}: the search goes by what "
+                "it says of each option; leave it out, or subclass TieredEnumerator"
+            )
         reservation = storage_reservation or DdrStorageReservation()
         self._model = PerfModel(
             hardware or assumed_hardware(topology), topology.ranks_per_host, dense_ms, prefetched, checkpoints or CheckpointSchedule()
@@ -91,8 +98,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             storage_reservation=reservation,
             proposer=self._tiered_proposer,
             partitioner=TieredPartitioner(partitioner),
-            enumerator=planner_kwargs.pop("enumerator", None)
-            or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
+            enumerator=enumerator or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
             **planner_kwargs,
         )
         self._ssd, self._pmem = topology.ssd, topology.pmem
@@ -138,8 +144,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
                 self.plan(module, get_default_sharders() if sharders is None else sharders)
                 answer = [self._planned]
             except Exception as error:
-                error.__cause__ = None
-                answer = [error]
+                answer = [_sendable(error)]
         if pg.size() > 1:
             dist.broadcast_object_list(answer, dist.get_global_rank(pg, 0), group=pg)
         if isinstance(answer[0], Exception):
@@ -185,11 +190,12 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def described(self, options: list[ShardingOption]) -> list[dict[str, Any]]:
         """Rows as ``plan_rows`` returns them, of placed options."""
-        other = {
-            option.fqn: table
-            for option, table in zip(self._tiered_proposer.first_options, self._tiered_proposer.footprint.tables, strict=True)
+        proposer = self._tiered_proposer
+        fqns = [option.fqn for option in proposer.first_options]
+        other = dict(zip(fqns, zip(proposer.footprint.tables, proposer.stock, strict=True), strict=True))
+        alternatives = {
+            o.fqn: alternative(o, other[o.fqn][0], self._model, allowed_in_memory=bool(other[o.fqn][1])) for o in options if o.fqn in other
         }
-        alternatives = {o.fqn: alternative(o, other[o.fqn], self._model) for o in options}
         return plan_rows(options, self._pmem is not None, alternatives)
 
     def summarized(self, options: list[ShardingOption]) -> PlanSummary:
@@ -202,3 +208,13 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         if self._best_plan is not None or not proposer.footprint.tables:
             return error
         return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage) or error
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error as other ranks can get it: one that cannot be pickled would leave them waiting."""
+    error.__cause__ = None
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} on the rank that plans: {error}")
+    return error

@@ -1,9 +1,9 @@
-"""How a rank's PMem is shared among its tiered tables: as DDR is, by lookups (``levels.py``).
+"""How a rank's PMem is shared among its tiered tables where nobody searches: by lookups. Plans made by hand go by it.
 
 Every table gets the same number of PMem bytes per lookup, up to the rows that its pool leaves out; what it cannot use goes to the
 others. A cache is exclusive, so pool and cache together hold that many more rows.
 
-A cache's index costs DDR, 4 bytes for every row of the table and 18 for every row of the cache, and takes it from the pools. So
+A cache's index costs DDR, 4 bytes for every row of the table and 32 for every row of the cache, and takes it from the pools. So
 a cache must hold more rows than its index would hold as slots of the pool; one that does not (a small device below a long table)
 is left out, and its share goes to the others. Where all indexes together exceed the DDR that the smallest pools leave, all
 caches shrink by one factor.

@@ -18,12 +18,10 @@ class TieredShardingOption(ShardingOption):
     """A sharding option whose every shard has a slot pool of ``pool_rows`` rows (or all of its rows) above the SSD, and a PMem cache of
     ``cache_rows`` between the two; 0: none.
 
-    ``lookups`` and ``min_pool_rows`` are per shard: rows that the average and the largest batch look up in it.
-    ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what a batch brings along in memory, TorchRec's perf of the table in
-    memory, and what a step does to it.
+    ``min_pool_rows``: slots that each pool has at least. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what a batch brings
+    along in memory, TorchRec's perf of the table in memory, and what a step does to it.
     """
 
-    lookups: float
     min_pool_rows: int
     pool_rows: int
     cache_rows: int
@@ -40,7 +38,6 @@ class TieredShardingOption(ShardingOption):
         fused: ShardingOption,
         *,
         optimizer_state_bytes: int,
-        lookups: float,
         min_pool_rows: int,
         uses: list[ShardUse],
         model: PerfModel,
@@ -52,10 +49,10 @@ class TieredShardingOption(ShardingOption):
         option.uncharged_bytes = [0] * option.num_shards
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + optimizer_state_bytes
-        option.lookups, option.uses, option.model = lookups, uses, model
+        option.uses, option.model = uses, model
         option.batch_bytes = [
-            shard.storage.ddr - shard.size[0] * shard.size[1] * element_bytes + round(lookups) * charges.SLOT_NUMBER_BYTES
-            for shard in fused.shards
+            shard.storage.ddr - shard.size[0] * shard.size[1] * element_bytes + round(use.lookups) * charges.SLOT_NUMBER_BYTES
+            for shard, use in zip(fused.shards, uses, strict=True)
         ]
         option.compute = [shard.perf for shard in fused.shards]
         option.min_pool_rows = max(1, min(min_pool_rows, option.shard_rows))
@@ -98,14 +95,16 @@ class TieredShardingOption(ShardingOption):
         return np.asarray(self.model.tiered(self.uses[shard], self.pool_rows, self.cache_rows)[0])
 
     def hit_ratio(self) -> float:
-        """Of the distinct rows of a batch, those in the pools."""
+        """Of the distinct rows of a batch, those in the pools when they are looked up; neighbours came along with reads of the SSD."""
         unique = sum(use.unique_rows for use in self.uses)
-        return 1 - sum(float(use.misses(self.pool_rows)) for use in self.uses) / unique if unique else 1.0
+        behind = self.pool_rows + self.cache_rows
+        missed = sum(float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(behind)) for use in self.uses)
+        return max(0.0, 1 - missed / unique) if unique else 1.0
 
     def _resize(self, pool_rows: int, cache_rows: int) -> None:
         self.pool_rows, self.cache_rows = pool_rows, cache_rows
         for i, shard in enumerate(self.shards):
-            ssd = charges.log_bytes(shard.size[0], self.record_bytes, self.lookups, self.model.checkpoints)
+            ssd = charges.log_bytes(shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints)
             shard.storage = Storage(hbm=0, ddr=self.ddr_bytes(i, pool_rows, cache_rows), ssd=ssd)
             shard.perf = replace(self.compute[i], prefetch_compute=self._more_ms(i))
 

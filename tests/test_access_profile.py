@@ -146,6 +146,9 @@ def test_files_that_are_no_profiles_are_refused(tmp_path: Path) -> None:
         (json.dumps({**content, "format_version": 99}), "format version 99, and this release reads up to 1"),
         (json.dumps({**content, "tables": [without]}), "drift"),
         (json.dumps({"format_version": 1}), "tables"),
+        (json.dumps({**content, "format_version": 0}), "no access profile"),
+        (json.dumps({**content, "tables": [[1]]}), "of another type"),
+        (json.dumps({**content, "tables": [{**content["tables"][0], "miss_curves": [3]}]}), "of another type"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigurationError, match=rule):

@@ -79,6 +79,8 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("words")
     with pytest.raises(ConfigurationError, match="mtrains calibrate"):
         HardwareProfile.load(tmp_path / "text.json")
+    with pytest.raises(ConfigurationError, match="name another file"):
+        EVERY_TIER.save(tmp_path / "no folder" / "profile.json")
 
 
 @given(devices, blocks, shares, depths, depths)

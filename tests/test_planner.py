@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec_mtrains.planner import (
@@ -22,6 +23,8 @@ from torchrec_mtrains.planner import (
     TieredParameterConstraints,
     TieredTopology,
 )
+from torchrec_mtrains.planner.planners import _sendable
+from torchrec_mtrains.planner.search import predicted
 
 from planner_cases import DDR, PLENTY, SSD, Case, TableCase, cases, shards, tiered_tables
 from ranks import RankFailureError, Ranks
@@ -149,6 +152,22 @@ def test_of_two_tables_the_one_with_more_lookups_has_more_rows_in_its_pool() -> 
     case = Case([TableCase(50_000, 32, [3.0]), TableCase(50_000, 32, [1.0])])
     chains = {name: s.tiers for name, s in case.plan(6 * MIB, PLENTY).plan["ebc"].items()}
     assert chains["t0"].pool_rows > 1.5 * chains["t1"].pool_rows
+
+
+def test_no_slots_that_one_pool_gives_another_make_the_step_faster() -> None:
+    """What the proportion of lookups was for the first planner: the curves of both are as steep where their pools end."""
+    case = Case([TableCase(50_000, 32, [3.0]), TableCase(50_000, 32, [1.0])])
+    planner = case.planner(6 * MIB, PLENTY, search_seconds=2)
+    planner.plan(case.model(), case.sharders())
+    first, second = planner._best_plan
+    step_ms = planner.prediction.step_ms
+    for part in (-0.5, -0.2, -0.05, 0.05, 0.2, 0.5):
+        moved = round(part * min(first.pool_rows, second.pool_rows))
+        other = [first.resized(first.pool_rows + moved), second.resized(second.pool_rows - moved)]
+        assert sum(o.total_storage.ddr for o in other) == sum(o.total_storage.ddr for o in (first, second))
+        for option, old in zip(other, (first, second), strict=True):
+            option.shards[0].rank = old.shards[0].rank
+        assert predicted(other, planner._model, 1).step_ms >= 0.99 * step_ms
 
 
 def test_a_table_too_large_for_a_rank_is_split_by_rows() -> None:
@@ -320,6 +339,23 @@ def test_every_rank_gets_rank_0s_plan_or_its_error() -> None:
             ranks.run(_collective, 100 * KIB)
     finally:
         ranks.close()
+
+
+def test_an_error_that_cannot_be_pickled_reaches_the_other_ranks_in_words() -> None:
+    class Local(Exception):
+        pass
+
+    error = _sendable(Local("too small"))
+    assert isinstance(error, RuntimeError)
+    assert "Local on the rank that plans: too small" in str(error)
+    shortage = InsufficientStorageError("no plan", "ddr", 5)
+    assert _sendable(shortage) is shortage
+
+
+def test_an_enumerator_that_knows_no_tiers_is_refused() -> None:
+    case = Case([TableCase(50_000, 32)])
+    with pytest.raises(ConfigurationError, match="must be a TieredEnumerator, got EmbeddingEnumerator"):
+        case.planner(2 * MIB, PLENTY, enumerator=EmbeddingEnumerator(Topology(1, "cpu"), 8))
 
 
 def test_planning_needs_no_native_core() -> None:

@@ -41,13 +41,16 @@ def test_no_rank_exceeds_its_memory_or_its_pmem(case: Case, ddr: int, pmem: int)
 @MANY
 @given(cases(max_world_size=3), st.integers(1, 3 << 20), st.integers(1, 6 << 20))
 def test_pmem_changes_neither_whether_there_is_a_plan_nor_what_it_says_of_ssds(case: Case, ddr: int, pmem: int) -> None:
+    without = case.planner(ddr, PLENTY)
     try:
-        case.plan(ddr, PLENTY)
+        without.plan(case.model(), case.sharders())
     except InsufficientStorageError as error:
         with pytest.raises(InsufficientStorageError, match=f"{error.short_bytes} bytes short"):
             case.plan(ddr, PLENTY, pmem)
         return
-    plan = case.plan(ddr, PLENTY, pmem)
+    planner = case.planner(ddr, PLENTY, pmem)
+    plan = planner.plan(case.model(), case.sharders())
+    assert planner.prediction.step_ms <= 1.02 * without.prediction.step_ms  # the search is not exact
     for name, sharding in plan.plan["ebc"].items():
         if name in tiered_tables(plan):
             assert sharding.tiers.home.capacity_bytes == PLENTY
@@ -76,16 +79,17 @@ def test_pool_and_cache_hold_a_whole_table_where_there_is_room() -> None:
 
 
 def test_caches_take_what_they_can_use_of_a_device() -> None:
+    """Not to the last byte, as pools do of DDR: a cached row costs DDR, which may be worth more in a pool."""
     case = Case([TableCase(50_000, 32, [3.0]), TableCase(50_000, 32, [1.0])])
-    rows = cached_rows(case.plan(3 * MIB, PLENTY, pmem=4 * MIB))
+    rows = cached_rows(case.plan(3 * MIB, PLENTY, pmem=4 * MIB, search_seconds=2))
     assert sum(rows.values()) * 132 > 0.9 * 4 * MIB
-    rows = cached_rows(case.plan(5 * MIB, PLENTY, pmem=9 * MIB))
+    rows = cached_rows(case.plan(5 * MIB, PLENTY, pmem=9 * MIB, search_seconds=2))
     assert sum(rows.values()) * 132 > 0.9 * 9 * MIB
 
 
 def test_all_but_a_sliver_of_the_memory_is_used_beside_caches() -> None:
     case = Case([TableCase(100_000, 16), TableCase(100_000, 64)])
-    planner = case.planner(8 * MIB, PLENTY, 16 * MIB)
+    planner = case.planner(8 * MIB, PLENTY, 16 * MIB, search_seconds=2)
     rows = planner.plan_rows(planner.plan(case.model(), case.sharders()))
     assert all(row["cache_rows"] for row in rows)
     assert 8 * MIB - 2 * KIB < sum(row["ddr_bytes"] for row in rows) <= 8 * MIB

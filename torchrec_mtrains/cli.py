@@ -130,9 +130,11 @@ def _plan(o: dict[str, Any]) -> None:
         _, placed = placed_model(source, options, pg)
         if pg.rank() == 0:
             show.plan(placed.rows, placed.summary)
-            if o.get("picture") and placed.summary and placed.summary.step_by_ddr:
+            if o.get("picture"):
                 from .planner.explanations import draw
 
+                if placed.summary is None:
+                    raise ConfigurationError("--picture draws what memory buys: give --ssd and --ddr-budget, so that the planner decides")
                 draw(placed.summary, o["picture"])
                 click.echo(f"picture: {o['picture']}")
 

@@ -31,7 +31,7 @@ from .job_model import MarkedOptimizer, ModelOptions, build_model, dense_optimiz
 from .kernels import durability
 from .meters import DiskCounters, StepClock, disk_counters, peak_rss_bytes
 from .placement import PlacementOptions
-from .planner import CheckpointSchedule
+from .planner import CheckpointSchedule, PlanSummary
 from .train_pipeline import TieredTrainPipeline
 
 
@@ -141,7 +141,7 @@ class Job:
         self.clock = StepClock()
         _check_checkpoint(options)
         model, placed = placed_model(source, options, pg)
-        self.plan = placed.rows
+        self.plan, self.plan_summary = placed.rows, placed.summary
         self.dmp: DistributedModelParallel = parallelize(model, placed.plan, placed.sharders)
         self.dense = dense_optimizer(self.dmp, options.model)
         self.optimizer = MarkedOptimizer(
@@ -315,7 +315,7 @@ def train(
     options: TrainOptions,
     pg: dist.ProcessGroup,
     on_step: Callable[[StepRecord], None] | None = None,
-    on_plan: Callable[[list[dict[str, Any]]], None] | None = None,
+    on_plan: Callable[[list[dict[str, Any]], PlanSummary | None], None] | None = None,
 ) -> TrainResult:
     """Run one job to its end on this rank.
 
@@ -326,7 +326,7 @@ def train(
     job = Job(source, options, pg)
     try:
         if on_plan is not None:
-            on_plan(job.plan)
+            on_plan(job.plan, job.plan_summary)
         result = _train(job, steps, on_step)
         if disk_before is not None and (after := disk_counters(ssd[0])) is not None:
             result.disk = after.since(disk_before)
