@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from torchrec_mtrains.job_model import EBC_PATH, ModelOptions, build_model, dens
 
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "table_row_wise")
 DENSE_FEATURES = 13
+BATCHES_HELD = 3.5
+"""Of all ranks, whose rows a pool has room for at least: the one that trains, two that are prefetched, and what chance adds."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Shape:
     pooling: int
     over: tuple[int, ...]
     exponent: float = 1.05
+
+    def distinct_rows(self, lookups: int) -> float:
+        """Of a table's rows, those among so many lookups, on average."""
+        share = torch.arange(1, self.rows + 1, dtype=torch.float64).pow(-self.exponent)
+        return float(-torch.expm1(lookups * torch.log1p(-share / share.sum())).sum())
 
     @property
     def options(self) -> ModelOptions:
@@ -92,6 +100,7 @@ def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> 
         "column_wise": lambda _: column_wise(list(range(world))),
         "table_row_wise": lambda _: table_row_wise(0),
     }[sharding]
+    needed = math.ceil(BATCHES_HELD * shape.distinct_rows(world * shape.batch_size * shape.pooling)) if tiers else 0
     generators = {t.name: make(i) for i, t in enumerate(shape.shapes[:-1])} | {shape.shapes[-1].name: table_wise(world - 1)}
     collection = model.get_submodule(EBC_PATH)
     stock = construct_module_sharding_plan(
@@ -102,7 +111,6 @@ def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> 
         where = {"sharding_type": table.sharding_type, "ranks": table.ranks, "sharding_spec": table.sharding_spec}
         if tiers and name != shape.shapes[-1].name:
             rows = max(shard.shard_sizes[0] for shard in table.sharding_spec.shards)  # type: ignore[union-attr]
-            needed = min(rows, 2 * world * shape.batch_size * shape.pooling)  # a batch of all ranks, and the next
             chain = mtrains.TierChain(min(rows, max(int(rows * tiers.pool_share), needed)), tiers.below)
             result[name] = mtrains.TieredParameterSharding(**where, tiers=chain)
         else:

@@ -23,7 +23,8 @@ from _multi_runs import bits, job, steps
 from torchrec_mtrains import DdrHome, SsdHome
 
 SMALL = Shape(tables=5, rows=20_000, dim=64, batch_size=256, pooling=4, over=(64,))
-LARGE = Shape(tables=17, rows=1_000_000, dim=128, batch_size=2048, pooling=12, over=(1024, 1024))
+LARGE = Shape(tables=17, rows=4_000_000, dim=128, batch_size=16_384, pooling=10, over=(1024, 1024, 512, 256))
+ON_SSD = Shape(tables=17, rows=1_000_000, dim=128, batch_size=2048, pooling=12, over=(1024, 1024))
 TINY = Shape(tables=3, rows=600, dim=8, batch_size=16, pooling=2, over=(8,))
 POOL_SHARE = 0.1
 PARTS = ("bits", "resume", "scaling", "ssd")
@@ -78,8 +79,10 @@ def scaling(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, ba
 
 
 def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, batches: int, folder: str) -> dict[str, Any]:
-    """Ours with the host's SSD below the pools of all ranks, and what that device can do."""
+    """Ours with the host's SSD below the pools of all ranks, stock FUSED beside, and what that device can do."""
     reads = ssd_reads(folder)
+    fused = ranks.run(world, steps, shape, "table_wise", None, warm_up, count, batches, within_s=90)
+    assert fused
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         record_bytes = 4 * shape.dim + 4
         home = SsdHome((inside,), capacity_bytes=2 * shape.tables * shape.rows * (record_bytes + 36) // world + (256 << 20))
@@ -87,7 +90,14 @@ def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, bat
     assert by_rank
     ios = sum(r["read_ios_per_step"] for r in by_rank)
     most = max(v for k, v in reads.items() if k != "backend")
-    found = {"ms": max(r["ms"] for r in by_rank), "read_ios_per_step": ios, "io_ms": ios / most * 1e3, "reads": reads, "ranks": by_rank}
+    found = {
+        "ms": max(r["ms"] for r in by_rank),
+        "fused_ms": max(r["ms"] for r in fused),
+        "read_ios_per_step": ios,
+        "io_ms": ios / most * 1e3,
+        "reads": reads,
+        "ranks": by_rank,
+    }
     print(f"ours over an SSD, {world} ranks: {found['ms']:.2f} ms a step, of I/O {found['io_ms']:.2f} ms", flush=True)
     return found
 
@@ -108,10 +118,8 @@ def table(results: dict[str, Any], world: int) -> list[Figure]:
         figures.append(Figure(f"ours, pool {POOL_SHARE:.0%}, DDR: samples/s on {world} ÷ {world} × one", ours))
         figures.append(Figure("    ÷ stock FUSED's", ours / fused, "≥ 0.95"))
     if of := results.get("ssd"):
-        compute = results["scaling"][f"fused {world}"]["ms"]
-        figures.append(
-            Figure(f"SSD behind {world} ranks: step ÷ max(stock FUSED, the device's I/O)", of["ms"] / max(compute, of["io_ms"]), "≤ 1.2")
-        )
+        bound = max(of["fused_ms"], of["io_ms"])
+        figures.append(Figure(f"SSD behind {world} ranks: step ÷ max(stock FUSED, the device's I/O)", of["ms"] / bound, "≤ 1.2"))
     return figures
 
 
@@ -119,7 +127,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--folder", default=".", help="on the SSD to measure")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="GPUs to use, or processes where there are none")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to do; ssd needs scaling")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to do")
     args = parser.parse_args()
     facts = {**print_machine(), "ranks": args.ranks, "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"}
     print(f"{args.ranks} ranks, gpu: {facts['gpu']}", flush=True)
@@ -143,7 +151,7 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
         if "scaling" in args.parts:
             scaling(ranks, large, args.ranks, warm_up, timed, batches, results.setdefault("scaling", {}))
         if "ssd" in args.parts:
-            results["ssd"] = on_ssd(ranks, large, args.ranks, warm_up // 5, timed // 10, batches, args.folder)
+            results["ssd"] = on_ssd(ranks, TINY if args.quick else ON_SSD, args.ranks, warm_up // 5, timed // 10, batches, args.folder)
     if "resume" in args.parts:
         results["resume"] = kill_and_resume(small, args.ranks, 10 * count, args.folder, 1 if args.quick else 3)
         print(results["resume"], flush=True)
