@@ -22,13 +22,15 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from ..errors import ConfigurationError
-from ..parameter_sharding import TieredParameterSharding
-from ..tiers import PmemCache, TierChain
+from ..parameter_sharding import TIERED_KERNEL, TieredParameterSharding
 from .access_profile import AccessProfile
 from .assumed_hardware import assumed_hardware
 from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
 from .explanations import PlanSummary, alternative, summary
+from .gpu_enumerator import GpuEnumerator
+from .gpu_perf_model import GpuPerfModel
+from .gpu_proposer import GpuProposer
 from .hardware_profile import HardwareProfile
 from .partitioners import TieredPartitioner
 from .perf_model import PerfModel, StepPrediction
@@ -80,10 +82,11 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
                 "it says of each option; leave it out, or subclass TieredEnumerator"
             )
         reservation = storage_reservation or DdrStorageReservation()
-        self._model = PerfModel(
+        on_gpu = topology.compute_device == "cuda"
+        self._model = (GpuPerfModel if on_gpu else PerfModel)(
             hardware or assumed_hardware(topology), topology.ranks_per_host, dense_ms, prefetched, checkpoints or CheckpointSchedule()
         )
-        self._tiered_proposer = TieredProposer(
+        self._tiered_proposer = (GpuProposer if on_gpu else TieredProposer)(
             reservation,
             self._model,
             [proposer] if isinstance(proposer, Proposer) else proposer,
@@ -98,7 +101,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             storage_reservation=reservation,
             proposer=self._tiered_proposer,
             partitioner=TieredPartitioner(partitioner),
-            enumerator=enumerator or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
+            enumerator=enumerator
+            or (GpuEnumerator if on_gpu else TieredEnumerator)(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
             **planner_kwargs,
         )
         self._ssd, self._pmem = topology.ssd, topology.pmem
@@ -117,18 +121,12 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             raise self._reason(error) from error
         best_plan: list[ShardingOption] = self._best_plan or []
         for option in best_plan:
-            if isinstance(option, TieredShardingOption):
+            if isinstance(option, TieredShardingOption) and option.compute_kernel == TIERED_KERNEL:
                 stock = plan.plan[option.path][option.name]
-                plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=self._chain(option))
+                tiers = option.chain(self._ssd, self._pmem.path if self._pmem else None)
+                plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=tiers)
         self._planned = (plan, self.described(best_plan), self.summarized(best_plan))
         return plan
-
-    def _chain(self, option: TieredShardingOption) -> TierChain:
-        assert self._ssd is not None
-        if not option.cache_rows:
-            return TierChain(option.pool_rows, (self._ssd,))
-        assert self._pmem is not None
-        return TierChain(option.pool_rows, (PmemCache(self._pmem.path, option.cache_rows), self._ssd))
 
     def collective_plan(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None = None, pg: dist.ProcessGroup | None = None
@@ -155,7 +153,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
         """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows and cache_rows (a shard; None where there is
-        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted, of a tiered
+        none), hbm_bytes, ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted, of a tiered
         table's pools), why.
 
         Raises: ConfigurationError for a plan that is not the last one this planner made.
@@ -201,12 +199,15 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
     def summarized(self, options: list[ShardingOption]) -> PlanSummary:
         """The summary of placed options."""
         prediction = predicted(options, self._model, self._topology.world_size)
-        return summary(prediction, self._tiered_proposer.result, self._notes)
+        memory = "hbm" if self._topology.compute_device == "cuda" else "ddr"
+        return summary(prediction, self._tiered_proposer.result, self._notes, memory)
 
     def _reason(self, error: PlannerError) -> PlannerError:
         proposer = self._tiered_proposer
         if self._best_plan is not None or not proposer.footprint.tables:
             return error
+        if isinstance(proposer, GpuProposer):
+            return proposer.shortage()
         return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage) or error
 
 

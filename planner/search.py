@@ -35,8 +35,7 @@ class Capacity:
 
     def ranks(self, model: PerfModel) -> Ranks:
         """As ``choices`` has them."""
-        memory = ranks_memory([s.ddr for s in self.storage], self.pmem_bytes, [s.ssd for s in self.storage])
-        return Ranks(memory, model.base_ms, SHARED, model.ranks_per_host)
+        return Ranks(ranks_memory(self.storage, self.pmem_bytes), model.base_ms, SHARED, model.ranks_per_host)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _result(
 
 def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: int) -> StepPrediction:
     """The step of a placed plan, from what each of its shards does."""
-    busy = np.tile(model.base_ms, (world_size, 1))
+    busy = np.tile(model.base_of(tiered=any(isinstance(o, TieredShardingOption) for o in options)), (world_size, 1))
     for option in options:
         for i, shard in enumerate(option.shards):
             busy[shard.rank] += option.busy_ms(i) if isinstance(option, TieredShardingOption) else model.in_memory(option.uses[i])
