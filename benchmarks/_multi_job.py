@@ -66,7 +66,7 @@ class Tiers:
 
 
 class Batches:
-    """So many batches of one rank, drawn once, on its device, and used in turn. A table's popular rows are scattered, alike on every rank."""
+    """So many batches of one rank, drawn once, on its device, and used in turn. A table's popular rows are scattered, the same on all ranks."""
 
     def __init__(self, shape: Shape, count: int, rank: int) -> None:
         features = [t.feature for t in shape.shapes]

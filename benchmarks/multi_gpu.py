@@ -57,9 +57,7 @@ def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kill
         while done is None:
             kill = once_there(checkpoint / "LATEST", random_.random() * 2) if kills < most_kills else None
             with Ranks(world) as ranks:
-                done = ranks.run(
-                    world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), within_s=300, kill_when=kill
-                )
+                done = ranks.run(world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), within_s=300, kill_when=kill)
             kills += done is None
         assert whole
         equal = all(whole[r][step] == loss for r in range(world) for step, loss in done[r].items())

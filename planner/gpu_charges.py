@@ -50,6 +50,6 @@ def uvm_slot_bytes(weight_bytes: int) -> int:
 
 
 def uvm_hbm_bytes(rows: int, weight_bytes: int, rowwise_bytes: int, cached_rows: int) -> int:
-    """HBM of a table in UVM caching."""
-    sets = -(-min(rows, cached_rows) // UVM_SET_ROWS)
+    """HBM of a table in UVM caching; FBGEMM may make a set more of a load factor."""
+    sets = -(-min(rows, cached_rows) // UVM_SET_ROWS) + 1
     return rows * (UVM_BYTES_PER_ROW + rowwise_bytes) + sets * UVM_SET_ROWS * uvm_slot_bytes(weight_bytes)

@@ -24,8 +24,8 @@ KERNELS = (FUSED, UVM_CACHING, TIERED_KERNEL)
 
 
 class GpuEnumerator(TieredEnumerator):
-    """Options in HBM are TorchRec's ``fused`` and data-parallel ones, charged with optimizer state. Below it, table- and row-wise: ours, of the
-    tables and with the optimizers that train on a GPU, and ``fused_uvm_caching``. ``constraints`` leave out kernels, as everywhere.
+    """Options in HBM are TorchRec's ``fused`` and data-parallel ones, charged with optimizer state. Below it, table- and row-wise: ours, of
+    the tables and with the optimizers that it has on a GPU, and ``fused_uvm_caching``. ``constraints`` leave out kernels, as everywhere.
     """
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:

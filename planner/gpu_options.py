@@ -1,8 +1,8 @@
 """Ways to keep a table that HBM does not hold: our pools above host memory or above a DDR cache and an SSD, and TorchRec's UVM caching.
 
 Each is a sharding option with a size that the search chooses: ``pool_rows``, rows in HBM, of every shard. What they cost is in
-``gpu_charges.py``, what they do to a step in ``gpu_perf_model.py``. Above an SSD ``cache_rows`` are those of the DDR cache, through which every
-record comes and goes, so it never has fewer rows than the pool.
+``gpu_charges.py``, what they do to a step in ``gpu_perf_model.py``. Above an SSD ``cache_rows`` are those of the DDR cache, through which
+every record comes and goes, so it never has fewer rows than the pool.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-import numpy as np
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import Perf, ShardingOption, Storage
 from torchrec.distributed.types import CacheParams
@@ -163,7 +162,8 @@ class UvmCached(HbmOption):
         return gpu_charges.uvm_slot_bytes(self.weight_bytes)
 
     def legal(self, pool_rows: int, cache_rows: int) -> tuple[int, int]:
-        return min(pool_rows, self.most_pool_rows(0)), 0
+        whole_sets = pool_rows // gpu_charges.UVM_SET_ROWS * gpu_charges.UVM_SET_ROWS
+        return min(whole_sets or pool_rows, self.most_pool_rows(0)), 0
 
     def most_pool_rows(self, cache_rows: int) -> int:
         return self.shard_rows - 1  # TorchRec refuses a load factor of 1

@@ -10,9 +10,9 @@
 
 The SSD is busy as on a CPU, and so is the host's thread that reads and writes it (``tiers``). Predicted is the largest of them.
 
-Every constant was fitted to one run of benchmarks/gpu.py on an H100 (docs/gpu.md, 2026-11-25), whose steps it gives back within 9%: 10 tables
-of 1M × 128 in FP32, 1.06M lookups of 320 thousand rows, pools of 80% and 10% of what is used, SGD and Adam. tests/test_gpu_planner.py
-holds it against them.
+The constants were fitted to one run of benchmarks/gpu.py on an H100 (docs/gpu.md, 2026-11-25), whose steps they give back within 12%:
+10 tables of 1M × 128 in FP32, 1.06M lookups of 320 thousand rows, pools of 80% and 10% of what is used, SGD and Adam
+(tests/test_gpu_planner.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What to propose for GPUs: TorchRec's plans as long as everything fits in HBM, then the one that ``search`` finds; and why there is none."""
+"""What to propose for GPUs: TorchRec's plans as long as everything fits in HBM, then the one that ``search`` finds; why there is none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
+from .assignment import solve
 from .candidates import TIERS, candidates
+from .choices import Load
 from .errors import InsufficientStorageError
 from .proposers import TieredProposer
-from .relaxation import relax
 from .search import search
 
+_SHORTAGE_SECONDS = 0.5
 _ADVICE = {
     "hbm": "Raise hbm_budget_bytes, add ranks, shrink the batch (pools hold the rows of a batch at least; see min_pool_rows) or the tables",
     "ddr": "Raise ddr_budget_bytes, add ranks, or give TieredTopology an ssd if it has none",
@@ -35,8 +37,8 @@ class GpuProposer(TieredProposer):
             yield self.result.options
 
     def shortage(self) -> InsufficientStorageError:
-        """Why nothing was proposed that fits. On several ranks, where the tables would fit together, shards too large for what is left of
-        each: what is named is then the tier that is scarcest."""
+        """Why nothing was proposed that fits: a table that no rank has room for, or what the closest assignment found lacks on a rank, which
+        may be more than is needed."""
         have = {tier: max(getattr(s, tier) for s in self.capacity.storage) for tier in _ADVICE}
         for of_table, name in zip(self._ways, self._names, strict=True):
             needs = [{tier: max(getattr(s.storage, tier) for s in o.shards) - have[tier] for tier in _ADVICE} for o in of_table]
@@ -45,14 +47,12 @@ class GpuProposer(TieredProposer):
                 if more > 0:
                     what = f"table {name!r} needs {have[tier] + more} bytes on one rank, the largest has {have[tier]}"
                     return _error(tier, more, what)
-        offered = candidates(self._tables, self._model, False)
-        relaxation = relax(offered.choices, self.capacity.ranks(self._model))
-        capacity = self.capacity.ranks(self._model).capacity.sum(axis=0)
-        price = relaxation.memory_price * capacity
-        short = relaxation.excess * capacity
-        at = int(np.argmax(short)) if short.max() >= 1 else int(np.argmax(price))
-        bytes_ = max(1, int(np.ceil(short[at])))
-        return _error(TIERS[at], bytes_, f"the tables together do not fit, whatever is put where; the ranks have {int(capacity[at])}")
+        offered, ranks = candidates(self._tables, self._model, False), self.capacity.ranks(self._model)
+        closest = solve(offered.choices, ranks, _SHORTAGE_SECONDS).assignment
+        excess = Load.of(offered.choices, ranks, closest).excess().max(axis=0)
+        at = int(np.argmax(excess / np.maximum(1.0, ranks.capacity.max(axis=0))))
+        what = f"of what was tried, it is least over the memory of a rank, {int(ranks.capacity[:, at].max())}"
+        return _error(TIERS[at], max(1, int(np.ceil(excess[at]))), what)
 
 
 def _error(tier: str, short: int, what: str) -> InsufficientStorageError:

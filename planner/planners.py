@@ -153,8 +153,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
         """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows and cache_rows (a shard; None where there is
-        none), hbm_bytes, ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted, of a tiered
-        table's pools), why.
+        none), hbm_bytes, ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted,
+        of a tiered table's pools), why.
 
         Raises: ConfigurationError for a plan that is not the last one this planner made.
         """

@@ -26,8 +26,8 @@ class PmemDevice:
 
 class TieredTopology(Topology):
     """``world_size`` ranks, each with ``ddr_budget_bytes`` of memory for its embedding tables and an ``ssd`` for what exceeds it;
-    ``pmem`` is for caches in front of the SSD. With ``compute_device="cuda"`` each has a GPU, with ``hbm_budget_bytes`` for tables, pools and
-    caches, and the DDR is host memory below them.
+    ``pmem`` is for caches in front of the SSD. With ``compute_device="cuda"`` each has a GPU, with ``hbm_budget_bytes`` for tables, pools
+    and caches, and the DDR is host memory below them.
 
     ``capacity_bytes`` are per rank, as everywhere. Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
