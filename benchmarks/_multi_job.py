@@ -14,9 +14,11 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_row_wise, table_wise
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
+from torchrec_mtrains.planner import CheckpointSchedule, HardwareProfile, TieredShardingPlanner, TieredTopology
 
 import torchrec_mtrains as mtrains
 from _common import ZipfIds
@@ -65,8 +67,33 @@ class Tiers:
     below: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The planner decides: each rank has so much of HBM (on a processor, of memory in its place) and of DDR, and the ``home``, of a machine
+    of that ``hardware``."""
+
+    hbm_bytes: int
+    ddr_bytes: int
+    home: mtrains.SsdHome
+    hardware: HardwareProfile
+
+    def planner(self, shape: Shape, world: int, device: str) -> TieredShardingPlanner:
+        """Of this job, which commits no checkpoint."""
+        budgets: dict[str, Any] = {"hbm_budget_bytes": self.hbm_bytes, "ddr_budget_bytes": self.ddr_bytes}
+        topology = TieredTopology(
+            world, device, **(budgets if device == "cuda" else {"ddr_budget_bytes": self.hbm_bytes}), ssd=self.home, local_world_size=world
+        )
+        return TieredShardingPlanner(
+            topology,
+            batch_size=shape.batch_size,
+            constraints={t.name: ParameterConstraints(pooling_factors=[float(t.pooling)]) for t in shape.shapes},
+            hardware=self.hardware,
+            checkpoints=CheckpointSchedule(keep=0),
+        )
+
+
 class Batches:
-    """So many batches of one rank, drawn once, on its device, and used in turn. A table's popular rows are scattered, the same on all ranks."""
+    """So many batches of one rank, drawn once, on its device, and used in turn. Popular rows are scattered, the same on all ranks."""
 
     def __init__(self, shape: Shape, count: int, rank: int) -> None:
         features = [t.feature for t in shape.shapes]
@@ -119,23 +146,33 @@ def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> 
 
 
 class Side:
-    """A sharded model and its optimizer on this rank."""
+    """A sharded model and its optimizer on this rank. ``predicted_ms`` and ``rows``: of the plan, where the planner made it."""
 
-    def __init__(self, shape: Shape, rank: int, sharding: str, tiers: Tiers | None, alike: bool = False) -> None:
+    def __init__(self, shape: Shape, rank: int, sharding: str, tiers: Tiers | Budget | None, alike: bool = False) -> None:
         """``alike``: tables in memory begin with the values that tiered ones begin with."""
+        self.predicted_ms: float | None = None
+        self.rows: list[dict[str, Any]] = []
         self.shape, self.device = shape, device_of(rank)
         model = build_model(shape.shapes, DENSE_FEATURES, shape.options)
+        params = fused_params(shape.options) | ({"prefetch_pipeline": True} if self.device.type == "cuda" else {})
+        sharders = mtrains.sharders(params) if tiers else [EmbeddingBagCollectionSharder(params)]
+        if isinstance(tiers, Budget):
+            planner = tiers.planner(shape, dist.get_world_size(), self.device.type)
+            decided = planner.collective_plan(model, sharders, dist.group.WORLD)
+            self.predicted_ms = planner.summary(decided).step_ms
+            self.rows = planner.plan_rows(decided)
+        else:
+            decided = plan(shape, model, sharding, tiers)
+        in_memory = {n for n, table in decided.plan[EBC_PATH].items() if not isinstance(table, mtrains.TieredParameterSharding)}  # type: ignore[attr-defined]
         configs = model.get_submodule(EBC_PATH).embedding_bag_configs()  # type: ignore[operator]
         values = {}
         for config in configs:
             key = f"{EBC_PATH}.embedding_bags.{config.name}.weight"
-            if tiers is None or config.name == shape.shapes[-1].name:
+            if config.name in in_memory:
                 if alike:
                     values[key] = config.init_fn(torch.empty(shape.rows, shape.dim))
                 config.init_fn = nn.init.zeros_  # a shard cannot know its rows
-        params = fused_params(shape.options) | ({"prefetch_pipeline": True} if self.device.type == "cuda" else {})
-        sharders = mtrains.sharders(params) if tiers else [EmbeddingBagCollectionSharder(params)]
-        self.dmp = DistributedModelParallel(model, device=self.device, plan=plan(shape, model, sharding, tiers), sharders=sharders)  # type: ignore[arg-type]
+        self.dmp = DistributedModelParallel(model, device=self.device, plan=decided, sharders=sharders)  # type: ignore[arg-type]
         if values:
             self.dmp.load_state_dict(values, strict=False)
         self.dense = dense_optimizer(self.dmp, shape.options)

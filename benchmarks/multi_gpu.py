@@ -7,20 +7,24 @@ that it runs, and its bits; its times say nothing.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from torchrec_mtrains.planner import BlockDeviceProfile, DevicePoint, HardwareProfile, hardware_profiles
 
 from _common import Figure, finish, options, print_figures, print_machine
-from _gpu_machine import ssd_reads
-from _multi_job import SHARDINGS, Shape, Tiers
+from _gpu_machine import ssd_reads, ssd_writes
+from _multi_job import SHARDINGS, Budget, Shape, Tiers
 from _multi_ranks import Ranks, once_there
 from _multi_runs import bits, job, steps
 from torchrec_mtrains import DdrHome, SsdHome
+from torchrec_mtrains.calibration.block_device import LOG_WRITE_BYTES
 
 SMALL = Shape(tables=5, rows=20_000, dim=64, batch_size=256, pooling=4, over=(64,))
 LARGE = Shape(tables=17, rows=4_000_000, dim=128, batch_size=16_384, pooling=10, over=(1024, 1024, 512, 256))
@@ -76,16 +80,26 @@ def scaling(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, ba
             print(f"{name}, {size} ranks: {of['ms']:.2f} ms a step of {size * shape.batch_size:,} samples", flush=True)
 
 
+def device_of_machine(folder: str, reads: dict[str, Any], world: int) -> HardwareProfile:
+    """The machine that planners take when nobody calibrated one, with the SSD that was measured."""
+    points = [DevicePoint(4096, depth, 1.0, reads[f"reads_per_s_at_depth_{depth}"]) for depth in (1, 16, 64, 128, 256)]
+    ssd = BlockDeviceProfile("measured", (*points, DevicePoint(LOG_WRITE_BYTES, 8, 0.0, ssd_writes(folder))), "ssd_reads, ssd_writes")
+    return replace(hardware_profiles()["h200"], cores=os.cpu_count() or world, ssd=ssd)
+
+
 def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, batches: int, folder: str) -> dict[str, Any]:
     """Ours with the host's SSD below the pools of all ranks, stock FUSED beside, and what that device can do."""
     reads = ssd_reads(folder)
     fused = ranks.run(world, steps, shape, "table_wise", None, warm_up, count, batches, within_s=90)
     assert fused
     with tempfile.TemporaryDirectory(dir=folder) as inside:
-        record_bytes = 4 * shape.dim + 4
-        home = SsdHome((inside,), capacity_bytes=2 * shape.tables * shape.rows * (record_bytes + 36) // world + (256 << 20))
+        table_bytes = shape.tables * shape.rows * (4 * shape.dim + 4) // world  # of a rank
+        home = SsdHome((inside,), capacity_bytes=3 * table_bytes + (256 << 20))
         by_rank = ranks.run(world, steps, shape, "table_wise", Tiers(POOL_SHARE, (home,)), warm_up, count, batches, within_s=150)
-    assert by_rank
+        assert by_rank
+        budget = Budget(int(0.15 * table_bytes), int(0.25 * table_bytes), home, device_of_machine(folder, reads, world))
+        planned = ranks.run(world, steps, shape, "", budget, warm_up, count, batches, within_s=150)
+        assert planned
     ios = sum(r["read_ios_per_step"] for r in by_rank)
     most = max(v for k, v in reads.items() if k != "backend")
     found = {
@@ -95,7 +109,11 @@ def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, bat
         "io_ms": ios / most * 1e3,
         "reads": reads,
         "ranks": by_rank,
+        "predicted_ms": planned[0]["predicted_ms"],
+        "planned_ms": max(r["ms"] for r in planned),
+        "planned": planned,
     }
+    print(f"planned: {found['planned_ms']:.2f} ms a step, predicted before: {found['predicted_ms']:.2f}", flush=True)
     print(f"ours over an SSD, {world} ranks: {found['ms']:.2f} ms a step, of I/O {found['io_ms']:.2f} ms", flush=True)
     return found
 
@@ -118,6 +136,9 @@ def table(results: dict[str, Any], world: int) -> list[Figure]:
     if of := results.get("ssd"):
         bound = max(of["fused_ms"], of["io_ms"])
         figures.append(Figure(f"SSD behind {world} ranks: step ÷ max(stock FUSED, the device's I/O)", of["ms"] / bound, "≤ 1.2"))
+        off = of["predicted_ms"] / of["planned_ms"]
+        figures.append(Figure("the planner's plan: predicted step ÷ measured", off))
+        figures.append(Figure("    off by", abs(off - 1), "≤ 0.2"))
     return figures
 
 

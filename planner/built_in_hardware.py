@@ -1,4 +1,4 @@
-"""Built-in profiles: machines made of their devices' published figures, and one that was calibrated. Each constant has its source beside it.
+"""Built-in profiles: machines made of their devices' published figures, and one that was calibrated. Each constant has its source beside.
 
 Published figures are few: a device's rates at their best, and the latency of one operation. Points between follow from Little's law: up
 to rate × latency operations in flight each takes the latency, and beyond that the rate is reached. So they promise more than a device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ..parameter_sharding import TIERED_KERNEL
+from .access_profile import MissCurve, TableAccess
 from .enumerators import FUSED, TieredEnumerator
 from .gpu_options import UVM_CACHING, HbmOption, OverDdr, OverSsd, UvmCached, least_cached_rows
 from .gpu_perf_model import GpuPerfModel
@@ -19,6 +21,7 @@ from .records import rowwise_bytes_per_row
 from .sharding_options import TieredShardingOption
 
 DENSE = EmbeddingComputeKernel.DENSE.value
+_WINDOW_SAVES = 0.1  # of LRU's misses: 5% to 16% in docs/gpu.md
 KERNELS = (FUSED, UVM_CACHING, TIERED_KERNEL)
 """Of a model-parallel table; TorchRec's other ones keep no cache, or need operators that no FBGEMM wheel has."""
 
@@ -39,6 +42,22 @@ class GpuEnumerator(TieredEnumerator):
     @property
     def _has_tiers(self) -> bool:
         return True
+
+    def _curve(self, option: ShardingOption, access: TableAccess, records: int) -> MissCurve:
+        """Of the policy on a GPU: rows that no announced batch will use leave, the longest unused first. So LRU's, less what the window
+        saves."""
+        key = option.fqn, records
+        if key not in self._curves:
+            samples = self._batch_size * self._world_size
+            factor, unique = samples / access.batch_samples, access.unique_rows(samples)
+            kept = 1 - _WINDOW_SAVES if self._model.prefetched else 1.0
+            lru = access.lru_miss_curve
+            misses, write_backs = (
+                tuple(min(unique, value * factor) * (kept if rows else 1.0) for rows, value in zip(lru.pool_rows, values, strict=True))
+                for values in (lru.misses_per_batch, lru.write_backs_per_batch)
+            )
+            self._curves[key] = replace(lru, misses_per_batch=misses, write_backs_per_batch=write_backs, batch_samples=samples)
+        return self._curves[key]
 
     def _charge_state(self, option: ShardingOption) -> None:
         option.uncharged_bytes = [0] * option.num_shards

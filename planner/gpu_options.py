@@ -36,6 +36,7 @@ class HbmOption(TieredShardingOption):
     model: GpuPerfModel
     state_bytes: int
     rowwise_bytes: int
+    cache_params: CacheParams | None
 
     @classmethod
     def above(

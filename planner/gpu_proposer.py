@@ -37,7 +37,7 @@ class GpuProposer(TieredProposer):
             yield self.result.options
 
     def shortage(self) -> InsufficientStorageError:
-        """Why nothing was proposed that fits: a table that no rank has room for, or what the closest assignment found lacks on a rank, which
+        """Why nothing was proposed that fits: a table that no rank has room for, or what the closest assignment found lacks on a rank; that
         may be more than is needed."""
         have = {tier: max(getattr(s, tier) for s in self.capacity.storage) for tier in _ADVICE}
         for of_table, name in zip(self._ways, self._names, strict=True):

@@ -35,7 +35,8 @@ class _Smallest:
         self._work: Any = None
         on_gpu = device.type == "cuda"
         self._number = torch.zeros(1, dtype=torch.int64, pin_memory=on_gpu)
-        self._stream, self._event = (torch.cuda.Stream(device), torch.cuda.Event()) if on_gpu else (None, None)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._event = torch.cuda.Event() if on_gpu else None
 
     def begin(self, number: int, pg: Any) -> None:
         self._number[0] = number
