@@ -18,6 +18,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_row_wise, table_wise
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
+from torchrec_mtrains.kernels import durability
 from torchrec_mtrains.planner import CheckpointSchedule, HardwareProfile, TieredShardingPlanner, TieredTopology
 
 import torchrec_mtrains as mtrains
@@ -195,7 +196,7 @@ class Side:
     def counters(self) -> dict[str, int]:
         """Sums over this rank's tables and volumes."""
         tables = [t for g in self.groups for t in g.stats()]
-        volumes = [v for g in self.groups for v in g.volume_stats()]
+        volumes = [v.stats() for v in durability.volumes(self.groups)]  # groups share them
         sums = {k: sum(int(t[k]) for t in tables) for k in ("lookups", "unique_rows", "misses")}
         return sums | {"read_ios": sum(int(v["read_ios"]) for v in volumes)}
 
