@@ -27,6 +27,13 @@ def announce(ids: Ids) -> bool:
     return True
 
 
+def prefetch(ids: Ids, forward_stream: Any) -> None:
+    """Rows of tiered tables come into slots. Not those of stock tables in UVM caching: FBGEMM takes the ids of prefetched batches for those of
+    forwards, the first for the first, so that whoever prefetches must begin with the batch that trains next, and one at a time."""
+    for kernel, features in _features(ids):
+        kernel.prefetch(features, forward_stream)
+
+
 def withdraw(ids: Ids) -> None:
     """The announced batch will not come, or nobody knows when."""
     for kernel, features in _features(ids):
