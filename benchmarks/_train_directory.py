@@ -1,4 +1,6 @@
-"""What announced batches cost the slot directory: ns an id more, when every row is in the pool.
+"""What announced batches cost the slot directory: ns an id more, when every row that is used is in the pool.
+
+Each table has one row more than the pool, which no batch uses: pools that hold their whole table take no announcements.
 
 As ``hit_path.py``: the directory runs on one thread between steps of the TBE, so that its memory is as cold as in training. Stretches
 with ``LOOKAHEAD`` batches announced and stretches without take turns on the same pools and batches. Announcing a batch is counted, and so
@@ -27,7 +29,7 @@ def measure(root: Path, *, tables: int, rows: int, dim: int, batch_size: int, po
     offsets = torch.arange(0, tables * lookups + 1, pooling)
     ids = [torch.cat([torch.from_numpy(t.ids[b]) for t in traces]) for b in range(batches)]
     gradient = torch.randn(batch_size, tables * dim, generator=torch.Generator().manual_seed(0))
-    tbe = tiered(tables, rows, dim, rows)
+    tbe = tiered(tables, rows + 1, dim, rows)
     with torch.no_grad():
         for batch in ids:
             tbe(batch, offsets)
@@ -46,12 +48,13 @@ def measure(root: Path, *, tables: int, rows: int, dim: int, batch_size: int, po
         return spent + seconds(lambda: tbe._pool.release(ticket[0].seq))
 
     def stretch(lookahead: int) -> list[float]:
-        times, coming = [], deque(range(batches))
+        times, coming = [], deque(range(batches if lookahead else 0))
         for b in range(batches):
             spent = 0.0
             while coming and coming[0] < b + lookahead:
                 batch = coming.popleft()
                 spent += seconds(lambda batch=batch: tbe.announce(ids[batch], offsets))
+            assert tbe._pool.announced == min(lookahead, batches - b), "batches were not announced"
             times.append(spent + step(b))
         # The first step announces a whole window, and in the last steps nothing is left to announce.
         return times[WARM : batches - lookahead]

@@ -29,7 +29,7 @@ from torchrec_mtrains.kernels import MemoryVolume, SsdVolume
 
 from _common import Figure
 from _store_writes import AnnouncedIds, PooledTable, filled
-from _train_traces import Stretch, Trace, traces
+from _train_traces import ZIPFS, Stretch, Trace, traces
 
 LOOKAHEAD = 64
 SSD_RECORD_BYTES = 260  # 64 floats and a state: 14 records a block
@@ -189,7 +189,7 @@ def show(f: dict[str, Any]) -> None:
 
 
 def figures(f: dict[str, Any]) -> list[Figure]:
-    without = {"zipf 1.05": 0.86, "zipf 0.9": 0.86, "zipf 1.05, drifting": 0.91, "zipf 0.9, drifting": 0.91}
+    without = {name: 0.91 if drifts else 0.86 for name, (_, drifts) in ZIPFS.items()}
     looking = {"0.02": 0.75, "0.05": 0.78, "0.1": 0.80}
     lines = []
     for name, trace in f["traces"].items():

@@ -1,7 +1,8 @@
 """Traces: which rows of a table each batch uses. All of them are functions of a seed.
 
     zipf 1.05, zipf 0.9   every lookup drawn with probability ∝ rank^-exponent, ranks scattered over the table by a permutation
-    …, drifting           the same, and with every batch a share ``DRIFT`` of the ranks changes hands, hot and cold alike
+    …, drifting           the same, and with every batch a thousandth of the ranks changes hands, hot and cold alike
+    …, drifting slowly    3 in 10,000 of them
     mixture               lookups of two populations of their own scatter, Zipf 1.05 and 0.9, 9 : 1; 1 : 9 after half of those measured
     ml-100k users, items  one lookup an event of ``COPIES`` copies of ml-100k, each with rows of its own by hashing
 
@@ -21,10 +22,16 @@ import torch
 from _common import ZipfIds
 from torchrec_mtrains.data.scatter import hash32, stream_key
 
-DRIFT = 0.001
 COPIES = 128
 USERS, ITEMS = 943, 1682  # of ml-100k
-ZIPFS = {f"zipf {e}{how}": (e, bool(how)) for e in (1.05, 0.9) for how in ("", ", drifting")}
+ZIPFS = {
+    "zipf 1.05": (1.05, 0.0),
+    "zipf 1.05, drifting": (1.05, 1e-3),
+    "zipf 0.9": (0.9, 0.0),
+    "zipf 0.9, drifting": (0.9, 1e-3),
+    "zipf 1.05, drifting slowly": (1.05, 3e-4),
+}
+"""Exponents, and the share of the ranks that changes hands with every batch."""
 SHARE = 0.9  # of the mixture's lookups that one population has
 
 
@@ -63,14 +70,14 @@ def drift(zipf: ZipfIds, share: float) -> None:
 
 def zipf_trace(name: str, rows: int, lookups: int, stretch: Stretch, table: int) -> Trace:
     """One of ``ZIPFS``. They share their scatter, and drifting ones begin where the others stay."""
-    exponent, drifting = ZIPFS[name]
+    exponent, drifts = ZIPFS[name]
     zipf = ZipfIds(rows, exponent, _seeded(table, 0))
     zipf.generator = _seeded(table, 10 + list(ZIPFS).index(name))
     ids = zipf.ranks(stretch.batches * lookups).view(stretch.batches, lookups).numpy()
     for b in range(stretch.batches):
         ids[b] = zipf.row_of_rank.numpy()[ids[b]]
-        if drifting:
-            drift(zipf, DRIFT)
+        if drifts:
+            drift(zipf, drifts)
     return Trace(name, rows, ids)
 
 

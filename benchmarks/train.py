@@ -1,8 +1,8 @@
 """Training from tiers in one run: misses, step times against the same model in memory, a table, JSON and a picture.
 
-Sections: misses (our eviction against LRU and an optimum), directory (what announced batches cost), steps (8 alike tables), criteo (26
-tables of Criteo's cardinalities). ``benchmarks/_train_misses.py``, ``_train_directory.py`` and ``_train_steps.py`` say how they measure;
-docs/benchmarks.md says what the figures mean.
+Sections: misses (our eviction against LRU and an optimum), bound (what eviction can do without knowing the future), directory (what
+announced batches cost), steps (8 alike tables), criteo (26 tables of Criteo's cardinalities). ``benchmarks/_train_misses.py``,
+``_train_bound.py``, ``_train_directory.py`` and ``_train_steps.py`` say how they measure; docs/benchmarks.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import _train_bound
 import _train_directory
 import _train_misses
 import _train_picture
@@ -25,7 +26,13 @@ from _train_steps import Dense, Part, Turns
 from _train_traces import COPIES, Stretch, zipf_trace
 from torchrec_mtrains.data.fetch import fetch_ml_100k
 
-MODULES: dict[str, Any] = {"misses": _train_misses, "directory": _train_directory, "steps": _train_steps, "criteo": _train_steps}
+MODULES: dict[str, Any] = {
+    "misses": _train_misses,
+    "bound": _train_bound,
+    "directory": _train_directory,
+    "steps": _train_steps,
+    "criteo": _train_steps,
+}
 
 CRITEO_ROWS = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547,
@@ -48,6 +55,7 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
     movielens = None if args.no_movielens else fetch_ml_100k(args.movielens)
     if args.quick:
         misses = dict(rows=20_000, lookups=64, stretch=Stretch(40, 20, 20), pools=(0.02, 0.1), copies=2)
+        bound = dict(rows=2_000, lookups=32, stretch=Stretch(40, 20, 0), pools=(0.1,))
         shapes = {"steps": Shape((20_000,) * 2, 16, 32, 2), "criteo": Shape((3, 40, 5_000, 10_000), 16, 32, 2)}
         dense = (Dense("1 ms", 1.0, cores), Dense("1 ms on 1 thread", 1.0, 1))
         parts = (Part("zipf 1.05", 20, ("1 ms", "1 ms on 1 thread")), Part("zipf 0.9, drifting", 10, ("1 ms",)))
@@ -55,6 +63,8 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
         of_section = {"steps": dict(dense=dense, parts=parts), "criteo": dict(dense=dense[:1], parts=(Part("zipf 1.05", 20, ("1 ms",)),))}
     else:
         misses = dict(rows=args.rows, lookups=4096, stretch=Stretch(*args.miss_batches), pools=(0.02, 0.05, 0.1), copies=COPIES)
+        warm, measured, _ = args.miss_batches
+        bound = dict(rows=args.rows // 8, lookups=4096 // 8, stretch=Stretch(warm, measured, 0), pools=(0.05, 0.1))
         shapes = {"steps": Shape((args.rows,) * 8, 64, 1024, 4), "criteo": Shape(criteo_rows(6 * args.rows), 64, 1024, 4)}
         dense = (*(Dense(f"{ms} ms", ms, cores) for ms in (5, 40, 120)), Dense(SPARE_CORE, 120, max(1, cores - 1)))
         still = Part("zipf 1.05", args.warm, tuple(d.name for d in dense))
@@ -68,7 +78,7 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
     small = dict(rows=20_000, dim=16, batch_size=32, batches=80, rounds=1)
     directory = dict(tables=8, pooling=4, **(small if args.quick else dict(rows=args.rows, dim=64, batch_size=1024, batches=160, rounds=4)))
     misses |= dict(tables=1 if args.quick else args.miss_tables, movielens=movielens, only=args.traces)
-    return {"misses": misses, "directory": directory, **trained}
+    return {"misses": misses, "bound": bound, "directory": directory, **trained}
 
 
 def main() -> None:

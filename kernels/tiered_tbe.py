@@ -27,6 +27,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from .. import errors
+from ..lookahead import MOST_BATCHES, useful_batches
 from ..tiers import Cache, DdrHome, TierChain
 from . import _core
 from .caches import CachedVolume
@@ -37,9 +38,6 @@ from .tickets import WAITING_LIMIT, ByIds, Ids, Ticket, Token
 
 BATCH_LIMIT = (1 << 31) - 2
 """Batch numbers in a slot's stamp have 31 bits; beyond, stamps are renumbered."""
-
-ANNOUNCED_LIMIT = 64
-"""Batches that can be announced and not begun: a slot's state has one bit for each."""
 
 MAX_ROWS = (1 << 31) - 2
 """Rows of one table shard: a directory entry is a signed 32-bit slot or miss number."""
@@ -91,7 +89,7 @@ class TieredTBE(nn.Module):
     Raises: UnsupportedError for an optimizer outside the allow-list; ConfigurationError for a shape that cannot work.
     """
 
-    optimizers, announced_limit = STATES, ANNOUNCED_LIMIT
+    optimizers, announced_limit = STATES, MOST_BATCHES
     device = torch.device("cpu")
 
     def __init__(
@@ -336,14 +334,9 @@ class TieredTBE(nn.Module):
 
     @property
     def useful_lookahead(self) -> int:
-        """How many batches to announce: what the smallest pool holds of as many rows as batches had on average, within the limit.
-
-        Pools with a slot for every row evict nothing, and have no use for it.
-        """
-        if not self._evicting:
-            return 0
+        """How many batches to announce: what the largest pool can use; 0 where pools have a slot for every row, and evict nothing."""
         held = [self.pool_rows[i] / rows for i in self._evicting if (rows := self._rows_of_a_batch(i))]
-        return max(1, min(self.announced_limit, math.ceil(min(held)))) if held else 1
+        return min(self.announced_limit, useful_batches(max(held, default=0))) if self._evicting else 0
 
     def _rows_of_a_batch(self, table: int) -> float:
         """Distinct rows, on average; 0 before the first batch."""

@@ -28,11 +28,9 @@ import numpy as np
 from torchrec.distributed.types import CacheStatistics
 
 from ..errors import ConfigurationError
+from ..lookahead import useful_batches
 
 FORMAT_VERSION = 1
-
-MOST_LOOKAHEAD = 64
-"""Batches that a slot pool can know ahead."""
 
 
 def _require(good: bool, what: str) -> None:
@@ -157,15 +155,15 @@ class TableAccess:
     def miss_curve_for(self, batch_samples: int, lookahead: int | None = None) -> MissCurve:
         """Our own policy's curve for batches of ``batch_samples``, with a lookahead window of so many of them.
 
-        ``lookahead`` None: at each pool size what ``TieredTrainPipeline`` chooses by itself for a pool of that size, as many batches as
-        have as many unique rows, 1 to 64. Whether a row is still in a pool depends on the rows used since its last use, hardly on the
-        batches that these came in, and what a window is worth on the samples that it reaches. So for another batch misses a sample stay,
-        up to the unique rows of the batch, and the window is converted to batches of the profile.
+        ``lookahead`` None: at each pool size what ``TieredTrainPipeline`` chooses by itself for a pool of that size. Whether a row is still
+        in a pool depends on the rows used since its last use, hardly on the batches that these came in, and what a window is worth on the
+        samples that it reaches. So for another batch misses a sample stay, up to the unique rows of the batch, and the window is converted
+        to batches of the profile.
         """
         factor = batch_samples / self.batch_samples
         unique = self.unique_rows(batch_samples)
         sizes = self.miss_curves[0].pool_rows
-        windows = [min(MOST_LOOKAHEAD, max(1, math.ceil(p / max(unique, 1)))) if lookahead is None else lookahead for p in sizes]
+        windows = [useful_batches(p / max(unique, 1)) if lookahead is None else lookahead for p in sizes]
         misses, write_backs = (
             [min(unique, self._in_window(k, w * factor, name) * factor) for k, w in enumerate(windows)]
             for name in ("misses_per_batch", "write_backs_per_batch")

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .access_profile import MOST_LOOKAHEAD, MissCurve, TableAccess
+from ..lookahead import MOST_BATCHES
+from .access_profile import MissCurve, TableAccess
 
 _HALVINGS = 50
 
@@ -44,7 +45,7 @@ def _left(
     first_uses = min(missed, curve.misses(table.used_rows)) if table.used_rows < table.rows else 0.0
     room = pool_rows - table.unique_rows((prefetch_depth + 1) * batch_samples)
     factor = batch_samples / table.batch_samples
-    reach = min(MOST_LOOKAHEAD if lookahead is None else lookahead, _reach(table, room) / factor)
+    reach = min(MOST_BATCHES if lookahead is None else lookahead, _reach(table, room) / factor)
     spared_by = reach * (records_per_block - 1) / max(1, table.used_rows)
     most = missed - first_uses
     low, high = 0.0, most

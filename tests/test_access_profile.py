@@ -91,10 +91,10 @@ def test_windows_between_the_measured_ones_lie_between_them() -> None:
     assert t.miss_curve_for(50, 1000).misses(100) == 18
 
 
-def test_left_its_own_choice_a_pool_knows_as_many_batches_as_it_holds() -> None:
+def test_left_its_own_choice_a_pool_knows_eight_times_as_many_batches_as_it_holds() -> None:
     own = table().miss_curve
-    assert own.misses(100) == pytest.approx(table().miss_curve_for(50, 2).misses(100))  # 100 slots, 60 unique rows a batch
-    assert own.misses(400) == pytest.approx(table().miss_curve_for(50, 7).misses(400))
+    assert own.misses(100) == pytest.approx(table().miss_curve_for(50, 14).misses(100))  # 100 slots, 60 unique rows a batch
+    assert own.misses(400) == pytest.approx(table().miss_curve_for(50, 54).misses(400))
     assert own.lookahead is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -56,14 +57,15 @@ def test_batches_of_the_window_are_announced_and_withdrawn(one_rank: None) -> No
 
 
 def test_left_out_it_is_what_the_pools_can_use(one_rank: None) -> None:
-    twins = Twins(JOB, steps=120)
+    twins = Twins(Job([Table(600, 8, ["a"], 24)], batch_size=4), steps=120)
     dmp = twins.model(True)
     pipeline, data = mtrains.TieredTrainPipeline(dmp, twins.optimizer(dmp), CPU), iter(twins.batches)
-    for _ in range(49):
+    for _ in range(70):
         pipeline.progress(data)
     (group,) = mtrains.tiered_groups(dmp)
-    assert abs(pipeline.lookahead - group.useful_lookahead) <= 3
-    assert pipeline.lookahead > 10
+    held = 24 / group._rows_of_a_batch(0)
+    assert group.useful_lookahead == math.ceil(8 * held) < 64
+    assert abs(pipeline.lookahead - group.useful_lookahead) <= 8
 
 
 def test_pools_with_a_slot_for_every_row_have_no_use_for_it(one_rank: None) -> None:
@@ -112,6 +114,22 @@ def test_the_window_of_all_ranks_is_the_smallest(two_ranks: Ranks) -> None:
     first, second = two_ranks.run(bounded_windows)
     assert first == second
     assert 0 < max(first) < 5, "the large batches of one rank bound both"
+
+
+def test_the_window_is_the_largest_wish_of_all_ranks(two_ranks: Ranks) -> None:
+    assert two_ranks.run(agreed_windows) == [[4, 4, 0], [4, 4, 0]]
+
+
+def agreed_windows() -> list[int]:
+    """Of wishes that differ, then with room for less, then of none."""
+    rank, windows = dist.get_rank(), []
+    for wishes, limits in (((1, 4), (99, 99)), ((9, 1), (99, 40)), ((0, 0), (99, 99))):
+        window = Lookahead(None, limits[rank])
+        window._warned = True
+        window.propose([10] * 6, 10, wishes[rank], dist.group.WORLD, CPU)
+        window.agree()
+        windows.append(window.batches)
+    return windows
 
 
 def bounded_windows() -> list[int]:

@@ -16,7 +16,8 @@ from torchrec_mtrains.kernels import MemoryVolume
 
 from test_benchmarks import run
 
-import _train_misses  # isort: skip  (test_benchmarks has put benchmarks/ on the path)
+import _train_bound  # isort: skip  (test_benchmarks has put benchmarks/ on the path)
+import _train_misses  # isort: skip
 import _train_sides  # isort: skip
 import _train_steps  # isort: skip
 import _train_traces  # isort: skip
@@ -28,7 +29,7 @@ from torchrec_mtrains.twins import TwinsDifferError
 def test_the_train_benchmark_reports_every_section_and_draws_it(tmp_path: Path) -> None:
     report = run("train.py", tmp_path, "--no-movielens", "--picture", str(tmp_path / "train.png"))
     sections = report["figures"]["sections"]
-    assert set(sections) == {"misses", "directory", "steps", "criteo"}
+    assert set(sections) == {"misses", "bound", "directory", "steps", "criteo"}
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     assert all(math.isfinite(f["value"]) for f in report["figures"]["figures"].values())
     for trace in sections["misses"]["traces"].values():
@@ -37,6 +38,21 @@ def test_the_train_benchmark_reports_every_section_and_draws_it(tmp_path: Path) 
     for name in ("steps", "criteo"):  # that losses are equal is checked by the run itself
         assert sections[name]["steps_compared"] == sum(2 * (3 + 1) for _ in sections[name]["parts"])
         assert all(part["misses_per_step"] > 0 < part["blocks_per_step"] for part in sections[name]["parts"])
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=4, unique=True), max_size=40), st.sampled_from([0.0, 0.01, 0.3]))
+def test_the_popularities_of_the_bound_follow_bayes_rule(batches: list[list[int]], drift: float) -> None:
+    of_rows = _train_bound.Popularities(10, 3, 1.05, drift)
+    prior, used = of_rows.prior.double(), of_rows.used.double()
+    by_hand = [prior.clone() for _ in range(10)]
+    for batch in batches:
+        of_rows.see(torch.tensor(batch, dtype=torch.int64))
+        for row in range(10):
+            moved = (1 - drift) * by_hand[row] + drift * prior
+            seen = moved * (used if row in batch else 1 - used)
+            by_hand[row] = seen / seen.sum()
+    expected = torch.stack([p @ used for p in by_hand])
+    assert torch.allclose(of_rows.in_next.double(), expected, rtol=1e-3, atol=1e-6)
 
 
 def batches_of(rows: int) -> st.SearchStrategy[list[np.ndarray]]:
@@ -110,6 +126,7 @@ def test_announced_batches_save_misses_of_a_slot_pool() -> None:
 
 def test_traces_are_functions_of_their_table_and_drift_moves_what_is_hot() -> None:
     stretch = _train_traces.Stretch(0, 1500, 0)
+    kept = {}
     for name in _train_traces.ZIPFS:
         first, again, other = (_train_traces.zipf_trace(name, 5000, 200, stretch, table).ids for table in (0, 0, 1))
         assert np.array_equal(first, again)
@@ -117,8 +134,9 @@ def test_traces_are_functions_of_their_table_and_drift_moves_what_is_hot() -> No
         assert first.min() >= 0
         assert first.max() < 5000
         hottest = [set(np.argsort(np.bincount(part.ravel(), minlength=5000))[-50:]) for part in (first[:50], first[-50:])]
-        kept = len(hottest[0] & hottest[1])
-        assert kept < 25 if "drifting" in name else kept > 25
+        kept[name] = len(hottest[0] & hottest[1])
+    assert max(kept["zipf 1.05, drifting"], kept["zipf 0.9, drifting"]) < 25 < min(kept["zipf 1.05"], kept["zipf 0.9"])
+    assert kept["zipf 1.05, drifting"] < kept["zipf 1.05, drifting slowly"] < kept["zipf 1.05"]
 
 
 def test_the_mixture_changes_its_skew_in_the_middle_of_what_is_measured() -> None:

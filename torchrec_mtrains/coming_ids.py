@@ -28,8 +28,8 @@ def announce(ids: Ids) -> bool:
 
 
 def prefetch(ids: Ids, forward_stream: Any) -> None:
-    """Rows of tiered tables come into slots. Not those of stock tables in UVM caching: FBGEMM takes the ids of prefetched batches for those of
-    forwards, the first for the first, so that whoever prefetches must begin with the batch that trains next, and one at a time."""
+    """Rows of tiered tables come into slots. Not those of stock tables in UVM caching: FBGEMM gives each forward the places that it found
+    for the next batch in a queue of prefetched ones, so that whoever prefetches must begin with the batch that trains next."""
     for kernel, features in _features(ids):
         kernel.prefetch(features, forward_stream)
 

@@ -126,7 +126,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
             raise ConfigurationError(f"prefetch_depth must be 0 to {MOST_PREFETCHED} batches, got {prefetch_depth}")
         self.prefetch_depth, self._lookahead = prefetch_depth, Lookahead(lookahead, lookahead_bytes)
         self.trained_batches = 0
-        self._usable: int | None = None
+        self._usable = 0
         super().__init__(
             model,
             optimizer,
@@ -280,10 +280,9 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
     # -- the window
 
     def _ask_pools(self) -> None:
-        """What the slot pools of this rank can use; None where none has a use for it. Before prefetching: pools answer when what was
-        prefetched has begun."""
+        """What the slot pools of this rank can use. Before prefetching: pools answer when what was prefetched has begun."""
         if self._lookahead.asked is None and self.contexts[0].index % ASK_EVERY == 0:
-            self._usable = min(filter(None, (group.useful_lookahead for group in tiered_groups(self._model))), default=None)
+            self._usable = max((group.useful_lookahead for group in tiered_groups(self._model)), default=0)
 
     def _propose_window(self) -> None:
         asked = self._lookahead.asked

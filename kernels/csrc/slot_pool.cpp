@@ -145,8 +145,9 @@ uint64_t SlotPool::announce(const Batch& batch) {
       if (at == announced_.end()) return;  // withdrawn
       mine = &at->second;
     }
-    by_feature(mine->batch, mine->bounds,
-               [&](size_t t, const auto* ids, int64_t begin, int64_t end) { directories_[t].announce(ids, begin, end, bit_of(number)); });
+    by_feature(mine->batch, mine->bounds, [&](size_t t, const auto* ids, int64_t begin, int64_t end) {
+      if (directories_[t].resident() < directories_[t].rows()) directories_[t].announce(ids, begin, end, bit_of(number));
+    });
     set_first_announced();
   });
   return number;
