@@ -139,9 +139,10 @@ class Loop:
             done.result()
         return output.detach()
 
-    def milliseconds(self, steps: int) -> float:
-        """Of a step, over so many."""
-        torch.cuda.synchronize()
+    def milliseconds(self, steps: int, synchronize: bool = True) -> float:
+        """Of a step, over so many; behind what is queued on the device, or when that is done."""
+        if synchronize:
+            torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(steps):

@@ -42,7 +42,7 @@ def steps(shape: Shape, batches: Batches, footprint_share: float, warm_up: int, 
         for name, figure in of.items():
             print(
                 f"{optimizer.name}, {name}: {figure['ms']:.2f} ms",
-                {k: v for k, v in figure.items() if k.endswith(("threaded", "_step"))},
+                {k: v for k, v in figure.items() if k.endswith(("threaded", "_step", "_device", "_hbm_ms"))},
                 flush=True,
             )
     return result
@@ -61,16 +61,18 @@ def table(results: dict[str, Any]) -> list[Figure]:
         equal = [r["equal"] for r in results["bits"].values()]
         figures.append(Figure(f"optimizers and homes with equal bits, of {len(equal)}", sum(equal), f"≥ {len(equal)}", 0))
     for optimizer, of in results.get("steps", {}).items():
-        hbm, machine = of["hbm"]["ms"], results["machine"]
-        figures.append(Figure(f"{optimizer}: all-HBM step, ms", hbm))
+        machine = results["machine"]
+        figures.append(Figure(f"{optimizer}: all-HBM step, ms", of["hbm"]["ms"]))
         if whole := of.get("all in the pool"):
-            figures.append(Figure(f"{optimizer}: every row in the pool ÷ all-HBM", whole["ms"] / hbm, "≤ 1.10"))
-            figures.append(Figure("    prefetched by a thread of its own", whole["ms_threaded"] / hbm))
+            figures.append(Figure(f"{optimizer}: every row in the pool ÷ all-HBM", whole["ms"] / whole["all_hbm_ms"], "≤ 1.10"))
+            figures.append(Figure("    prefetched by a thread of its own", whole["ms_threaded"] / whole["all_hbm_ms_threaded"]))
+            figures.append(Figure("    of the device, launches hidden", whole["ms_of_device"] / of["hbm"]["ms_of_device"]))
         for share in SHARES:
             ours, uvm = of[f"ours {share}"], of[f"uvm {share}"]
-            bound = max(hbm, bus_ms(ours, machine))
-            figures.append(Figure(f"{optimizer}: pool {share:.0%} ÷ max(all-HBM, bus)", ours["ms"] / bound, "≤ 1.2"))
-            figures.append(Figure("    prefetched by a thread of its own", ours["ms_threaded"] / bound))
+            bus = bus_ms(ours, machine)
+            figures.append(Figure(f"{optimizer}: pool {share:.0%} ÷ max(all-HBM, bus)", ours["ms"] / max(ours["all_hbm_ms"], bus), "≤ 1.2"))
+            threaded = ours["ms_threaded"] / max(ours["all_hbm_ms_threaded"], bus)
+            figures.append(Figure("    prefetched by a thread of its own", threaded))
             figures.append(
                 Figure(
                     f"{optimizer}: pool {share:.0%} ÷ UVM caching", ours["ms"] / uvm["ms"], "≤ 1.0" if optimizer == SGD.name else "≤ 0.6"

@@ -36,8 +36,9 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
-from .device_directory import HOST, SLOT, WINDOW, Attempt, Batch, DeviceDirectory, Lookup, Misses, Turn
+from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses, Turn
 from .device_fused import SEQUENCES, FusedDirectory
+from .device_ids import Batch
 from .device_planes import Planes, native_part
 from .device_streams import Streams
 
@@ -117,6 +118,7 @@ class DeviceBatches:
         self._released: deque[tuple[int, Any]] = deque()  # with events
         self._attempted: deque[int] = deque(maxlen=SEQUENCES)  # the last of them
         self._announced: dict[int, Batch] = {}  # by number
+        self._untold: dict[int, Any] = {}  # of those, which the directory does not know yet, and the stream that announced each
         self._last_seq = self._last_announced = 0
         self._attempts = True  # no row was below, lately
         self._counts = [_Counts() for _ in tables]
@@ -145,11 +147,13 @@ class DeviceBatches:
             self._let_go()
             self._finish_fill()
             self._announced.pop(announced, None)
+            self._untold.pop(announced, None)
             if self._attempts and batch.ids.numel():
                 seq = self._attempt(batch, hard, dirty, announced)
                 if not hard or self._look(seq):
                     return seq, self._held[seq].slots
             self._look_at_all()
+            self._tell_but(0)
             seq = self._last_seq = self._last_seq + 1
             found = self.directory.lookup(batch, seq, dirty, announced)
             self._attempts = True
@@ -169,7 +173,7 @@ class DeviceBatches:
         seq = self._last_seq = self._last_seq + 1
         self._attempted.append(seq)
         turn = Turn(seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0))
-        attempt = self.directory.attempt(batch, turn, self._exchange)
+        attempt = self.directory.attempt(batch, turn, self._exchange, self._told_last())
         with self._streams.on_mover():
             attempt.move()
             if attempt.done is not None:
@@ -212,21 +216,38 @@ class DeviceBatches:
 
     def announce(self, batch: Batch) -> int:
         """A coming batch will use these rows. Returns the number to begin or withdraw it by; 0: too many are announced."""
-        with self._lock, self._streams.on_directory():
+        with self._lock:
             number = self._last_announced + 1
             if self._announced and number - min(self._announced) >= WINDOW:
                 return 0
             self._last_announced = number
-            self.directory.announce(batch, number, True)
-            self._announced[number] = batch
+            self._announced[number], self._untold[number] = batch, self._streams.current()
+            if len(self._untold) > 1:
+                with self._streams.on_directory():
+                    self._tell_but(1)
             return number
+
+    def _tell_but(self, last: int) -> None:
+        """The directory hears of announced batches, but for so many of the last ones: the next attempt tells one at no cost."""
+        for number in list(self._untold)[: len(self._untold) - last]:
+            self._streams.wait_for_stream(self._untold.pop(number))
+            self.directory.announce(self._announced[number], number, True)
+
+    def _told_last(self) -> tuple[Batch, int] | None:
+        """The announced batch that is left to tell, for an attempt to do."""
+        self._tell_but(1)
+        for number in list(self._untold):
+            self._streams.wait_for_stream(self._untold.pop(number))
+            return self._announced[number], number
+        return None
 
     def withdraw(self, number: int) -> None:
         """The announced batch will not come."""
         with self._lock, self._streams.on_directory():
             batch = self._announced.pop(number)
-            self.directory.announce(batch, number, False)
-            self._streams.keep(self._streams.now(), batch)
+            if self._untold.pop(number, self) is self:
+                self.directory.announce(batch, number, False)
+                self._streams.keep(self._streams.now(), batch)
 
     @property
     def announced(self) -> int:

@@ -32,17 +32,16 @@ locks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import errors
+from .device_ids import Batch, GroupIds, set_before, starts, told
 
 SLOT, HOST = 0, 1
 """The two kinds of places, and their queues."""
@@ -62,21 +61,10 @@ FAR_BATCHES = 64
 STAYS = BUCKETS + WINDOW + 1
 """The bucket of what may not leave."""
 
-POLL_SECONDS = 20e-6
-"""Between looks at an attempt that is under way; one takes 0.1 ms and more."""
-
 QUEUE_SHARE = 16
 """A queue is at most this part of a table's places: how often the pass runs against how exact the order is. A guess."""
 
 _INT32, _INT64 = torch.int32, torch.int64
-
-
-class Batch(NamedTuple):
-    """Ids of one batch: feature f's begin at ``offsets[f * stride]``. Shapes: ids (n,), int32 or int64, and so offsets."""
-
-    ids: Tensor
-    offsets: Tensor
-    stride: int
 
 
 class Turn(NamedTuple):
@@ -156,7 +144,7 @@ class _Queue:
     bounds: Tensor  # (tables + 1,)
 
 
-class DeviceDirectory:
+class DeviceDirectory(GroupIds):
     """The directory of a group: ``rows``, ``slots`` and ``host_places`` by table, ``table_of_feature`` by feature, in order of tables."""
 
     BYTES_PER_ROW, BYTES_PER_PLACE = 4, 20
@@ -170,34 +158,24 @@ class DeviceDirectory:
         table_of_feature: Sequence[int],
         device: torch.device,
     ) -> None:
-        assert list(table_of_feature) == sorted(table_of_feature), "features are grouped by table"
-        self.names, self.rows, self.sizes = list(names), list(rows), (list(slots), list(host_places))
-        self.tables, self.device = len(rows), device
+        super().__init__(names, rows, slots, table_of_feature, device)
+        self.sizes = (list(slots), list(host_places))
         self.slots, self.places = sum(slots), sum(slots) + sum(host_places)
-        self.first_row = _starts(rows)
-        self.first_place = (_starts(slots), [self.slots + first for first in _starts(host_places)])
+        self.first_place = (self.first_slot, [self.slots + first for first in starts(host_places)])
         if self.places >= 1 << 31:
             raise errors.ConfigurationError(
                 f"a group of tiered tables has at most 2^31 - 1 places in its pools and host caches, got {self.places}; use smaller ones, "
                 "or spread the tables over more ranks"
             )
-        self._sink_row, self._sink_place = self.first_row[-1], self.places
+        self._sink_place = self.places
         self.place_of_row = self._filled(self._sink_row + 1, -1, _INT32)
         self.row_of_place = self._filled(self.places + 1, -1, _INT32)
         self.stamp = self._filled(self.places + 1, -1, _INT64)
         self.window = self._filled(self.places + 1, 0, _INT64)
-        of_feature = [(self.first_row[t], rows[t], self.first_place[SLOT][t], t) for t in table_of_feature]
-        self._feature_row, self._feature_rows, self._feature_slot, self._feature_table = (
-            self._tensor(column) for column in zip(*of_feature, strict=True)
-        )
         self._first_row, self._first_place = self._tensor(self.first_row), [self._tensor(f) for f in self.first_place]
         self._table_numbers = torch.arange(self.tables + 1, device=device)
-        self._numbers = torch.arange(0, device=device)
         self._queues = [self._empty_queue() for _ in range(3)]
         self.evictions, self.write_backs = (torch.zeros(self.tables, dtype=_INT64, device=device) for _ in range(2))  # rows that left slots
-
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=_INT64, device=self.device)
 
     def _filled(self, count: int, value: int, dtype: torch.dtype) -> Tensor:
         try:
@@ -214,12 +192,6 @@ class DeviceDirectory:
         none = self._tensor([])
         return _Queue(none, none, none, none, torch.zeros(self.tables + 1, dtype=_INT64, device=self.device))
 
-    def _count_up(self, count: int) -> Tensor:
-        """0, 1, … Shapes: (count,)."""
-        if self._numbers.numel() < count:
-            self._numbers = torch.arange(count, device=self.device)
-        return self._numbers[:count]
-
     # -- one batch
 
     def lookup(self, batch: Batch, seq: int, dirty: bool, announced: int = 0) -> Lookup:
@@ -235,33 +207,21 @@ class DeviceDirectory:
         self.stamp_places(torch.where(hit, place, self._sink_place), seq, dirty)
         if announced:
             self._set_windows(place, announced, False)
-        hit_rows = _before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
+        hit_rows = set_before(self.stamp[: self.slots] >= 2 * seq).index_select(0, self._first_place[SLOT]).diff()
         numbers = torch.cat([torch.stack([bad.sum(), missing.sum()]), hit_rows, self._begins(batch).long()])
         bad_count, missing_count, *rest = numbers.tolist()
         hits, begins = rest[: self.tables], rest[self.tables :]
         return Lookup(batch, place, slot, missing, missing_count, hits, self._lookups(batch.ids, begins, bad_count))
 
-    def _rows_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """By position: the feature, whether the id is out of range, and the row, through the group."""
-        feature = self._features_at(batch, self._count_up(batch.ids.numel()))
-        bad = (batch.ids < 0) | (batch.ids >= self._feature_rows.index_select(0, feature))
-        return feature, bad, torch.where(bad, self._sink_row, self._feature_row.index_select(0, feature) + batch.ids)
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, coming: tuple[Batch, int] | None = None) -> Attempt:
+        """All that a batch needs, if its rows are in places and enough slots may be taken. Raises nothing: ``outcome`` does.
 
-    def _lookups(self, ids: Tensor, begins: list[int], bad_count: int) -> list[int]:
-        """Ids by feature. Raises: IdOutOfRangeError, ConfigurationError."""
-        lookups = [b - a for a, b in pairwise(begins)]
-        if begins[0] != 0 or begins[-1] != ids.numel() or min(lookups) < 0:
-            raise errors.ConfigurationError(
-                f"offsets must not decrease, begin at 0 and end at the number of ids, {ids.numel()}; features begin at {begins}"
-            )
-        if bad_count:
-            self._refuse_id(ids, begins)
-        return lookups
-
-    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
-        """All that a batch needs, if its rows are in places and enough slots may be taken. Raises nothing: ``outcome`` does."""
+        ``coming`` is announced before, with its number.
+        """
+        if coming is not None:
+            self.announce(*coming, True)
         seq, before, dirty, announced, first_announced = turn
-        summary = torch.zeros(2 + 3 * self.tables + self._feature_row.numel() + 2, dtype=_INT64)
+        summary = torch.zeros(2 + 3 * self.tables + self.features + 2, dtype=_INT64)
         summary[2 + 3 * self.tables : -1] = self._begins(batch)
         summary[-1] = seq
         try:
@@ -296,12 +256,7 @@ class DeviceDirectory:
 
         Raises: IdOutOfRangeError, ConfigurationError: nothing was changed.
         """
-        summary = attempt.summary
-        while summary[-1] != attempt.seq:
-            if attempt.done.query():  # raises what failed on the device
-                break
-            time.sleep(POLL_SECONDS)
-        assert summary[-1] == attempt.seq
+        summary = told(attempt.summary, attempt.seq, self.device)
         if summary[1]:
             return True
         self._lookups(attempt.batch.ids, summary[2 + 3 * self.tables : -1].tolist(), int(summary[0]))
@@ -317,26 +272,6 @@ class DeviceDirectory:
         places = torch.where(places < 0, self._sink_place, places)
         bit, windows = 1 << number % WINDOW, self.window.index_select(0, places)
         self.window[places] = windows | bit if comes else windows & ~bit
-
-    def _begins(self, batch: Batch) -> Tensor:
-        _ids, offsets, stride = batch
-        features = self._feature_row.numel()
-        return offsets[::stride][: features + 1] if stride else offsets.expand(features + 1)
-
-    def _features_at(self, batch: Batch, positions: Tensor) -> Tensor:
-        ends = self._begins(batch)[1:].long().contiguous()
-        return torch.searchsorted(ends, positions, right=True).clamp_max_(ends.numel() - 1)
-
-    def _refuse_id(self, ids: Tensor, begins: list[int]) -> None:
-        feature = self._features_at(Batch(ids, self._tensor(begins), 1), self._count_up(ids.numel()))
-        position = int(((ids < 0) | (ids >= self._feature_rows.index_select(0, feature))).nonzero()[0])
-        f = int(feature[position])
-        table = int(self._feature_table[f])
-        raise errors.IdOutOfRangeError(
-            f"id {int(ids[position])} of table {self.names[table]!r} (feature {f} of the group, position {position - begins[f]}) is "
-            f"outside [0, {self.rows[table]}). Nothing was changed. Fix the input, hash ids into range, or set bounds_check_mode to "
-            "WARNING to have them read row 0"
-        )
 
     def stamp_places(self, places: Tensor, seq: int, dirty: bool) -> None:
         """Marks places as last used by a batch; they stay dirty where they are. Of equal places any number may be given."""
@@ -367,7 +302,7 @@ class DeviceDirectory:
         if stamps:
             self.stamp_places(torch.where(there & ~below, was, self._sink_place), seq, False)
         bounds = torch.searchsorted(table, self._table_numbers)
-        return Misses(most, at, row_at, feature_at, row, was, table, below, bounds.diff(), _before(below).index_select(0, bounds).diff())
+        return Misses(most, at, row_at, feature_at, row, was, table, below, bounds.diff(), set_before(below).index_select(0, bounds).diff())
 
     def unclaim(self, misses: Misses) -> None:
         """Takes ``claim`` back: the rows are where they were."""
@@ -377,7 +312,7 @@ class DeviceDirectory:
         """So many candidates of each table, in their queues' order. Shapes: wanted (tables,)."""
         queue = self._queues[queue_of]
         fresh = (self.stamp.index_select(0, queue.place) == queue.stamp) & (self.window.index_select(0, queue.place) == queue.window)
-        before = _before(fresh)
+        before = set_before(fresh)
         at_bounds = before.index_select(0, queue.bounds)
         rank = before[:-1] - at_bounds.index_select(0, queue.table)
         chosen = torch.nonzero_static(fresh & (rank < wanted.index_select(0, queue.table)), size=most, fill_value=0).squeeze(1)
@@ -418,7 +353,7 @@ class DeviceDirectory:
         whole = (up_to <= goal[:, None]).sum(1)  # buckets that are taken whole
         rest = goal - torch.where(up_to <= goal[:, None], up_to, 0).amax(1)
         partly = bucket == whole.index_select(0, table)
-        rank = _before(partly)
+        rank = set_before(partly)
         rank = rank[:-1] - rank.index_select(0, self._first_place[kind][:-1] - first).index_select(0, table)
         taken = (bucket < whole.index_select(0, table)) | (partly & (rank < rest.index_select(0, table)))
         return (taken & (bucket < STAYS)).nonzero().squeeze(1) + first
@@ -534,18 +469,6 @@ class DeviceDirectory:
                     raise AssertionError(f"device directory: places and rows of table {self.names[table]!r} are not inverse to each other")
         if seen != int((place_of_row >= 0).sum()):
             raise AssertionError("device directory: a row has a place that does not have it")
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
-
-
-def _before(flags: Tensor) -> Tensor:
-    """How many flags are set before each position, and in all. Shapes: (n,) → (n + 1,) int64."""
-    return torch.cat([torch.zeros(1, dtype=_INT64, device=flags.device), flags.cumsum(0)])
 
 
 def _next_use(window: Tensor, first: int) -> Tensor:

@@ -9,16 +9,18 @@ and for what is to be exchanged.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, Batch, DeviceDirectory, Exchange, Turn
+from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange, Turn
+from .device_ids import Batch
 
 SEQUENCES = 4
 """Of one kind, so attempts that the host need not have looked at; a guess: batches are rarely prefetched further ahead."""
@@ -29,8 +31,14 @@ BINS = 2 * BUCKETS
 _INT8, _INT32, _INT64 = torch.int8, torch.int32, torch.int64
 
 
-def _kernels() -> ModuleType:
-    from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
+GIVEN = struct.Struct("15q")
+"""What the host gives a sequence: ``batch`` in ``device_kernels``."""
+
+
+@cache
+def kernels() -> ModuleType:
+    """``device_kernels``, which needs Triton, which a CPU's PyTorch may lack."""
+    from . import device_kernels
 
     return device_kernels
 
@@ -39,7 +47,7 @@ class _Scratch:
     """What the launches of an attempt pass on: by position, by candidate, by slot, by block or by table."""
 
     def __init__(self, directory: DeviceDirectory, capacity: int) -> None:
-        k, tables, sizes = _kernels(), directory.tables, directory.sizes[SLOT]
+        k, tables, sizes = kernels(), directory.tables, directory.sizes[SLOT]
 
         def empty(count: int, dtype: torch.dtype = _INT32) -> Tensor:
             return torch.empty(max(1, count), dtype=dtype, device=directory.device)
@@ -81,7 +89,7 @@ class _Sequence:
     runs: int = 0
 
     def __post_init__(self) -> None:
-        self.as_given, self.as_summary = self.given.numpy(), self.summary.numpy()
+        self.as_given, self.as_summary = self.given.numpy().data.cast("B"), self.summary.numpy()
 
 
 def queue_room(slots: int) -> int:
@@ -107,18 +115,25 @@ class FusedDirectory(DeviceDirectory):
         return self._feature_row, self._feature_rows, self._feature_slot, self._feature_table
 
     def announce(self, batch: Batch, number: int, comes: bool) -> None:
-        _kernels().announce(*batch, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
+        kernels().announce(*batch, self._of_feature, self.place_of_row, self.window, number % WINDOW, comes)
 
-    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange) -> Attempt:
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, coming: tuple[Batch, int] | None = None) -> Attempt:
         ids, offsets, stride = batch
         count = ids.numel()
-        capacity = max(_kernels().BLOCK, _pow2(count))
+        capacity = max(kernels().BLOCK, _pow2(count))
         if self._scratch is None or capacity > self._scratch.capacity:
             self._grow(capacity)
         sequence = self._next(capacity, ids.dtype is _INT32, offsets.dtype is _INT32)
         out = torch.empty((2, count), dtype=_INT64, device=self.device)
         place, slot = out.unbind(0)
-        sequence.as_given[:10] = (ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn)
+        awaited: tuple[int, ...] = (0, 0, 0, 0, 0)
+        if coming is not None:
+            later, number = coming
+            if later.ids.numel() <= capacity and later.ids.dtype is ids.dtype and later.offsets.dtype is offsets.dtype:
+                awaited = (later.ids.data_ptr(), later.offsets.data_ptr(), later.ids.numel(), later.stride, number % WINDOW)
+            else:
+                self.announce(later, number, True)
+        GIVEN.pack_into(sequence.as_given, 0, ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn, *awaited)
         sequence.runs += 1
         if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
             self._launch(sequence)
@@ -143,7 +158,7 @@ class FusedDirectory(DeviceDirectory):
         ring = self._sequences.setdefault((capacity, ids32, offsets32), deque())
         on_gpu = self.device.type == "cuda"
         if len(ring) < SEQUENCES:
-            sizes = (_kernels().BATCH, 2 + 3 * self.tables + len(self._feature_row) + 2)
+            sizes = (kernels().BATCH, 2 + 3 * self.tables + self.features + 2)
             given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
             slots, hosts, tables = torch.empty(3, min(capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
             count = torch.zeros(1, dtype=_INT64, device=self.device)
@@ -151,7 +166,7 @@ class FusedDirectory(DeviceDirectory):
             ring.append(_Sequence(capacity, ids32, offsets32, given, summary, slots, hosts, tables, count, done))
         else:
             ring.rotate(-1)
-            if on_gpu:
+            if on_gpu and not ring[-1].done.query():
                 torch.cuda.current_stream(self.device).wait_event(ring[-1].done)
         return ring[-1]
 
@@ -166,9 +181,9 @@ class FusedDirectory(DeviceDirectory):
         return graphs
 
     def _launch(self, sequence: _Sequence) -> None:
-        k, s, tables = _kernels(), self._scratch, self.tables
+        k, s, tables = kernels(), self._scratch, self.tables
         assert s is not None
-        features = len(self._feature_row)
+        features = self.features
         feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}
         pow2 = {"FEATURES_POW2": _pow2(features + 1), "TABLES_POW2": _pow2(tables)}
         ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
@@ -176,9 +191,9 @@ class FusedDirectory(DeviceDirectory):
         by_position, by_candidate, by_slot = (blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
         by_block, first_slot = {"BLOCK": k.BLOCK}, self._first_place[SLOT]
         k._start[(-(-s.counters.numel() // 2048),)](sequence.given, s.batch, s.counters, s.counters.numel(), BLOCK=2048)
-        k._look[by_position](
+        k._look[(2 * blocks,)](
             s.batch, *self._of_feature, self.place_of_row, self.stamp, self.window, s.row, s.feature, s.missing, s.bad, s.missing_count,
-            s.hits, self.slots, self._sink_place, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
+            s.hits, self.slots, self._sink_place, blocks, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
         )  # fmt: skip
         k._claim[by_position](s.missing, s.row, self.place_of_row, s.missing_count, **by_block)
         k._win[(blocks + tables * s.queue_blocks,)](

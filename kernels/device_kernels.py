@@ -9,7 +9,7 @@ grids are as large as they may have to be, and programs without work return. The
 An attempt's launches, each of which needs what the one before has written everywhere:
 
     start       batch from the host; counters to zero
-    look        by position: place and slot; stamps of hits; what misses
+    look        by position: place and slot; stamps of hits; what misses. By position of a batch that is announced: windows
     claim       by position that misses: its claim, the smaller the earlier
     win         by position that misses: whether its claim won. By candidate: whether it is fresh. Both counted by block and table
     scan        one program: where each block's winners and candidates begin; whether a table has too few candidates
@@ -19,6 +19,8 @@ An attempt's launches, each of which needs what the one before has written every
     commit      by winner: rows and places; or the claim taken back. The summary's seal
     settle      by position that misses: its slot
     exchange    records, in rounds, ordered by pages of host places: counted by page; where each page's begin; the order
+
+A batch of a group whose rows all have slots of their own has four: start, use, tell (its summary) and seal.
 
 ``decided``: whether the queue is made anew, whether offsets are sound, then by table the first winner, and the first candidate.
 """
@@ -37,13 +39,18 @@ SLOT_BLOCK = 2048
 CHUNK = 4096
 BATCH = 16
 _IDS, _OFFSETS, _OUT, _COUNT, _STRIDE, _SEQ, _BEFORE, _DIRTY, _ANNOUNCED, _FIRST = (tl.constexpr(i) for i in range(10))
-"""Of ``batch``: addresses, then numbers."""
+_LATER_IDS, _LATER_OFFSETS, _LATER_COUNT, _LATER_STRIDE, _LATER_SHIFT = (tl.constexpr(i) for i in range(10, 15))
+"""Of ``batch``: addresses, then numbers; and of a batch that is announced with it."""
 
 _BATCH = tl.constexpr(BATCH)
 _LOWEST = tl.constexpr(-(1 << 31))
 
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS = 512, 132
-"""Of a tile, and how many are under way: enough for the bus, and few, so that what trains beside it keeps its multiprocessors."""
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 8192, 22, 8
+"""Of a tile, how many are under way, and the warps of each: few programs, so that what trains beside them keeps its multiprocessors, with
+much on its way over the bus each. Of 22 combinations tried in a training step the best or nearly so (docs/gpu.md)."""
+
+EXCHANGE_ROWS, EXCHANGE_COLUMNS = 256, 512
+"""A tile has at most, so that narrow rows are shared between programs, and wide ones between tiles."""
 
 PAGES_POW2 = 12
 """At most two to the power of this many *pages*: stretches of host places that are exchanged one after the other. With 5 GB of host
@@ -75,8 +82,8 @@ def _add_by_table(counts, table, amount, here):
 
 
 @triton.jit
-def _ids_and_offsets(batch, IDS32: tl.constexpr, OFFSETS32: tl.constexpr):  # type: ignore[no-untyped-def]
-    ids, offsets = tl.load(batch + _IDS), tl.load(batch + _OFFSETS)
+def _ids_and_offsets(batch, IDS32: tl.constexpr, OFFSETS32: tl.constexpr, AT: tl.constexpr = _IDS):  # type: ignore[no-untyped-def]
+    ids, offsets = tl.load(batch + AT), tl.load(batch + AT + 1)
     if IDS32:  # noqa: SIM108
         ids_at = ids.to(tl.pointer_type(tl.int32))
     else:
@@ -98,14 +105,43 @@ def _start(given, batch, counters, count, BLOCK: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
+def _set_windows(  # type: ignore[no-untyped-def]
+    ids, offsets, stride, feature_row, feature_rows, place_of_row, window, count, shift, at,
+    COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of positions ``at``, which are in places: the bit of their batch."""
+    here = at < count
+    feature = _feature_at(offsets, stride, at, FEATURES, SEARCH)
+    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+    good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+    place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
+    bit = tl.full([BLOCK], 1, tl.int64) << shift
+    there = tl.maximum(place, 0)
+    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
+    if COMES:
+        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
+    else:
+        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
+
+
+@triton.jit
 def _look(  # type: ignore[no-untyped-def]
     batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, row_out, feature_out, missing_out,
-    bad, missing_count, hits, slots, sink, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    bad, missing_count, hits, slots, sink, blocks, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr,
+    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(batch + _COUNT)
-    if tl.program_id(0).to(tl.int64) * BLOCK >= count:
+    if tl.program_id(0) >= blocks:
+        at -= blocks * BLOCK
+        later = tl.load(batch + _LATER_COUNT)
+        if (tl.program_id(0) - blocks) * BLOCK < later:
+            later_ids, later_offsets = _ids_and_offsets(batch, IDS32, OFFSETS32, _LATER_IDS)
+            _set_windows(
+                later_ids, later_offsets, tl.load(batch + _LATER_STRIDE), feature_row, feature_rows, place_of_row, window, later,
+                tl.load(batch + _LATER_SHIFT), at, True, FEATURES, SEARCH, BLOCK,
+            )  # fmt: skip
+    elif tl.program_id(0).to(tl.int64) * BLOCK >= count:
         tl.store(missing_out + at, tl.zeros([BLOCK], tl.int8))
     else:
         ids, offsets = _ids_and_offsets(batch, IDS32, OFFSETS32)
@@ -150,18 +186,7 @@ def _announce(  # type: ignore[no-untyped-def]
     COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < count
-    feature = _feature_at(offsets, stride, at, FEATURES, SEARCH)
-    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-    good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
-    place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
-    bit = tl.full([BLOCK], 1, tl.int64) << shift
-    there = tl.maximum(place, 0)
-    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
-    if COMES:
-        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
-    else:
-        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
+    _set_windows(ids, offsets, stride, feature_row, feature_rows, place_of_row, window, count, shift, at, COMES, FEATURES, SEARCH, BLOCK)
 
 
 def announce(
@@ -470,6 +495,71 @@ def _settle(batch, count_in, missing_in, row_in, feature_in, feature_slot, place
 
 
 @triton.jit
+def _use(  # type: ignore[no-untyped-def]
+    batch, counters, feature_rows, feature_slot, feature_table, stamp, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr,
+    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(batch + _COUNT)
+    if tl.program_id(0).to(tl.int64) * BLOCK < count:
+        ids, offsets = _ids_and_offsets(batch, IDS32, OFFSETS32)
+        here = at < count
+        now, dirty = tl.load(batch + _SEQ), tl.load(batch + _DIRTY)
+        feature = _feature_at(offsets, tl.load(batch + _STRIDE), at, FEATURES, SEARCH)
+        id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+        good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+        slot = tl.load(feature_slot + feature) + id
+        old = tl.load(stamp + slot, mask=good, other=0)
+        first = good & ((old >> 1) != now)  # of most rows that are in a batch often it is stamped already
+        old = tl.atomic_xchg(stamp + slot, 2 * now + (dirty | (old & 1)), mask=first)
+        first = first & ((old >> 1) != now)
+        _add_by_table(counters + 1, tl.load(feature_table + feature), first.to(tl.int64), here)
+        bad_here = tl.sum((here & ~good).to(tl.int64))
+        if bad_here > 0:
+            tl.atomic_add(counters, bad_here)
+
+
+@triton.jit
+def _tell(  # type: ignore[no-untyped-def]
+    batch, counters, summary, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr,
+    OFFSETS32: tl.constexpr,
+):  # fmt: skip
+    _ids, offsets = _ids_and_offsets(batch, True, OFFSETS32)
+    f, t, stride = tl.arange(0, FEATURES_POW2), tl.arange(0, TABLES_POW2), tl.load(batch + _STRIDE)
+    begin = tl.load(offsets + f * stride, mask=f <= FEATURES, other=0).to(tl.int64)
+    end = tl.load(offsets + (f + 1) * stride, mask=f < FEATURES, other=0).to(tl.int64)
+    broken = tl.sum(((f < FEATURES) & (end < begin)).to(tl.int32))
+    broken += (tl.load(offsets).to(tl.int64) != 0).to(tl.int32)
+    broken += (tl.load(offsets + FEATURES * stride).to(tl.int64) != tl.load(batch + _COUNT)).to(tl.int32)
+    bad = tl.load(counters)
+    tl.store(summary, bad)
+    tl.store(summary + 1, ((bad == 0) & (broken == 0)).to(tl.int64))
+    tl.store(summary + 2 + t, tl.load(counters + 1 + t, mask=t < tables, other=0), mask=t < tables)
+    tl.store(summary + 2 + tables + f, begin, mask=f <= FEATURES)
+
+
+@triton.jit
+def _seal(batch, seal):  # type: ignore[no-untyped-def]
+    tl.store(seal, tl.load(batch + _SEQ))  # behind the summary, which an earlier launch has written
+
+
+def use(
+    given: Tensor, batch: Tensor, counters: Tensor, summary: Tensor, stamp: Tensor, feature_rows: Tensor, feature_slot: Tensor,
+    feature_table: Tensor, tables: int, capacity: int, ids32: bool, offsets32: bool,
+) -> None:  # fmt: skip
+    """``Stamps.use`` of a batch of up to ``capacity`` ids."""
+    features = feature_rows.numel()
+    _start[(triton.cdiv(counters.numel(), 2048),)](given, batch, counters, counters.numel(), BLOCK=2048)
+    _use[(triton.cdiv(capacity, BLOCK),)](
+        batch, counters, feature_rows, feature_slot, feature_table, stamp, FEATURES=features, SEARCH=max(1, features.bit_length()),
+        IDS32=ids32, OFFSETS32=offsets32, BLOCK=BLOCK,
+    )  # fmt: skip
+    pow2 = {"FEATURES_POW2": triton.next_power_of_2(features + 1), "TABLES_POW2": triton.next_power_of_2(tables)}
+    _tell[(1,)](batch, counters, summary, tables, FEATURES=features, OFFSETS32=offsets32, **pow2)
+    _seal[(1,)](batch, summary[-1:])
+
+
+@triton.jit
 def _count_pages(hosts, first_host, count_in, counts, rank_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < tl.load(count_in)
@@ -536,10 +626,10 @@ def exchange(
     upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
 ) -> None:  # fmt: skip
     """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; ``order``: of the rows."""
-    columns = min(triton.next_power_of_2(widest), EXCHANGE_ELEMENTS)
-    rows = max(1, min(64, EXCHANGE_ELEMENTS // columns))
+    columns = min(triton.next_power_of_2(widest), EXCHANGE_COLUMNS)
+    rows = max(1, min(EXCHANGE_ROWS, EXCHANGE_ELEMENTS // columns))
     grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
         upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
-        ALIGN=align, ROWS=rows, COLUMNS=columns,
+        ALIGN=align, ROWS=rows, COLUMNS=columns, num_warps=EXCHANGE_WARPS,
     )  # fmt: skip

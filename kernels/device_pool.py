@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import errors
 from . import _core
 from .device_batches import MOVE_ROWS, DeviceBatches
-from .device_directory import HOST, SLOT, Batch
+from .device_directory import HOST, SLOT
+from .device_ids import Batch
 from .device_planes import native_part
 
 _INT64 = torch.int64

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ class Streams:
         self.device, self._index = device, device.index  # an index is quicker to look up
         self.directory: Any = None
         self.mover: Any = None
+        self._caller: Any = None
         self._free: list[Any] = []
         self._kept: deque[tuple[Any, Any]] = deque()
         if device.type == "cuda":
@@ -50,26 +50,22 @@ class Streams:
                 if event is not None:
                     stream.wait_event(event)
 
+    def current(self) -> Any:
+        """The current stream."""
+        return None if self.mover is None else torch.cuda.current_stream(self._index)
+
+    def wait_for_stream(self, other: Any) -> None:
+        """The directory's stream, which is current, waits for another one; it has waited for the one that was current before."""
+        if other is not None and other != self._caller:
+            self.directory.wait_stream(other)
+
     def on_directory(self) -> AbstractContextManager[Any]:
         """The directory's stream, after the current one."""
-        return self._on(self.directory) if self.mover is not None else nullcontext()
+        return nullcontext() if self.directory is None else _On(self, self.directory)
 
     def on_mover(self) -> AbstractContextManager[Any]:
-        return self._on(self.mover) if self.mover is not None else nullcontext()
-
-    @contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
-        before = torch.cuda.current_stream(self._index)
-        if before == stream:
-            yield
-            return
-        self._called.record(before)
-        stream.wait_event(self._called)
-        torch.cuda.set_stream(stream)
-        try:
-            yield
-        finally:
-            torch.cuda.set_stream(before)
+        """The mover's stream, after the current one."""
+        return nullcontext() if self.mover is None else _On(self, self.mover)
 
     def keep(self, event: Any, *what: Any) -> None:
         """Keeps memory from being used anew before the event; cheaper than ``Tensor.record_stream``. The event is then used again."""
@@ -96,3 +92,28 @@ class Streams:
         """The host waits for everything queued on the device."""
         if self.mover is not None:
             torch.cuda.synchronize(self.device)
+
+
+class _On:
+    """``with``: another stream is current, after what the one before has queued. A class, since that is quicker than a generator."""
+
+    __slots__ = ("_before", "_stream", "_streams")
+
+    def __init__(self, streams: Streams, stream: Any) -> None:
+        self._streams, self._stream, self._before = streams, stream, None
+
+    def __enter__(self) -> None:
+        streams, stream = self._streams, self._stream
+        before = torch.cuda.current_stream(streams._index)
+        if before == stream:
+            return
+        streams._called.record(before)
+        stream.wait_event(streams._called)
+        if stream is streams.directory:
+            streams._caller = before
+        torch.cuda.set_stream(stream)
+        self._before = before
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            torch.cuda.set_stream(self._before)

@@ -3,7 +3,8 @@
 The stock TBE has its tables, the pools, in HBM. Below them a table's ``DdrCache`` is memory of the host that the device has
 mapped (``DevicePool``); the rest of the chain is native, as on a CPU. A chain always has that tier here, since every record comes and
 goes through it: where a chain names no ``DdrCache`` first, it has as many rows as the pool, and under a ``DdrHome`` as many as the table,
-whose volume then only knows initial values and what was flushed.
+whose volume then only knows initial values and what was flushed. A group whose pools have a slot for every row needs none of that
+(``ResidentPool``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from torch import Tensor
 from .. import errors
 from ..tiers import Cache, DdrCache, DdrHome
 from .device_batches import DeviceTable
-from .device_directory import WINDOW, Batch
+from .device_directory import WINDOW
+from .device_ids import Batch
 from .device_planes import Planes
 from .device_pool import DevicePool
+from .device_resident import ResidentPool, ResidentTable
 from .tickets import Ids, Ticket
 from .tiered_tbe import STATES, BatchSizes, TieredTable, TieredTBE
 
@@ -86,25 +89,35 @@ class DeviceTBE(TieredTBE):
         return caches[1:] if caches and isinstance(caches[0], DdrCache) else caches
 
     def _make_pool(self) -> None:
+        if self._evicting:
+            self._pool: DevicePool | ResidentPool = self._pool_above_host_places()
+            return
+        tables = [
+            ResidentTable(t.name, below.volume._native, below._id, t.rows, self._record_parts(i, self._parts), below is not home)
+            for i, (t, below, home) in enumerate(zip(self.tables, self._below_pools, self._home_tables, strict=True))
+        ]
+        self._pool = ResidentPool(tables, self._tables_of_features, self._rewrites_bad_ids, self.device)
+
+    def _pool_above_host_places(self) -> DevicePool:
         planes = Planes(self._parts, self.table_of_shard, self._host_places)
-        self._planes = planes
-        tables = []
-        for i, (t, below) in enumerate(zip(self.tables, self._below_pools, strict=True)):
-            upper, lower = ([parts[s][p] for s, p in self._record(i)] for parts in (self._parts, planes.lower_parts))
-            tables.append(
-                DeviceTable(
-                    t.name,
-                    below.volume._native,
-                    below._id,
-                    t.rows,
-                    self.pool_rows[i],
-                    self._host_places[i],
-                    upper,
-                    lower,
-                    has_all=t.rows > 0 and isinstance(t.chain.home, DdrHome) and not t.chain.caches,
-                )
+        tables = [
+            DeviceTable(
+                t.name,
+                below.volume._native,
+                below._id,
+                t.rows,
+                self.pool_rows[i],
+                self._host_places[i],
+                self._record_parts(i, self._parts),
+                self._record_parts(i, planes.lower_parts),
+                has_all=t.rows > 0 and isinstance(t.chain.home, DdrHome) and not t.chain.caches,
             )
-        self._pool = DevicePool(tables, self._tables_of_features, planes, self.device)
+            for i, (t, below) in enumerate(zip(self.tables, self._below_pools, strict=True))
+        ]
+        return DevicePool(tables, self._tables_of_features, planes, self.device)
+
+    def _record_parts(self, table: int, parts: list[list[Tensor]]) -> list[Tensor]:
+        return [parts[s][p] for s, p in self._record(table)]
 
     # -- batches
 

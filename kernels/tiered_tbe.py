@@ -136,7 +136,7 @@ class TieredTBE(nn.Module):
         self.stall_seconds = 0.0
         """Time that forward passes have waited for their rows to be in slots."""
         self._make_tbe()
-        self._evicting = [i for i, t in enumerate(self.tables) if self.pool_rows[i] < t.rows]
+        self._evicting = self._tables_that_evict()
         self._open(rank)
         self._make_pool()
 
@@ -155,6 +155,9 @@ class TieredTBE(nn.Module):
             **self._options,
         )
         self._parts = self._pool_parts()
+
+    def _tables_that_evict(self) -> list[int]:
+        return [i for i, t in enumerate(self.tables) if self.pool_rows[i] < t.rows]
 
     def _check_tables(self) -> None:
         for t in self.tables:
@@ -411,7 +414,7 @@ class TieredTBE(nn.Module):
                 raise
         self.stall_seconds += time.perf_counter() - started
         try:
-            output = self.tbe(ticket.slots, offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
+            output = self.tbe(ticket.slots.long(), offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
         except BaseException:
             self._pool.release(ticket.seq)
             raise
@@ -563,6 +566,7 @@ class TieredTBE(nn.Module):
         self.tables[table] = dataclasses.replace(self.tables[table], chain=chain)
         steps = self.optimizer_steps
         self._make_tbe()
+        self._evicting = self._tables_that_evict()
         self._make_pool()
         self.set_learning_rate(learning_rate)
         self.set_optimizer_steps(steps)

@@ -1,4 +1,4 @@
-"""Built-in profiles: machines made of their devices' published figures, and one that was calibrated. Each constant has its source beside.
+"""Built-in profiles: machines made of published figures of their devices, and a calibrated one. Each constant has its source beside it.
 
 Published figures are few: a device's rates at their best, and the latency of one operation. Points between follow from Little's law: up
 to rate × latency operations in flight each takes the latency, and beyond that the rate is reached. So they promise more than a device
@@ -143,7 +143,13 @@ H200 = HardwareProfile(
         row_bytes=(260,),
         source=_H200 + "; the processor's, as all kernel costs",
     ),
-    hbm=MemoryProfile("NVIDIA H200", read_bytes_per_s=3.48e12, write_bytes_per_s=4.13e12, source=_H200),
+    hbm=MemoryProfile(
+        "NVIDIA H200",
+        read_bytes_per_s=3.48e12,
+        write_bytes_per_s=4.13e12,
+        random_read_rows_per_s=((64, 2.59e10), (128, 2.38e10), (256, 1.46e10), (512, 7.91e9), (1024, 4.27e9)),
+        source=_H200 + "; rows in a second run",
+    ),
     pcie=LinkProfile("host to NVIDIA H200", 55.2e9, 55.1e9, 96.2e9, source=_H200),
     ssd=BlockDeviceProfile("virtio NVMe beside an H200", tuple(DevicePoint(*point) for point in _H200_SSD), _H200),
     source=_H200,

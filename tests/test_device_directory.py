@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrec_mtrains.kernels.device_directory import HOST, SLOT, WINDOW, Batch, DeviceDirectory
+from torchrec_mtrains.kernels.device_directory import HOST, SLOT, WINDOW, DeviceDirectory
+from torchrec_mtrains.kernels.device_ids import Batch
 
 from torchrec_mtrains.errors import ConfigurationError, IdOutOfRangeError
 
