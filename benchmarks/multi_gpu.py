@@ -31,6 +31,8 @@ LARGE = Shape(tables=17, rows=4_000_000, dim=128, batch_size=16_384, pooling=10,
 ON_SSD = Shape(tables=17, rows=1_000_000, dim=128, batch_size=2048, pooling=12, over=(1024, 1024))
 TINY = Shape(tables=3, rows=600, dim=8, batch_size=16, pooling=2, over=(8,))
 POOL_SHARE = 0.1
+PLANNED_SHARES, PLANNED_SHARES_OF_TINY = (0.15, 0.25), (1.0, 1.0)
+"""Of the tables' bytes, that the planner has of HBM and of DDR. Of tiny tables, a batch uses most rows."""
 PARTS = ("bits", "resume", "scaling", "ssd")
 
 
@@ -97,7 +99,8 @@ def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, bat
         home = SsdHome((inside,), capacity_bytes=3 * table_bytes + (256 << 20))
         by_rank = ranks.run(world, steps, shape, "table_wise", Tiers(POOL_SHARE, (home,)), warm_up, count, batches, within_s=150)
         assert by_rank
-        budget = Budget(int(0.15 * table_bytes), int(0.25 * table_bytes), home, device_of_machine(folder, reads, world))
+        hbm, ddr = (int(share * table_bytes) for share in (PLANNED_SHARES_OF_TINY if shape == TINY else PLANNED_SHARES))
+        budget = Budget(hbm, ddr, home, device_of_machine(folder, reads, world))
         planned = ranks.run(world, steps, shape, "", budget, warm_up, count, batches, within_s=150)
         assert planned
     ios = sum(r["read_ios_per_step"] for r in by_rank)
