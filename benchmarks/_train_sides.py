@@ -23,6 +23,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec_mtrains.kernels import durability
+from torchrec_mtrains.kernels.spans import span
 from torchrec_mtrains.kernels.tiered_tbe import TieredTBE
 
 import torchrec_mtrains as mtrains
@@ -172,9 +173,12 @@ class Side:
 
     def _plain_step(self, batches: Iterator[Batch]) -> torch.Tensor:
         self.optimizer.zero_grad()
-        loss, (detached, _logits, _labels) = self.dmp(next(batches))
-        loss.backward()
-        self.optimizer.step()
+        with span("forward"):
+            loss, (detached, _logits, _labels) = self.dmp(next(batches))
+        with span("backward"):
+            loss.backward()
+        with span("optimizer"):
+            self.optimizer.step()
         return detached
 
     def step(self) -> torch.Tensor:

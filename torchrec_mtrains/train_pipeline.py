@@ -18,10 +18,12 @@ ended, so a step whose forward raised may be run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
@@ -43,13 +45,14 @@ MOST_PREFETCHED = 16  # guess: one or two hide the reads, and each pins its rows
 
 @dataclass
 class BatchInFlight(PrefetchTrainPipelineContext):
-    """How far a batch has come. ``bytes``: what it holds."""
+    """How far a batch has come. ``bytes``: what it holds, once somebody asked."""
 
     started: bool = False
     exchanging: bool = False
     arrived: bool = False
     announced: bool = False
     prefetched: bool = False
+    on_device: bool = False
     bytes: int = 0
 
 
@@ -138,7 +141,11 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
             dmp_collection_sync_interval_batches=dmp_collection_sync_interval_batches,
         )
         self._custom_forward = custom_model_fwd
-        self._prefetch_stream = torch.get_device_module(device).Stream() if device.type != "cpu" else None
+        self._prefetch_stream = None
+        if device.type == "cpu":
+            self._stream_context = nullcontext
+        else:
+            self._prefetch_stream = torch.get_device_module(device).Stream()
 
     @property
     def lookahead(self) -> int:
@@ -205,11 +212,21 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         context = self.contexts[place]
         context.started = True
         if not self._pipelined_modules:
-            self._pipeline_model(self.batches[place], context, self._pipelined_forward_type)
+            self._take_over_input_dist(self.batches[place], context)
             return
         if self._pipelined_postprocs:
             self._on_device(place)  # modules on the device make ids of it
         self.start_sparse_data_dist(self.batches[place], context)
+
+    def _take_over_input_dist(self, batch: Any, context: BatchInFlight) -> None:
+        """TorchRec's rewriting of the model. It lets the modules of a rank exchange their sizes at once; a rank that is alone has none to
+        exchange, and input dist as it was knows that."""
+        self._pipeline_model(batch, context, self._pipelined_forward_type)
+        if self._alone:
+            for module in self._pipelined_modules:
+                for input_dist in (d for child in module.modules() for d in getattr(child, "_input_dists", ())):
+                    if hasattr(input_dist, "_dist"):
+                        vars(input_dist._dist).pop("forward", None)
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
         """Begins input dist with the sizes of what ranks will exchange."""
@@ -233,7 +250,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
             self._exchange_ids()  # the first step: nothing has trained meanwhile
         for place, context in enumerate(self.contexts):
             if context.exchanging and not context.arrived:
-                self._arrive(self.batches[place], context)
+                self._arrive(context)
             if place > self.prefetch_depth and context.arrived and not context.announced:
                 with span(f"announce {context.index}"):
                     context.announced = announce(self._ids(context))
@@ -243,14 +260,13 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
             if not context.prefetched:
                 self._prefetch(context)
 
-    def _arrive(self, batch: Any, context: BatchInFlight) -> None:
+    def _arrive(self, context: BatchInFlight) -> None:
         with span(f"wait_input_dist {context.index}"), self._stream_context(self._data_dist_stream):
             for module in self._pipelined_modules:
                 name = module.forward.name
                 context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
                 context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
         context.arrived = True
-        context.bytes = batch_bytes(batch, *context.module_input_post_prefetch.values())
 
     def _prefetch(self, context: BatchInFlight) -> None:
         with span(f"prefetch {context.index}"):
@@ -273,8 +289,11 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         return [(module, context.module_input_post_prefetch[module.forward.name]) for module in self._pipelined_modules]
 
     def _on_device(self, place: int) -> Any:
-        with span(f"copy_batch_to_device {self.contexts[place].index}"), self._stream_context(self._memcpy_stream):
-            self.batches[place] = _to_device(self.batches[place], self._device, non_blocking=True)
+        context = self.contexts[place]
+        if not context.on_device:
+            with span(f"copy_batch_to_device {context.index}"), self._stream_context(self._memcpy_stream):
+                self.batches[place] = _to_device(self.batches[place], self._device, non_blocking=True)
+            context.on_device = True
         return self.batches[place]
 
     # -- the window
@@ -286,11 +305,23 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
 
     def _propose_window(self) -> None:
         asked = self._lookahead.asked
-        if asked == 0:
+        wish = self._usable if asked is None else asked
+        if asked == 0 or (wish == 0 and self._alone):
             return
+        for batch, context in zip(self.batches, self.contexts, strict=True):
+            if context.arrived and not context.bytes:
+                context.bytes = batch_bytes(batch, *context.module_input_post_prefetch.values())
         held = [context.bytes for context in self.contexts]
-        pg = next((module._env.process_group for module in self._pipelined_modules), None)
-        self._lookahead.propose(held[2 + self.prefetch_depth :], max(held), self._usable if asked is None else asked, pg, self._device)
+        self._lookahead.propose(held[2 + self.prefetch_depth :], max(held), wish, self._process_group, self._device)
+
+    @property
+    def _process_group(self) -> dist.ProcessGroup | None:
+        return next((module._env.process_group for module in self._pipelined_modules), None)
+
+    @property
+    def _alone(self) -> bool:
+        pg = self._process_group
+        return pg is None or pg.size() == 1
 
     # -- the model
 
@@ -312,7 +343,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         if self.contexts and self.contexts[0].started:
             # To make input dist, TorchRec wants a batch; this one's ids are there.
             scratch = self._context_type(index=self.contexts[0].index, version=1)
-            self._pipeline_model(self.batches[0], scratch, self._pipelined_forward_type)
+            self._take_over_input_dist(self.batches[0], scratch)
         else:
             for place in range(len(self.contexts)):
                 self._start(place)

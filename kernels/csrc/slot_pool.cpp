@@ -380,6 +380,7 @@ void SlotPool::evict_victims(size_t table) {
     rows[d.dirty(slot)].push_back(d.row_of_slot(slot));
     slots[d.dirty(slot)].push_back(slot);
   }
+  if (rows[false].empty() && rows[true].empty()) return;
   const TraceSpan span("evict", rows[0].size() + rows[1].size());
   for (const bool dirty : {false, true}) {
     if (!rows[dirty].empty()) t.volume->evict(t.id, rows[dirty], slots[dirty], t.parts, dirty);
