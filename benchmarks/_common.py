@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import platform
 import resource
@@ -92,7 +93,7 @@ class Figure:
         if not self.goal:
             return None
         sign, limit = self.goal.split()
-        return self.value >= float(limit) if sign == "≥" else self.value <= float(limit)
+        return {"≥": operator.ge, "≤": operator.le, "<": operator.lt}[sign](self.value, float(limit))
 
 
 def print_figures(figures: list[Figure]) -> None:

@@ -132,7 +132,8 @@ class Steps:
     counters: dict[str, int]
 
 
-def _plan(shape: Shape, sharding: Callable[[int, dict[str, Any]], ParameterSharding]) -> ShardingPlan:
+def plan_of(shape: Shape, sharding: Callable[[int, dict[str, Any]], ParameterSharding]) -> ShardingPlan:
+    """Every table whole on rank 0, sharded as ``sharding`` says of its number and where it is."""
     plan = EmbeddingModuleShardingPlan()
     for i, table in enumerate(shape.tables):
         shard = ShardMetadata(shard_offsets=[0, 0], shard_sizes=[table.rows, shape.dim], placement="rank:0/cpu")
@@ -229,7 +230,7 @@ class Side:
 
 def in_memory(shape: Shape, widths: dict[str, int], values_of: Side) -> Side:
     """Stock FUSED, with the rows that another side has now."""
-    plan = _plan(shape, lambda _, where: ParameterSharding(**where, compute_kernel="fused"))
+    plan = plan_of(shape, lambda _, where: ParameterSharding(**where, compute_kernel="fused"))
     side = Side(
         "memory", shape, widths, plan, [EmbeddingBagCollectionSharder(fused_params=fused_params(shape.model_options))], 0, 0, zeros=True
     )
@@ -256,7 +257,7 @@ def tiered(
     folder.mkdir()
     record_bytes = shape.dim * 4 + 4
     home = mtrains.SsdHome((str(folder),), capacity_bytes=2 * sum(shape.rows) * (record_bytes + 36) + (256 << 20))
-    plan = _plan(
+    plan = plan_of(
         shape, lambda i, where: mtrains.TieredParameterSharding(**where, tiers=mtrains.TierChain(pool_rows[i], (*caches(i), home)))
     )
     sharders: list[nn.Module] = mtrains.sharders(fused_params(shape.model_options))

@@ -5,14 +5,22 @@ from .. import torchrec_hooks as _torchrec_hooks  # noqa: F401  (first: refuses 
 from .access_profile import AccessProfile, MissCurve, TableAccess
 from .assumed_access import assumed_access
 from .built_in_hardware import hardware_profiles
+from .chains import with_chains
 from .charges import TierBytes, chain_bytes
 from .checkpoint_schedule import CheckpointSchedule
 from .constraints import TieredParameterConstraints
+from .enumerators import TieredEnumerator
 from .errors import InsufficientStorageError
+from .estimators import TieredStorageEstimator
 from .explanations import PlanSummary
 from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts, LinkProfile, MemoryProfile
+from .partitioners import TieredPartitioner
+from .perf_model import PerfModel
 from .planners import TieredShardingPlanner
-from .stats import plan_cells, render_plan
+from .proposers import TieredProposer
+from .stats import TieredStats, plan_cells, render_plan
+from .step_rating import PredictedStep
+from .storage import TieredStorage
 from .storage_reservations import DdrStorageReservation
 from .topology import PmemDevice, TieredTopology
 
@@ -28,16 +36,25 @@ __all__ = [
     "LinkProfile",
     "MemoryProfile",
     "MissCurve",
+    "PerfModel",
     "PlanSummary",
     "PmemDevice",
+    "PredictedStep",
     "TableAccess",
     "TierBytes",
+    "TieredEnumerator",
     "TieredParameterConstraints",
+    "TieredPartitioner",
+    "TieredProposer",
     "TieredShardingPlanner",
+    "TieredStats",
+    "TieredStorage",
+    "TieredStorageEstimator",
     "TieredTopology",
     "assumed_access",
     "chain_bytes",
     "hardware_profiles",
     "plan_cells",
     "render_plan",
+    "with_chains",
 ]

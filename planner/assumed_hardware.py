@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .built_in_hardware import DDR4, H200, OPTANE_PMEM
-from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile, KernelCosts
+from .built_in_hardware import DDR4, H200, KERNEL, OPTANE_PMEM
+from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile
 from .topology import TieredTopology
 
 _MEASURED = "2 cores AMD EPYC, virtio NVMe, 2026-11-25"
@@ -30,21 +30,6 @@ def assumed_hardware(topology: TieredTopology) -> HardwareProfile:
         ddr=DDR4,
         pmem=OPTANE_PMEM,
         ssd=BlockDeviceProfile("virtio NVMe", tuple(DevicePoint(*point) for point in points), source=_MEASURED),
-        kernel=KernelCosts(
-            cpu_ns_per_lookup=4.0,
-            cpu_ns_per_miss=98.0,
-            tbe_forward_ns_per_lookup=0.0,
-            tbe_forward_ns_per_byte=0.072,
-            tbe_backward_ns_per_lookup=0.8,
-            tbe_backward_ns_per_byte=0.118,
-            tbe_threads=2,
-            step_overhead_us_per_group=0.0,
-            step_overhead_us_per_table=0.0,
-            row_bytes=(260,),
-            cpu_ns_per_io=2045.0,
-            cpu_ns_per_write_back=175.0,
-            cpu_ns_per_cache_hit=100.0,  # guess: a copy of a record and an entry of an index; the box has no PMem
-            source=_MEASURED,
-        ),
+        kernel=KERNEL,
         source="nobody measured this machine: run `mtrains calibrate` and give its profile",
     )

@@ -116,10 +116,19 @@ def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats
 
 def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
     pool, cache = (np.array(column) for column in zip(*((s.pool_rows, s.cache_rows) for s in sizes), strict=True))
-    largest = max(range(option.num_shards), key=lambda i: (option.shards[i].size[0], option.batch_bytes[i]))
-    ssd = max(shard.storage.ssd for shard in option.shards)
+    shards = range(option.num_shards)
+    ssd, longest = max(shard.storage.ssd for shard in option.shards), max(shards, key=lambda i: option.shards[i].size[0])
+    heavy = {
+        max(shards, key=lambda i: option.ddr_bytes(i, rows) + option.hbm_bytes(i, rows))
+        for rows in (option.min_pool_rows, option.shard_rows)
+    }
     memory = [
-        (option.ddr_bytes(largest, p, c), option.pmem_bytes_of(largest, c), ssd, option.hbm_bytes(largest, p, c))
+        (
+            max(option.ddr_bytes(i, p, c) for i in heavy),
+            option.pmem_bytes_of(longest, c),
+            ssd,
+            max(option.hbm_bytes(i, p, c) for i in heavy),
+        )
         for p, c in zip(pool.tolist(), cache.tolist(), strict=True)
     ]
     return np.array(memory, np.float64), option.busy_of(busiest(option), pool, cache)

@@ -5,11 +5,13 @@
     slot pool    ddr   4 × rows + pool_rows × (record + 33)
     DdrCache     ddr   4 × rows + cache_rows × (record + 32), records in whole pages
     PmemCache    ddr   4 × rows + cache_rows × 32            pmem   cache_rows × record, whole pages
-    SsdHome      ddr   8 × rows                              ssd    blocks of records × (1 ÷ fill + what checkpoints hold)
-    PmemHome     ddr   8 × rows                              pmem   the same
+    SsdHome      ddr   8 × rows, and what a snapshot needs   ssd    blocks of records × (1 ÷ fill + what checkpoints hold), and snapshots
+    PmemHome     ddr   the same                              pmem   the same
     DdrHome      ddr   rows × (record + 1)
+    batches      ddr   ids of those that wait in the pipeline: 3, and the lookahead window
 
-A pool or cache has no more rows than its shard. tests/test_planner_charges.py holds every line against what was allocated.
+A pool or cache has no more rows than its shard. A volume of less capacity than ``SNAPSHOT_AFTER_BYTES`` has no snapshots, and one without
+checkpoints has none. tests/test_planner_charges.py holds every line against what was allocated.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..lookahead import MOST_BATCHES, POOLS_OF_BATCHES
 from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
 from .checkpoint_schedule import CheckpointSchedule
 
@@ -38,6 +41,26 @@ PRESENT_BYTES_PER_ROW = 1
 
 SLOT_NUMBER_BYTES = 8
 """A batch's ids are turned into slot numbers of int64 (kernels/tiered_tbe.py)."""
+
+ID_BYTES, BAG_BYTES = 8, 12
+"""An id, and what is held of a bag of ids: its length (int32) and its offset (int64)."""
+
+BATCHES_WAITING = 3
+"""Batches beside the one that trains and those of the window: prefetched ones and one that arrives (torchrec_mtrains/train_pipeline.py)."""
+
+SNAPSHOT_AFTER_BYTES = 8 << 30
+"""A volume writes its index beside the log when opening would replay more (kernels/csrc/log_volume.h)."""
+
+SNAPSHOT_BYTES_PER_ROW = 2 * INDEX_BYTES_PER_ROW
+"""The snapshot that manifests name, and the one that is being written."""
+
+CHANGED_ENTRY_BYTES = 48
+"""Of a row put while a snapshot is written, until it is: a node of a std::map. A device that takes 8 bytes a row of snapshot takes no more
+than as many bytes of records meanwhile, so that no more than 8 × rows ÷ record rows change."""
+
+VOLUME_BYTES = 5 * (128 << 10)
+"""Segments that a volume keeps to itself: those that its streams fill, and that cleaning needs. The smallest ones there are: of volumes
+with larger ones ``CheckpointSchedule.fill`` leaves as much (kernels/csrc/log_format.h; docs/checkpoints.md, "How much room")."""
 
 RECORD_HEADER_BYTES = 24
 RECORD_ALIGNMENT_BYTES = 8
@@ -102,15 +125,38 @@ def _stride(record_bytes: int) -> int:
     return _up(record_bytes + RECORD_HEADER_BYTES, RECORD_ALIGNMENT_BYTES)
 
 
-def log_bytes(rows: int, record_bytes: int, lookups: float, checkpoints: CheckpointSchedule) -> int:
+def log_bytes(rows: int, record_bytes: int, lookups: float, checkpoints: CheckpointSchedule, *, snapshots: bool) -> int:
     """What a log takes of its device, with room for cleaning and for what checkpoints hold."""
-    return math.ceil(live_bytes(rows, record_bytes) * checkpoints.disk_over_live(rows, lookups))
+    blocks = math.ceil(live_bytes(rows, record_bytes) * checkpoints.disk_over_live(rows, lookups))
+    return blocks + snapshots * rows * SNAPSHOT_BYTES_PER_ROW
+
+
+def log_index_bytes(rows: int, record_bytes: int, *, snapshots: bool) -> int:
+    """DDR of a log's index, and of what changes in it while a snapshot is written."""
+    changed = rows * INDEX_BYTES_PER_ROW * CHANGED_ENTRY_BYTES // _stride(record_bytes)
+    return rows * INDEX_BYTES_PER_ROW + snapshots * changed
+
+
+def has_snapshots(home: Home, checkpoints: CheckpointSchedule) -> bool:
+    """Whether a volume of that capacity ever writes its index beside the log."""
+    return not isinstance(home, DdrHome) and checkpoints.keep > 0 and home.capacity_bytes > SNAPSHOT_AFTER_BYTES
+
+
+def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> int:
+    """DDR of the ids that wait for a shard with such a pool, of so many lookups in so many bags a batch.
+
+    The window is 8 times the batches that have together as many distinct rows as the pool, one begun counted, 64 at most. On several
+    ranks a batch is held twice: as it was read, and as it came from all ranks. Never less for a larger pool.
+    """
+    of_a_batch = (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
+    window = min(float(MOST_BATCHES), 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0))
+    return math.ceil(of_a_batch * (BATCHES_WAITING + window))
 
 
 def chain_bytes(
     chain: TierChain, *, rows: int, record_bytes: int, lookups: float = math.inf, checkpoints: CheckpointSchedule | None = None
 ) -> TierBytes:
-    """What any chain costs on a rank that has ``rows`` rows of its table, without what a batch brings along.
+    """What any chain costs on a rank that has ``rows`` rows of its table, without the ids and outputs of batches.
 
     ``lookups`` a step and ``checkpoints`` say what checkpoints hold back. Left out: all rows are replaced between two of them.
     """
@@ -131,8 +177,9 @@ def _cache(cache: Cache, rows: int, record_bytes: int) -> TierBytes:
 def _home(home: Home, rows: int, record_bytes: int, lookups: float, checkpoints: CheckpointSchedule) -> TierBytes:
     if isinstance(home, DdrHome):
         return TierBytes(ddr=rows * (record_bytes + PRESENT_BYTES_PER_ROW))
-    log = log_bytes(rows, record_bytes, lookups, checkpoints)
-    index = rows * INDEX_BYTES_PER_ROW
+    snapshots = has_snapshots(home, checkpoints)
+    log = log_bytes(rows, record_bytes, lookups, checkpoints, snapshots=snapshots)
+    index = log_index_bytes(rows, record_bytes, snapshots=snapshots)
     return TierBytes(ddr=index, pmem=log) if isinstance(home, PmemHome) else TierBytes(ddr=index, ssd=log)
 
 

@@ -26,7 +26,7 @@ from ..torchrec_hooks import sharders_for_estimators
 from .access_profile import AccessProfile, MissCurve, TableAccess
 from .assumed_access import assumed_access
 from .assumed_hardware import assumed_hardware
-from .charges import records_per_block
+from .charges import has_snapshots, records_per_block
 from .estimators import TieredStorageEstimator
 from .neighbours import curve_over_ssd
 from .perf_model import PerfModel, ShardUse
@@ -177,8 +177,15 @@ class TieredEnumerator(EmbeddingEnumerator):
                 min_pool_rows=self._least_pool(template),
                 uses=self._uses(fused, above_ssd=True),
                 model=self._model,
+                bags=self._bags(template),
+                world_size=self._world_size,
+                snapshots=self._snapshots,
             )
         ]
+
+    @property
+    def _snapshots(self) -> bool:
+        return self._topology.ssd is not None and has_snapshots(self._topology.ssd, self._model.checkpoints)
 
     def _least_pool(self, option: ShardingOption) -> int:
         asked = getattr(self._asked(option.name), "min_pool_rows", None)
@@ -250,14 +257,23 @@ class TieredEnumerator(EmbeddingEnumerator):
             return self._access.table(option.name).pooling_factor * self._batch_size * self._world_size
         asked = self._asked(option.name)
         factors = list(asked.pooling_factors)
-        module: Any = option.module[1]
-        configs = module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs()
-        features = next(len(c.feature_names) for c in configs if c.name == option.name)
         if len(factors) == 1 and not asked.num_poolings and not asked.batch_sizes:
-            factors *= features
+            factors *= self._features(option)
         poolings = asked.num_poolings or [1.0] * len(factors)
         batch_sizes = asked.batch_sizes or [self._batch_size] * len(factors)
         return self._world_size * sum(f * p * b for f, p, b in zip(factors, poolings, batch_sizes, strict=True))
+
+    def _features(self, option: ShardingOption) -> int:
+        module: Any = option.module[1]
+        configs = module.embedding_bag_configs() if isinstance(module, EmbeddingBagCollection) else module.embedding_configs()
+        return next(len(c.feature_names) for c in configs if c.name == option.name)
+
+    def _bags(self, option: ShardingOption) -> float:
+        """Bags of ids a step, over all ranks and features: one a sample, unless constraints say more."""
+        asked = self._asked(option.name)
+        poolings = asked.num_poolings or [1.0] * self._features(option)
+        batch_sizes = asked.batch_sizes or [self._batch_size] * len(poolings)
+        return self._world_size * sum(p * b for p, b in zip(poolings, batch_sizes, strict=True))
 
 
 def _shares(option: ShardingOption, access: TableAccess) -> list[float]:

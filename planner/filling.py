@@ -75,11 +75,14 @@ def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes
 
     def more_pool(t: _Growing, share: float) -> int:
         most = min(t.room, t.option.most_pool_rows(t.cache_rows) - t.pool_rows)
-        return min(most, int(share * left(t, t.option.pool_tier)) // t.option.slot_bytes)
+        return min(most, t.option.more_slots(t.pool_rows, share * left(t, t.option.pool_tier)))
 
     def grow_pool(t: _Growing, rows: int) -> None:
-        t.pool_rows += rows
-        take(t, t.option.pool_tier, rows * t.option.slot_bytes)
+        grown = t.pool_rows + rows
+        for i, s in enumerate(t.option.shards):
+            for tier, bytes_of in (("ddr", t.option.ddr_bytes), ("hbm", t.option.hbm_bytes)):
+                free[tier][s.rank] -= bytes_of(i, grown, t.cache_rows) - bytes_of(i, t.pool_rows, t.cache_rows)
+        t.pool_rows = grown
 
     _pour(tables, more_cache, grow_cache, lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes))
     _pour(tables, more_pool, grow_pool, lambda t, rows: t.gain(rows, 0) / (rows * t.option.slot_bytes))

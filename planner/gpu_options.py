@@ -11,7 +11,7 @@ import copy
 from typing import Any, ClassVar
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.types import Perf, ShardingOption, Storage
+from torchrec.distributed.planner.types import Perf, ShardingOption
 from torchrec.distributed.types import CacheParams
 
 from ..errors import ConfigurationError
@@ -21,6 +21,7 @@ from . import charges, gpu_charges
 from .gpu_perf_model import GpuPerfModel
 from .perf_model import Floats, ShardUse
 from .sharding_options import TieredShardingOption
+from .storage import TieredStorage
 
 UVM_CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _LEAST_CACHED_SHARE = 0.01  # of a table, in UVM caching
@@ -40,7 +41,17 @@ class HbmOption(TieredShardingOption):
 
     @classmethod
     def above(
-        cls, fused: ShardingOption, *, state_bytes: int, rowwise_bytes: int, min_pool_rows: int, uses: list[ShardUse], model: GpuPerfModel
+        cls,
+        fused: ShardingOption,
+        *,
+        state_bytes: int,
+        rowwise_bytes: int,
+        min_pool_rows: int,
+        uses: list[ShardUse],
+        model: GpuPerfModel,
+        bags: float,
+        world_size: int,
+        snapshots: bool,
     ) -> Any:
         """The option ``fused``, whose storage without optimizer state and perf are estimated, with the smallest legal pools."""
         option = cls.__new__(cls)
@@ -50,6 +61,7 @@ class HbmOption(TieredShardingOption):
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + state_bytes
         option.state_bytes, option.rowwise_bytes, option.uses, option.model = state_bytes, rowwise_bytes, uses, model
+        option.bags, option.world_size, option.snapshots = bags, world_size, snapshots
         option.batch_bytes = [shard.storage.hbm - shard.size[0] * shard.size[1] * element_bytes for shard in fused.shards]
         option.compute = [shard.perf for shard in fused.shards]
         option.min_pool_rows = max(1, min(min_pool_rows, option.shard_rows))
@@ -90,7 +102,7 @@ class HbmOption(TieredShardingOption):
         self.pool_rows, self.cache_rows = pool_rows, cache_rows
         for i, shard in enumerate(self.shards):
             hbm, ddr = self.hbm_bytes(i, pool_rows, cache_rows), self.ddr_bytes(i, pool_rows, cache_rows)
-            shard.storage = Storage(hbm=hbm, ddr=ddr, ssd=self.ssd_bytes(i))
+            shard.storage = TieredStorage(hbm=hbm, ddr=ddr, ssd=self.ssd_bytes(i))
             more = self.busy_of(self.uses[i], pool_rows, cache_rows)[0] - self.model.in_memory(self.uses[i])
             of = self.compute[i]
             shard.perf = Perf(of.fwd_compute, of.fwd_comms, of.bwd_compute, of.bwd_comms, prefetch_compute=float(more.max()))
@@ -103,7 +115,11 @@ class OverDdr(HbmOption):
 
     def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
-        return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, rows, batch)
+        return (
+            self.batch_bytes[shard]
+            + self._waiting_bytes(shard, pool_rows)
+            + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, rows, batch)
+        )
 
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         return gpu_charges.home_bytes(self.shards[shard].size[0], self.record_bytes, checkpoints=self.model.checkpoints.keep > 0)
@@ -135,14 +151,20 @@ class OverSsd(HbmOption):
 
     def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
-        return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, cache_rows, batch)
+        return (
+            self.batch_bytes[shard]
+            + self._waiting_bytes(shard, pool_rows)
+            + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, cache_rows, batch)
+        )
 
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows = self.shards[shard].size[0]
-        return rows * charges.INDEX_BYTES_PER_ROW + charges.cache_record_bytes(rows, self.record_bytes, cache_rows)
+        index = charges.log_index_bytes(rows, self.record_bytes, snapshots=self.snapshots)
+        return index + charges.cache_record_bytes(rows, self.record_bytes, cache_rows)
 
     def ssd_bytes(self, shard: int) -> int:
-        return charges.log_bytes(self.shards[shard].size[0], self.record_bytes, self.uses[shard].lookups, self.model.checkpoints)
+        rows, lookups = self.shards[shard].size[0], self.uses[shard].lookups
+        return charges.log_bytes(rows, self.record_bytes, lookups, self.model.checkpoints, snapshots=self.snapshots)
 
     def busy_of(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:
         return self.model.tiered(use, pool_rows, cache_rows)
@@ -168,6 +190,9 @@ class UvmCached(HbmOption):
 
     def most_pool_rows(self, cache_rows: int) -> int:
         return self.shard_rows - 1  # TorchRec refuses a load factor of 1
+
+    def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
+        return int(memory_bytes // self.slot_bytes)
 
     def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows = self.shards[shard].size[0]

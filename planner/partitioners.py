@@ -19,14 +19,15 @@ from torchrec.distributed.planner.types import (
 
 from .estimators import uncharged_bytes
 from .sharding_options import TieredShardingOption
+from .storage import bytes_in
 
 _BY_ROOM = (PartitionByType.DEVICE.value, PartitionByType.UNIFORM.value)
 
 
 class TieredPartitioner(Partitioner):
     """Places as ``placer`` does, and refuses a placement in which a rank's DDR is exceeded by optimizer state that TorchRec's
-    estimates leave out. A proposal whose shards all have ranks stays as it is. One with tiered tables that ``placer``, which balances
-    work, cannot place is placed by room."""
+    estimates leave out, or its PMem, which TorchRec's partitioners do not see. A proposal whose shards all have ranks stays as it is. One
+    with tiered tables that ``placer``, which balances work, cannot place is placed by room."""
 
     def __init__(self, placer: Partitioner | None = None) -> None:
         self._placer = placer or GreedyPerfPartitioner()
@@ -34,16 +35,16 @@ class TieredPartitioner(Partitioner):
     def partition(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
         """The proposal, every shard with its rank. Raises: PlannerError when it does not fit."""
         plan = proposal if all(s.rank is not None for o in proposal for s in o.shards) else self._place(proposal, storage_constraint)
-        for tier in ("hbm", "ddr", "ssd"):
+        for tier in ("hbm", "ddr", "ssd", "pmem"):
             need: Counter[int] = Counter()
             for option in plan:
                 for shard, missing_bytes in zip(option.shards, uncharged_bytes(option), strict=True):
-                    need[shard.rank] += getattr(shard.storage, tier) + (missing_bytes if tier == "ddr" else 0)
+                    need[shard.rank] += bytes_in(shard.storage, tier) + (missing_bytes if tier == "ddr" else 0)
             for device in storage_constraint.devices:
-                have = getattr(device.storage, tier)
+                have = bytes_in(device.storage, tier)
                 if need[device.rank] > have:
                     raise PlannerError(
-                        f"rank {device.rank} needs {need[device.rank]} bytes of {tier} with optimizer state, it has {have}",
+                        f"rank {device.rank} needs {need[device.rank]} bytes of {tier}, optimizer state included, and has {have}",
                         PlannerErrorType.PARTITION,
                     )
         return plan

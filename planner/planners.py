@@ -22,9 +22,9 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from ..errors import ConfigurationError
-from ..parameter_sharding import TIERED_KERNEL, TieredParameterSharding
 from .access_profile import AccessProfile
 from .assumed_hardware import assumed_hardware
+from .chains import with_chains
 from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
 from .explanations import PlanSummary, alternative, summary
@@ -36,7 +36,6 @@ from .partitioners import TieredPartitioner
 from .perf_model import PerfModel, StepPrediction
 from .proposers import TieredProposer
 from .search import SearchResult, predicted
-from .sharding_options import TieredShardingOption
 from .shortages import shortage
 from .stats import TieredStats, plan_rows, render_plan
 from .storage_reservations import DdrStorageReservation
@@ -90,10 +89,9 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             reservation,
             self._model,
             [proposer] if isinstance(proposer, Proposer) else proposer,
-            topology.pmem.capacity_bytes if topology.pmem else 0,
             search_seconds,
         )
-        planner_kwargs.setdefault("stats", [TieredStats(self)])
+        planner_kwargs.setdefault("stats", [TieredStats(self._model, self.described, self.summarized)])
         super().__init__(
             topology=topology,
             batch_size=batch_size,
@@ -105,7 +103,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             or (GpuEnumerator if on_gpu else TieredEnumerator)(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
             **planner_kwargs,
         )
-        self._ssd, self._pmem = topology.ssd, topology.pmem
+        self._tiered_topology = topology
         self._planned: tuple[ShardingPlan | None, list[dict[str, Any]], PlanSummary | None] = (None, [], None)
         self._notes = [
             *([] if hardware else ["assumed hardware: nobody measured this machine; `mtrains calibrate` does, and give its profile"]),
@@ -120,11 +118,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         except PlannerError as error:
             raise self._reason(error) from error
         best_plan: list[ShardingOption] = self._best_plan or []
-        for option in best_plan:
-            if isinstance(option, TieredShardingOption) and option.compute_kernel == TIERED_KERNEL:
-                stock = plan.plan[option.path][option.name]
-                tiers = option.chain(self._ssd, self._pmem.path if self._pmem else None)
-                plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=tiers)
+        plan = with_chains(plan, best_plan, self._tiered_topology)
         self._planned = (plan, self.described(best_plan), self.summarized(best_plan))
         return plan
 
@@ -194,7 +188,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         alternatives = {
             o.fqn: alternative(o, other[o.fqn][0], self._model, allowed_in_memory=bool(other[o.fqn][1])) for o in options if o.fqn in other
         }
-        return plan_rows(options, self._pmem is not None, alternatives)
+        return plan_rows(options, self._tiered_topology.pmem is not None, alternatives)
 
     def summarized(self, options: list[ShardingOption]) -> PlanSummary:
         """The summary of placed options."""

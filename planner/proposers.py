@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, StorageReservation, Topology
 
+from ..errors import ConfigurationError
 from .candidates import placeable
 from .enumerators import FUSED, ROW_WISE, TABLE_WISE
 from .estimators import charged
@@ -16,6 +17,7 @@ from .partitioners import NoRoomError, place_by_room
 from .perf_model import PerfModel
 from .search import Capacity, SearchResult, search
 from .sharding_options import TieredShardingOption
+from .storage import bytes_in
 
 
 class TieredProposer(Proposer):
@@ -31,11 +33,10 @@ class TieredProposer(Proposer):
         storage_reservation: StorageReservation,
         model: PerfModel,
         in_memory: Sequence[Proposer] | None = None,
-        pmem_bytes: int = 0,
         search_seconds: float | None = None,
     ) -> None:
         self._storage_reservation, self._model = storage_reservation, model
-        self._pmem_bytes, self._search_seconds = pmem_bytes, search_seconds
+        self._search_seconds = search_seconds
         # TorchRec's own defaults
         self._in_memory = in_memory or (GridSearchProposer(), GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer())
         self._proposals: Iterator[list[ShardingOption]] = iter(())
@@ -46,8 +47,13 @@ class TieredProposer(Proposer):
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Takes the options of all tables."""
         reserved = self._storage_reservation.last_reserved_topology
-        assert reserved is not None, "the planner reserves storage before it proposes"
-        self.capacity = Capacity([device.storage for device in reserved.devices], self._pmem_bytes)
+        if reserved is None:
+            raise ConfigurationError(
+                "TieredProposer: its storage_reservation has reserved nothing yet; give the planner the same one as the proposer, so that "
+                "both know what is left for tables"
+            )
+        storage = [device.storage for device in reserved.devices]
+        self.capacity = Capacity(storage, min(bytes_in(s, "pmem") for s in storage))
         options: dict[str, list[ShardingOption]] = defaultdict(list)
         for option in search_space:
             options[option.fqn].append(option)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-from torchrec.distributed.planner.types import Perf, ShardingOption, Storage
+from torchrec.distributed.planner.types import Perf, ShardingOption
 
 from ..parameter_sharding import TIERED_KERNEL
 from ..tiers import PmemCache, SsdHome, TierChain
 from . import charges
 from .perf_model import CPU, PMEM, SSD, TIERS, Floats, PerfModel, ShardUse
+from .storage import TieredStorage
 
 
 class TieredShardingOption(ShardingOption):
     """A sharding option whose every shard has a slot pool of ``pool_rows`` rows (or all of its rows) above the SSD, and a PMem cache of
     ``cache_rows`` between the two; 0: none.
 
-    ``min_pool_rows``: slots that each pool has at least. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what a batch brings
-    along in memory, TorchRec's perf of the table in memory, and what a step does to it.
+    ``min_pool_rows``: slots that each pool has at least. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what the batch that
+    trains brings along in memory, TorchRec's perf of the table in memory, and what a step does to it. ``bags``: of ids, a batch.
+    ``snapshots``: whether the SSD's volume writes any (``charges.py``).
     """
 
     pool_tier: ClassVar[str] = "ddr"
@@ -35,6 +38,9 @@ class TieredShardingOption(ShardingOption):
     uncharged_bytes: list[int]
     uses: list[ShardUse]
     model: PerfModel
+    bags: float
+    world_size: int
+    snapshots: bool
 
     @classmethod
     def of(
@@ -45,6 +51,9 @@ class TieredShardingOption(ShardingOption):
         min_pool_rows: int,
         uses: list[ShardUse],
         model: PerfModel,
+        bags: float,
+        world_size: int,
+        snapshots: bool,
     ) -> Any:
         """The option ``fused``, whose storage and perf are estimated, with the smallest legal pools above an SSD."""
         option = cls.__new__(cls)
@@ -54,6 +63,7 @@ class TieredShardingOption(ShardingOption):
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + optimizer_state_bytes
         option.uses, option.model = uses, model
+        option.bags, option.world_size, option.snapshots = bags, world_size, snapshots
         option.batch_bytes = [
             shard.storage.ddr - shard.size[0] * shard.size[1] * element_bytes + round(use.lookups) * charges.SLOT_NUMBER_BYTES
             for shard, use in zip(fused.shards, uses, strict=True)
@@ -107,16 +117,17 @@ class TieredShardingOption(ShardingOption):
         assert pmem_path is not None
         return TierChain(self.pool_rows, (PmemCache(pmem_path, self.cache_rows), ssd))
 
+    def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
+        """Slots that pools of ``pool_rows`` can grow by in so much memory a shard, the ids of a longer window included."""
+        batch = math.ceil(max(1.0, *(use.unique_rows for use in self.uses)))
+        longer = max(self._waiting_bytes(i, pool_rows + batch) - self._waiting_bytes(i, pool_rows) for i in range(self.num_shards))
+        return max(0, int((memory_bytes - 1) / (self.slot_bytes + (longer + 1) / batch * 1.001)))
+
     def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
         """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
         option = copy.deepcopy(self)
         option._resize(max(self.min_pool_rows, min(pool_rows, self.shard_rows)), cache_rows)
         return option
-
-    @property
-    def pmem_bytes(self) -> int:
-        """PMem of the caches of all shards."""
-        return sum(self.pmem_bytes_of(i, self.cache_rows) for i in range(self.num_shards))
 
     def pmem_bytes_of(self, shard: int, cache_rows: int) -> int:
         """PMem of one shard, had it a cache of ``cache_rows``."""
@@ -129,7 +140,8 @@ class TieredShardingOption(ShardingOption):
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``."""
         rows = self.shards[shard].size[0]
-        ddr = self.batch_bytes[shard] + rows * charges.INDEX_BYTES_PER_ROW + charges.pool_bytes(rows, self.record_bytes, pool_rows)
+        ddr = self.batch_bytes[shard] + charges.log_index_bytes(rows, self.record_bytes, snapshots=self.snapshots)
+        ddr += charges.pool_bytes(rows, self.record_bytes, pool_rows) + self._waiting_bytes(shard, pool_rows)
         return ddr + charges.cache_index_bytes(rows, cache_rows) if cache_rows else ddr
 
     def busy_ms(self, shard: int) -> Floats:
@@ -146,9 +158,18 @@ class TieredShardingOption(ShardingOption):
     def _resize(self, pool_rows: int, cache_rows: int) -> None:
         self.pool_rows, self.cache_rows = pool_rows, cache_rows
         for i, shard in enumerate(self.shards):
-            ssd = charges.log_bytes(shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints)
-            shard.storage = Storage(hbm=0, ddr=self.ddr_bytes(i, pool_rows, cache_rows), ssd=ssd)
+            ssd = charges.log_bytes(
+                shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints, snapshots=self.snapshots
+            )
+            ddr, pmem = self.ddr_bytes(i, pool_rows, cache_rows), self.pmem_bytes_of(i, cache_rows)
+            shard.storage = TieredStorage(ddr=ddr, ssd=ssd, pmem=pmem)
             shard.perf = replace(self.compute[i], prefetch_compute=self._more_ms(i))
+
+    def _waiting_bytes(self, shard: int, pool_rows: int) -> int:
+        if not self.model.prefetched:
+            return 0
+        unique = max(use.unique_rows for use in self.uses)  # the shortest window of all ranks is that of all
+        return charges.waiting_bytes(self.uses[shard].lookups, self.bags, unique, pool_rows, self.world_size)
 
     def _more_ms(self, shard: int) -> float:
         """What tiers add to the step of a rank that has nothing else to wait for: TorchRec's own sum of parts has no other place for it,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,10 +14,11 @@ from torchrec.distributed.planner.types import ShardingOption, Stats, Topology
 from ..parameter_sharding import TIERED_KERNEL
 from ..sizes import show_bytes
 from .estimators import uncharged_bytes
+from .explanations import PlanSummary, summary
+from .perf_model import PerfModel
+from .search import predicted
 from .sharding_options import TieredShardingOption
-
-if TYPE_CHECKING:
-    from .planners import TieredShardingPlanner
+from .storage import bytes_in
 
 logger = logging.getLogger(__name__)
 _TIERS = ("hbm", "ddr", "pmem", "ssd")
@@ -43,7 +44,7 @@ def plan_rows(options: Sequence[ShardingOption], pmem: bool, alternatives: Mappi
                 "cache_rows": tiered.cache_rows or None if tiered else None,
                 "hbm_bytes": option.total_storage.hbm,
                 "ddr_bytes": option.total_storage.ddr + sum(uncharged_bytes(option)),
-                "pmem_bytes": tiered.pmem_bytes if tiered else 0,
+                "pmem_bytes": bytes_in(option.total_storage, "pmem"),
                 "ssd_bytes": option.total_storage.ssd,
                 "hit_ratio": tiered.hit_ratio() if tiered else None,
                 "lookups": sum(use.lookups for use in option.uses),
@@ -112,18 +113,32 @@ def render_plan(rows: Sequence[Mapping[str, Any]], topology: Topology | None = N
 
 
 class TieredStats(Stats):
-    """Logs the plan, at level INFO."""
+    """Logs the plan, at level INFO.
 
-    def __init__(self, planner: TieredShardingPlanner) -> None:
-        self._planner = planner
+    In a stock planner it needs the model alone, and says what is known without a search: each table's bytes and place, and the predicted
+    step. ``TieredShardingPlanner`` gives what its own ``described`` and ``summarized`` say.
+    """
+
+    def __init__(
+        self,
+        model: PerfModel,
+        described: Callable[[list[ShardingOption]], list[dict[str, Any]]] | None = None,
+        summarized: Callable[[list[ShardingOption]], PlanSummary] | None = None,
+    ) -> None:
+        self._model, self._described, self._summarized = model, described, summarized
 
     def log(self, sharding_plan: Any, topology: Topology, *args: Any, best_plan: list[ShardingOption], **kwargs: Any) -> None:
         """Called by the planner; without a plan the error says everything."""
         if not sharding_plan.plan:
             return
+        rows = self._described(best_plan) if self._described else plan_rows(best_plan, getattr(topology, "pmem", None) is not None, {})
+        if self._summarized:
+            told = self._summarized(best_plan)
+        else:
+            told = summary(predicted(best_plan, self._model, topology.world_size), None, ())
         console = Console(width=160, no_color=True)
         with console.capture() as capture:
-            console.print(render_plan(self._planner.described(best_plan), topology))
-            for line in self._planner.summarized(best_plan).lines():
+            console.print(render_plan(rows, topology))
+            for line in told.lines():
                 console.print(line, highlight=False)
         logger.info("\n%s", capture.get())

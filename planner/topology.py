@@ -6,10 +6,12 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.planner.types import Topology, hash_sha256_to_int
 
 from ..errors import ConfigurationError, UnsupportedError
 from ..tiers import SsdHome
+from .charges import VOLUME_BYTES
+from .storage import TieredStorage
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class TieredTopology(Topology):
     ``pmem`` is for caches in front of the SSD. With ``compute_device="cuda"`` each has a GPU, with ``hbm_budget_bytes`` for tables, pools
     and caches, and the DDR is host memory below them.
 
-    ``capacity_bytes`` are per rank, as everywhere. Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
+    ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what the volume does not keep to itself
+    (``charges.VOLUME_BYTES``). Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
 
     Raises: UnsupportedError for another compute device, or PMem below a GPU; ConfigurationError for a budget that is not positive, that is
@@ -68,13 +71,24 @@ class TieredTopology(Topology):
             compute_device=compute_device,
             hbm_cap=hbm_budget_bytes,
             ddr_cap=ddr_budget_bytes,
-            ssd_cap=ssd.capacity_bytes if ssd else 0,
+            ssd_cap=max(0, ssd.capacity_bytes - VOLUME_BYTES) if ssd else 0,
             local_world_size=local_world_size,
             **topology_kwargs,
         )
         self.ssd, self.pmem = ssd, pmem
+        for device in self.devices:
+            of_rank = device.storage
+            device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, of_rank.ssd, pmem.capacity_bytes if pmem else 0)
+
+    def _hash(self) -> int:
+        return hash_sha256_to_int([super()._hash(), repr(self.ssd), repr(self.pmem)])
 
     @property
     def ranks_per_host(self) -> int:
         """Ranks that share the devices of a host."""
         return min(self.local_world_size, self.world_size)
+
+    def host_storage(self, host: int) -> TieredStorage:
+        """What the ranks of a host may take of its memory and devices together."""
+        ranks = self.devices[host * self.ranks_per_host : (host + 1) * self.ranks_per_host]
+        return sum((device.storage for device in ranks), TieredStorage())

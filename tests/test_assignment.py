@@ -15,13 +15,7 @@ from torchrec_mtrains.planner.assignment import solve
 from torchrec_mtrains.planner.choices import Load, objective_ms
 from torchrec_mtrains.planner.relaxation import relax
 
-from _planner_oracles import brute_force, integer_program, random_case
-
-
-def small_case(seed: int):  # type: ignore[no-untyped-def]
-    rng = np.random.default_rng(seed)
-    ranks = int(rng.integers(1, 4))
-    return random_case(rng, int(rng.integers(2, 5)), ranks, int(rng.choice([1, ranks])), int(rng.integers(1, 3)))
+from _planner_oracles import brute_force, integer_program, random_case, small_case
 
 
 def test_plans_are_close_to_the_best_of_all() -> None:

@@ -25,6 +25,7 @@ from .planner import (
     TieredShardingPlanner,
     TieredTopology,
 )
+from .planner.charges import SNAPSHOT_AFTER_BYTES, VOLUME_BYTES
 from .tiers import SsdHome, TierChain
 
 _LEAST_CAPACITY_BYTES = 1 << 30  # guess: what a small disk has to spare
@@ -134,9 +135,10 @@ def ssd_home(job: JobShape, options: PlacementOptions) -> SsdHome:
     """The home that all tiered tables share: if nobody says how large, with room for every table that a rank may get."""
     if options.ssd_capacity_bytes is not None:
         return SsdHome(options.ssd, options.ssd_capacity_bytes)
-    need = {t: job.charge(t, TierChain(1, (SsdHome(options.ssd, 1),))).ssd for t in job.tables}
+    large = SsdHome(options.ssd, 2 * SNAPSHOT_AFTER_BYTES)  # with whatever a large volume needs
+    need = {t: job.charge(t, TierChain(1, (large,))).ssd for t in job.tables}
     if options.pool_rows is not None:
         most = max(sum(need[t] for t in tables_of_rank(job, rank)) for rank in range(job.world_size))
     else:  # shards are placed where there is most room, so that no rank is ahead of the mean by more than one table
         most = sum(need.values()) // job.world_size + (max(need.values()) if job.world_size > 1 else 0)
-    return SsdHome(options.ssd, max(_LEAST_CAPACITY_BYTES, most))
+    return SsdHome(options.ssd, max(_LEAST_CAPACITY_BYTES, most + VOLUME_BYTES))
