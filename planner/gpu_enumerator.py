@@ -104,8 +104,6 @@ class GpuEnumerator(TieredEnumerator):
                 min_pool_rows=least,
                 uses=uses,
                 model=self._model,
-                bags=self._bags(template),
-                world_size=self._world_size,
                 snapshots=self._snapshots,
             )
             for kind, least in kinds

@@ -49,8 +49,6 @@ class HbmOption(TieredShardingOption):
         min_pool_rows: int,
         uses: list[ShardUse],
         model: GpuPerfModel,
-        bags: float,
-        world_size: int,
         snapshots: bool,
     ) -> Any:
         """The option ``fused``, whose storage without optimizer state and perf are estimated, with the smallest legal pools."""
@@ -61,7 +59,7 @@ class HbmOption(TieredShardingOption):
         element_bytes = fused.tensor.element_size()
         option.record_bytes = fused.tensor.shape[1] * element_bytes + state_bytes
         option.state_bytes, option.rowwise_bytes, option.uses, option.model = state_bytes, rowwise_bytes, uses, model
-        option.bags, option.world_size, option.snapshots = bags, world_size, snapshots
+        option.snapshots = snapshots
         option.batch_bytes = [shard.storage.hbm - shard.size[0] * shard.size[1] * element_bytes for shard in fused.shards]
         option.compute = [shard.perf for shard in fused.shards]
         option.min_pool_rows = max(1, min(min_pool_rows, option.shard_rows))
@@ -76,6 +74,9 @@ class HbmOption(TieredShardingOption):
     @property
     def slot_bytes(self) -> int:
         return gpu_charges.slot_bytes(self.record_bytes)
+
+    def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
+        return int(memory_bytes // self.slot_bytes)
 
     def may_be_cached(self, pmem: bool) -> bool:
         return False
@@ -115,11 +116,7 @@ class OverDdr(HbmOption):
 
     def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
-        return (
-            self.batch_bytes[shard]
-            + self._waiting_bytes(shard, pool_rows)
-            + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, rows, batch)
-        )
+        return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, rows, batch)
 
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         return gpu_charges.home_bytes(self.shards[shard].size[0], self.record_bytes, checkpoints=self.model.checkpoints.keep > 0)
@@ -151,11 +148,7 @@ class OverSsd(HbmOption):
 
     def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
-        return (
-            self.batch_bytes[shard]
-            + self._waiting_bytes(shard, pool_rows)
-            + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, cache_rows, batch)
-        )
+        return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, cache_rows, batch)
 
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows = self.shards[shard].size[0]
@@ -190,9 +183,6 @@ class UvmCached(HbmOption):
 
     def most_pool_rows(self, cache_rows: int) -> int:
         return self.shard_rows - 1  # TorchRec refuses a load factor of 1
-
-    def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
-        return int(memory_bytes // self.slot_bytes)
 
     def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         rows = self.shards[shard].size[0]
