@@ -177,8 +177,11 @@ def test_a_plan_of_the_planner_trains_bit_for_bit_like_fused_tables() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            plans = planned(folder), plan(False, DdrHome(), False)
-            tables = plans[0].plan["tables"]
+            tables = (ours := planned(folder)).plan["tables"]
+            stock = EmbeddingModuleShardingPlan()  # of the same sharding: row-wise state of column-wise shards would be another
+            for name, t in tables.items():
+                stock[name] = ParameterSharding(t.sharding_type, "fused", ranks=t.ranks, sharding_spec=t.sharding_spec)
+            plans = ours, ShardingPlan({"tables": stock})
             chains = [tables[name].tiers.tiers for name in ("t0", "t3")]
             assert [type(tier) for chain in chains for tier in chain] == [DdrCache, SsdHome] * 2
             assert tables["t1"].compute_kernel == "fused_uvm_caching"
@@ -186,8 +189,8 @@ def test_a_plan_of_the_planner_trains_bit_for_bit_like_fused_tables() -> None:
             for side in plans:
                 params = {**JOB.fused_params(), "prefetch_pipeline": True}
                 dmp = DistributedModelParallel(Model(), device=DEVICE, plan=side, sharders=mtrains.sharders(params))
-                ours = [n for n, t in side.plan["tables"].items() if isinstance(t, mtrains.TieredParameterSharding)]
-                values = {f"tables.{k}": v for k, v in initial_values(JOB).items() if not any(f".{n}." in k for n in ours)}
+                tiered = [n for n, t in side.plan["tables"].items() if isinstance(t, mtrains.TieredParameterSharding)]
+                values = {f"tables.{k}": v for k, v in initial_values(JOB).items() if not any(f".{n}." in k for n in tiered)}
                 dmp.load_state_dict(values, strict=False)
                 dense = KeyedOptimizerWrapper(
                     dict(in_backward_optimizer_filter(dmp.named_parameters())), lambda p: torch.optim.SGD(p, lr=0.1)
