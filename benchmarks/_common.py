@@ -10,6 +10,7 @@ import platform
 import resource
 import statistics
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -62,13 +63,19 @@ class ZipfIds:
         self.cdf = torch.arange(1, rows + 1, dtype=torch.float64).pow(-exponent).cumsum(0)
         self.row_of_rank = torch.randperm(rows, generator=generator)
 
+    def by(self, generator: torch.Generator) -> ZipfIds:
+        """The same law and popular rows, drawn by another generator, on its device."""
+        other = copy(self)
+        other.generator, other.cdf, other.row_of_rank = generator, self.cdf.to(generator.device), self.row_of_rank.to(generator.device)
+        return other
+
     def draw(self, count: int) -> torch.Tensor:
         """Shape (count,) int64."""
         return self.row_of_rank[self.ranks(count)]
 
     def ranks(self, count: int) -> torch.Tensor:
         """Shape (count,) int64."""
-        draws = torch.rand(count, dtype=torch.float64, generator=self.generator) * self.cdf[-1]
+        draws = torch.rand(count, dtype=torch.float64, generator=self.generator, device=self.cdf.device) * self.cdf[-1]
         return torch.searchsorted(self.cdf, draws).clamp_(max=len(self.cdf) - 1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torchrec_mtrains.kernels import _core
 
 from _common import median
-from torchrec_mtrains.calibration.block_device import write_noise
+from torchrec_mtrains.calibration.block_device import LOG_WRITE_BYTES, write_noise
 
 GB = 1e9
 ROW_BYTES = 512
@@ -58,6 +58,14 @@ def memory_and_bus(megabytes: int = 1024) -> dict[str, float]:
         "pcie_rows_to_device_gb_per_s": moved / seconds_on_device(lambda: mapped.index_select(0, rows)) / GB,
         "pcie_rows_to_host_gb_per_s": moved / seconds_on_device(lambda: mapped.index_copy_(0, rows, some)) / GB,
     }
+
+
+def ssd_writes(folder: str, gigabytes: float = 1, seconds: float = 1.5) -> float:
+    """Writes of 256 KiB a second, eight at once, as a volume's log writes."""
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        file = Path(inside) / "probe"
+        write_noise(file, int(gigabytes * 2**30))
+        return float(_core.random_io(str(file), LOG_WRITE_BYTES, 8, 0.0, seconds).operations_per_s)
 
 
 def ssd_reads(folder: str, gigabytes: float = 2, seconds: float = 1.5) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_row_wise, table_wise
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
+from torchrec_mtrains.kernels import durability
+from torchrec_mtrains.planner import CheckpointSchedule, HardwareProfile, TieredShardingPlanner, TieredTopology
 
 import torchrec_mtrains as mtrains
 from _common import ZipfIds
@@ -26,7 +30,8 @@ from torchrec_mtrains.job_model import EBC_PATH, ModelOptions, build_model, dens
 
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "table_row_wise")
 DENSE_FEATURES = 13
-ROWS_AT_ONCE = 1 << 15
+BATCHES_HELD = 3.5
+"""Of all ranks, whose rows a pool has room for at least: the one that trains, two that are prefetched, and what chance adds."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Shape:
     pooling: int
     over: tuple[int, ...]
     exponent: float = 1.05
+
+    def distinct_rows(self, lookups: int) -> float:
+        """Of a table's rows, those among so many lookups, on average."""
+        share = torch.arange(1, self.rows + 1, dtype=torch.float64).pow(-self.exponent)
+        return float(-torch.expm1(lookups * torch.log1p(-share / share.sum())).sum())
 
     @property
     def options(self) -> ModelOptions:
@@ -58,27 +68,50 @@ class Tiers:
     below: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The planner decides: each rank has so much of HBM (on a processor, of memory in its place) and of DDR, and the ``home``, of a machine
+    of that ``hardware``."""
+
+    hbm_bytes: int
+    ddr_bytes: int
+    home: mtrains.SsdHome
+    hardware: HardwareProfile
+
+    def planner(self, shape: Shape, world: int, device: str) -> TieredShardingPlanner:
+        """Of this job, which commits no checkpoint."""
+        budgets: dict[str, Any] = {"hbm_budget_bytes": self.hbm_bytes, "ddr_budget_bytes": self.ddr_bytes}
+        topology = TieredTopology(
+            world, device, **(budgets if device == "cuda" else {"ddr_budget_bytes": self.hbm_bytes}), ssd=self.home, local_world_size=world
+        )
+        return TieredShardingPlanner(
+            topology,
+            batch_size=shape.batch_size,
+            constraints={t.name: ParameterConstraints(pooling_factors=[float(t.pooling)]) for t in shape.shapes},
+            hardware=self.hardware,
+            checkpoints=CheckpointSchedule(keep=0),
+        )
+
+
 class Batches:
-    """So many batches of one rank, made once and used in turn. A table's popular rows are scattered, alike on every rank."""
+    """So many batches of one rank, drawn once, on its device, and used in turn. Popular rows are scattered, the same on all ranks."""
 
     def __init__(self, shape: Shape, count: int, rank: int) -> None:
         features = [t.feature for t in shape.shapes]
-        tables = [ZipfIds(shape.rows, shape.exponent, torch.Generator().manual_seed(i)) for i in range(shape.tables)]
-        drawing = torch.Generator().manual_seed(1000 + rank)
-        for table in tables:
-            table.generator = drawing
-        size = shape.batch_size
+        drawing = torch.Generator(device_of(rank)).manual_seed(1000 + rank)
+        tables = [ZipfIds(shape.rows, shape.exponent, torch.Generator().manual_seed(i)).by(drawing) for i in range(shape.tables)]
+        size, where = shape.batch_size, drawing.device
         self.made = [
             make_batch(
                 features,
-                torch.cat([table.draw(size * shape.pooling) for table in tables]).numpy(),
+                torch.cat([table.draw(size * shape.pooling) for table in tables]).cpu().numpy(),
                 np.full(shape.tables * size, shape.pooling, np.int32),
-                torch.rand(size, DENSE_FEATURES, generator=drawing).numpy(),
-                torch.randint(2, (size,), generator=drawing).float().numpy(),
+                torch.rand(size, DENSE_FEATURES, generator=drawing, device=where).cpu().numpy(),
+                torch.randint(2, (size,), generator=drawing, device=where).float().cpu().numpy(),
             )
             for _ in range(count)
         ]
-        if torch.cuda.is_available():
+        if where.type == "cuda":
             self.made = [batch.pin_memory() for batch in self.made]
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
@@ -95,6 +128,7 @@ def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> 
         "column_wise": lambda _: column_wise(list(range(world))),
         "table_row_wise": lambda _: table_row_wise(0),
     }[sharding]
+    needed = math.ceil(BATCHES_HELD * shape.distinct_rows(world * shape.batch_size * shape.pooling)) if tiers else 0
     generators = {t.name: make(i) for i, t in enumerate(shape.shapes[:-1])} | {shape.shapes[-1].name: table_wise(world - 1)}
     collection = model.get_submodule(EBC_PATH)
     stock = construct_module_sharding_plan(
@@ -105,7 +139,6 @@ def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> 
         where = {"sharding_type": table.sharding_type, "ranks": table.ranks, "sharding_spec": table.sharding_spec}
         if tiers and name != shape.shapes[-1].name:
             rows = max(shard.shard_sizes[0] for shard in table.sharding_spec.shards)  # type: ignore[union-attr]
-            needed = min(rows, 2 * world * shape.batch_size * shape.pooling)  # a batch of all ranks, and the next
             chain = mtrains.TierChain(min(rows, max(int(rows * tiers.pool_share), needed)), tiers.below)
             result[name] = mtrains.TieredParameterSharding(**where, tiers=chain)
         else:
@@ -114,23 +147,33 @@ def plan(shape: Shape, model: nn.Module, sharding: str, tiers: Tiers | None) -> 
 
 
 class Side:
-    """A sharded model and its optimizer on this rank."""
+    """A sharded model and its optimizer on this rank. ``predicted_ms`` and ``rows``: of the plan, where the planner made it."""
 
-    def __init__(self, shape: Shape, rank: int, sharding: str, tiers: Tiers | None, alike: bool = False) -> None:
+    def __init__(self, shape: Shape, rank: int, sharding: str, tiers: Tiers | Budget | None, alike: bool = False) -> None:
         """``alike``: tables in memory begin with the values that tiered ones begin with."""
+        self.predicted_ms: float | None = None
+        self.rows: list[dict[str, Any]] = []
         self.shape, self.device = shape, device_of(rank)
         model = build_model(shape.shapes, DENSE_FEATURES, shape.options)
+        params = fused_params(shape.options) | ({"prefetch_pipeline": True} if self.device.type == "cuda" else {})
+        sharders = mtrains.sharders(params) if tiers else [EmbeddingBagCollectionSharder(params)]
+        if isinstance(tiers, Budget):
+            planner = tiers.planner(shape, dist.get_world_size(), self.device.type)
+            decided = planner.collective_plan(model, sharders, dist.group.WORLD)
+            self.predicted_ms = planner.summary(decided).step_ms
+            self.rows = planner.plan_rows(decided)
+        else:
+            decided = plan(shape, model, sharding, tiers)
+        in_memory = {n for n, table in decided.plan[EBC_PATH].items() if not isinstance(table, mtrains.TieredParameterSharding)}  # type: ignore[attr-defined]
         configs = model.get_submodule(EBC_PATH).embedding_bag_configs()  # type: ignore[operator]
         values = {}
         for config in configs:
             key = f"{EBC_PATH}.embedding_bags.{config.name}.weight"
-            if tiers is None or config.name == shape.shapes[-1].name:
+            if config.name in in_memory:
                 if alike:
                     values[key] = config.init_fn(torch.empty(shape.rows, shape.dim))
                 config.init_fn = nn.init.zeros_  # a shard cannot know its rows
-        params = fused_params(shape.options) | ({"prefetch_pipeline": True} if self.device.type == "cuda" else {})
-        sharders = mtrains.sharders(params) if tiers else [EmbeddingBagCollectionSharder(params)]
-        self.dmp = DistributedModelParallel(model, device=self.device, plan=plan(shape, model, sharding, tiers), sharders=sharders)  # type: ignore[arg-type]
+        self.dmp = DistributedModelParallel(model, device=self.device, plan=decided, sharders=sharders)  # type: ignore[arg-type]
         if values:
             self.dmp.load_state_dict(values, strict=False)
         self.dense = dense_optimizer(self.dmp, shape.options)
@@ -138,17 +181,22 @@ class Side:
         self.groups = mtrains.tiered_groups(self.dmp)
 
     def put_every_row(self) -> None:
-        """Every row is in its home, in an order of its own: what lies in one block has nothing to do with use."""
+        """Every row comes into its pool once, in an order of its own: what is below has its values, and what lies in one block there
+        has nothing to do with use."""
         for group in self.groups:
-            for t, table in enumerate(group.tables):
-                for rows in torch.randperm(table.rows, generator=torch.Generator().manual_seed(t)).split(ROWS_AT_ONCE):
-                    group.write_some_rows(t, rows, group.read_some_rows(t, rows))
-            group.flush()
+            orders = [torch.randperm(t.rows, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(group.tables)]
+            size = max(1, min(group.pool_rows) // 2)
+            for first in range(0, max(map(len, orders)), size):
+                parts = [order[first : first + size] for order in orders]
+                offsets = torch.tensor([0, *map(len, parts)]).cumsum(0)
+                ticket = group._begin(torch.cat(parts).to(self.device), offsets.to(self.device), None, True)
+                group._pool.wait(ticket.seq)
+                group._pool.release(ticket.seq)
 
     def counters(self) -> dict[str, int]:
         """Sums over this rank's tables and volumes."""
         tables = [t for g in self.groups for t in g.stats()]
-        volumes = [v for g in self.groups for v in g.volume_stats()]
+        volumes = [v.stats() for v in durability.volumes(self.groups)]  # groups share them
         sums = {k: sum(int(t[k]) for t in tables) for k in ("lookups", "unique_rows", "misses")}
         return sums | {"read_ios": sum(int(v["read_ios"]) for v in volumes)}
 

@@ -13,7 +13,8 @@ from torchrec_mtrains.kernels import durability
 
 import torchrec_mtrains as mtrains
 from _common import median
-from _multi_job import Batches, Shape, Side, Tiers
+from _multi_job import Batches, Budget, Shape, Side, Tiers
+from _multi_ranks import say
 from torchrec_mtrains import DdrHome, SsdHome
 
 PIPELINES = {"TieredTrainPipeline": mtrains.TieredTrainPipeline, "PrefetchTrainPipelineSparseDist": PrefetchTrainPipelineSparseDist}
@@ -58,16 +59,21 @@ def bits(rank: int, shape: Shape, shardings: tuple[str, ...], pool_share: float,
     return found
 
 
-def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | None, warm_up: int, count: int, batches: int) -> dict[str, Any]:
-    """Milliseconds a step, from all ranks' start to all ranks' end, and what this rank's tables counted a step."""
+def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | Budget | None, warm_up: int, count: int, batches: int) -> dict[str, Any]:
+    """Milliseconds a step, from all ranks' start to all ranks' end, what the planner said they would be, and what this rank counted."""
     side = Side(shape, rank, sharding, tiers)
+    say("model sharded" if side.predicted_ms is None else f"model sharded; predicted: {side.predicted_ms:.2f} ms a step")
     side.put_every_row()
+    say("rows put")
     made = Batches(shape, batches, rank)
+    say("batches drawn")
     source = made.stream(0, warm_up + ROUNDS * count + 200)
     pipeline = mtrains.TieredTrainPipeline if tiers else TrainPipelineSparseDist
     loop = pipeline(side.dmp, side.optimizer, side.device)
-    for _ in range(warm_up):
+    for done in range(warm_up):
         loop.progress(source)
+        if done in (0, warm_up - 1):
+            say(f"{done + 1} of {warm_up} steps to warm up")
     times, before = [], side.counters()
     for _ in range(ROUNDS):
         _synchronize(side.device)
@@ -76,12 +82,14 @@ def steps(rank: int, shape: Shape, sharding: str, tiers: Tiers | None, warm_up: 
             loop.progress(source)
         _synchronize(side.device)
         times.append((perf_counter() - start) / count * 1e3)
+        say(f"{times[-1]:.2f} ms a step of {count}")
     after = side.counters()
     moved = {f"{k}_per_step": (after[k] - before[k]) / (ROUNDS * count) for k in before}
     if tiers:
         loop.reset()  # type: ignore[attr-defined]
         durability.close(side.groups)
-    return {"ms": median(times), "ms_of_rounds": times, **moved}
+    planned = {"predicted_ms": side.predicted_ms, "plan": side.rows} if side.predicted_ms is not None else {}
+    return {"ms": median(times), "ms_of_rounds": times, **moved, **planned}
 
 
 def job(rank: int, shape: Shape, sharding: str, tiers: Tiers, last: int, every: int, checkpoint: str) -> dict[int, str]:

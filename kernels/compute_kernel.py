@@ -181,6 +181,12 @@ class _TieredKernel(FusedOptimizerModule):
         """As ``TieredTBE.announce``."""
         return self._emb_module.announce(features.values(), features.offsets(), batch_size_per_feature_per_rank=_batch_sizes(features))
 
+    def prefetch(self, features: KeyedJaggedTensor, forward_stream: Any) -> None:
+        """As ``TieredTBE.prefetch``."""
+        self._emb_module.prefetch(
+            features.values(), features.offsets(), forward_stream, batch_size_per_feature_per_rank=_batch_sizes(features)
+        )
+
     def withdraw(self, features: KeyedJaggedTensor) -> None:
         """As ``TieredTBE.withdraw``."""
         self._emb_module.withdraw(features.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .built_in_hardware import DDR4, KERNEL, OPTANE_PMEM
+from dataclasses import replace
+
+from .built_in_hardware import DDR4, H200, KERNEL, OPTANE_PMEM
 from .hardware_profile import BlockDeviceProfile, DevicePoint, HardwareProfile
 from .topology import TieredTopology
 
@@ -10,7 +12,10 @@ _MEASURED = "2 cores AMD EPYC, virtio NVMe, 2026-11-25"
 
 
 def assumed_hardware(topology: TieredTopology) -> HardwareProfile:
-    """Hosts with the reference box's device each, and its two cores for every rank."""
+    """Hosts with the reference box's device each, and its two cores for every rank; for GPUs, the H200 that was measured, one a rank."""
+    if topology.compute_device == "cuda":
+        source = "nobody measured this machine: run `mtrains calibrate` there and give its profile"
+        return replace(H200, machine=f"assumed: {H200.machine}", cores=H200.cores * topology.ranks_per_host, source=source)
     points = [
         (4096, 1, 1.0, 15_000.0),
         (4096, 64, 1.0, 76_000.0),

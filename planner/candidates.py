@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torchrec.distributed.planner.types import PartitionByType, ShardingOption
+from torchrec.distributed.planner.types import PartitionByType, ShardingOption, Storage
 
-from . import charges
 from .choices import Choices, Floats, Ints
 from .estimators import uncharged_bytes
 from .perf_model import PerfModel, ShardUse
 from .sharding_options import TieredShardingOption
 
-TIERS = ("ddr", "pmem", "ssd")
+TIERS = ("ddr", "pmem", "ssd", "hbm")
 
 POOLS = 12  # sizes of a table's pool, from one that can be prefetched into to all rows
 CACHE_SHARES = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0)  # of the rows that a pool leaves out
@@ -111,21 +110,30 @@ def busiest(option: ShardingOption) -> ShardUse:
 
 def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats]:
     ddr = [shard.storage.ddr + missing for shard, missing in zip(option.shards, uncharged_bytes(option), strict=True)]
+    hbm = [shard.storage.hbm for shard in option.shards]
     if is_spread(option):
-        return np.array([[max(ddr), 0.0, 0.0]]), model.in_memory(busiest(option))[None]
-    return np.array([[sum(ddr), 0.0, 0.0]]), np.sum([model.in_memory(use) for use in option.uses], axis=0, keepdims=True)
+        return np.array([[max(ddr), 0.0, 0.0, max(hbm)]]), model.in_memory(busiest(option))[None]
+    return np.array([[sum(ddr), 0.0, 0.0, sum(hbm)]]), np.sum([model.in_memory(use) for use in option.uses], axis=0, keepdims=True)
 
 
 def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
     pool, cache = (np.array(column) for column in zip(*((s.pool_rows, s.cache_rows) for s in sizes), strict=True))
     shards = range(option.num_shards)
     ssd, longest = max(shard.storage.ssd for shard in option.shards), max(shards, key=lambda i: option.shards[i].size[0])
-    heavy = {max(shards, key=lambda i: option.ddr_bytes(i, rows)) for rows in (option.min_pool_rows, option.shard_rows)}
+    heavy = {
+        max(shards, key=lambda i: option.ddr_bytes(i, rows) + option.hbm_bytes(i, rows))
+        for rows in (option.min_pool_rows, option.shard_rows)
+    }
     memory = [
-        (max(option.ddr_bytes(i, int(p), int(c)) for i in heavy), option.pmem_bytes_of(longest, int(c)), ssd)
-        for p, c in zip(pool, cache, strict=True)
+        (
+            max(option.ddr_bytes(i, p, c) for i in heavy),
+            option.pmem_bytes_of(longest, c),
+            ssd,
+            max(option.hbm_bytes(i, p, c) for i in heavy),
+        )
+        for p, c in zip(pool.tolist(), cache.tolist(), strict=True)
     ]
-    return np.array(memory, np.float64), option.model.tiered(busiest(option), pool, cache)
+    return np.array(memory, np.float64), option.busy_of(busiest(option), pool, cache)
 
 
 def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer: float) -> list[Sizes]:
@@ -133,23 +141,18 @@ def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer:
     first = max(least, math.ceil(max(use.rows_in_flight for use in option.uses)))
     step = (rows / first) ** (1 / (POOLS - 1))
     pools = {least, *np.rint(np.geomspace(first, rows, POOLS)).astype(int).tolist()}
-    shares = set(CACHE_SHARES if pmem else (0.0,))
+    cached = option.may_be_cached(pmem)
+    shares = set(CACHE_SHARES if cached else (0.0,))
     near: set[Sizes] = set()
     if around is not None and around.pool_rows:
         beside = [around.pool_rows, *(around.pool_rows * step ** (_FINER * finer))]
         near_pools = {min(rows, max(least, round(p))) for p in beside}
-        caches = {0, *(round(around.cache_rows * f) for f in (1.0, *(1 + _FINER * finer)))} if pmem else {0}
-        near = {Sizes(p, min(c, rows - p)) for p in near_pools for c in caches}
-    grid = {Sizes(p, int((rows - p) * share)) for p in pools for share in shares} | near
-    return sorted((s for s in grid if _worth(option, s)), key=lambda s: (s.pool_rows, s.cache_rows))
+        caches = {0, *(round(around.cache_rows * f) for f in (1.0, *(1 + _FINER * finer)))} if cached else {0}
+        near = {Sizes(*option.legal(p, c)) for p in near_pools for c in caches}
+    grid = {Sizes(*option.legal(p, int((rows - p) * share))) for p in pools for share in shares} | near
+    return sorted((s for s in grid if option.worth(s.cache_rows)), key=lambda s: (s.pool_rows, s.cache_rows))
 
 
-def _worth(option: TieredShardingOption, sizes: Sizes) -> bool:
-    """A cache has to hold more rows than its index would hold as slots of the pool."""
-    index_bytes = charges.cache_index_bytes(option.shard_rows, sizes.cache_rows)
-    return not sizes.cache_rows or sizes.cache_rows * option.slot_bytes > index_bytes
-
-
-def ranks_memory(ddr: Sequence[float], pmem_bytes: int, ssd: Sequence[float]) -> Floats:
+def ranks_memory(storage: Sequence[Storage], pmem_bytes: int) -> Floats:
     """Capacities as ``choices.Ranks`` wants them. Shape (ranks, tiers)."""
-    return np.array([[d, pmem_bytes, s] for d, s in zip(ddr, ssd, strict=True)], np.float64)
+    return np.array([[s.ddr, pmem_bytes, s.ssd, s.hbm] for s in storage], np.float64)

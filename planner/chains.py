@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import ShardingPlan
 
-from ..parameter_sharding import TieredParameterSharding
-from ..tiers import PmemCache, TierChain
+from ..parameter_sharding import TIERED_KERNEL, TieredParameterSharding
+from ..tiers import TierChain
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
 
@@ -20,16 +20,12 @@ def with_chains(plan: ShardingPlan, options: Sequence[ShardingOption], topology:
     plan and the options that it chose, which a function in its ``callbacks`` gets.
     """
     for option in options:
-        if isinstance(option, TieredShardingOption):
+        if isinstance(option, TieredShardingOption) and option.compute_kernel == TIERED_KERNEL:
             stock = plan.plan[option.path][option.name]
             plan.plan[option.path][option.name] = TieredParameterSharding(**vars(stock), tiers=chain_of(option, topology))
     return plan
 
 
 def chain_of(option: TieredShardingOption, topology: TieredTopology) -> TierChain:
-    """The option's pool, its cache on the topology's PMem if it has one, and the SSD."""
-    assert topology.ssd is not None
-    if not option.cache_rows:
-        return TierChain(option.pool_rows, (topology.ssd,))
-    assert topology.pmem is not None
-    return TierChain(option.pool_rows, (PmemCache(topology.pmem.path, option.cache_rows), topology.ssd))
+    """The option's pool, and what the topology has for below it."""
+    return option.chain(topology.ssd, topology.pmem.path if topology.pmem else None)

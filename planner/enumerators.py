@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         stock = super().enumerate(module, sharders)
         for option in stock:
             option.uses = self._uses(option)
-        tiered = self._tiered(stock) if self._topology.ssd else []
+        tiered = self._tiered(stock) if self._has_tiers else []
         options = [o for o in stock if not self._is_stand_in(o)] + tiered
         for name in {o.fqn for o in stock} - {o.fqn for o in options}:
             raise ConfigurationError(
@@ -85,6 +85,10 @@ class TieredEnumerator(EmbeddingEnumerator):
                 "has fewer rows than there are ranks). Relax its ParameterConstraints"
             )
         return options
+
+    @property
+    def _has_tiers(self) -> bool:
+        return self._topology.ssd is not None
 
     # -- TorchRec's filters, for which the tiered kernel does not exist. A table that is to be on the SSD, or row-wise against the
     #    stock CPU sharder's list (gloo runs it, and our sharder offers it), goes through as a fused stand-in, dropped at the end.
@@ -121,7 +125,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
-        return [self._above_ssd(option, templates[option.fqn]) for option in fused]
+        return [below for option in fused for below in self._below(option, templates[option.fqn])]
 
     def _optimizer(self, option: ShardingOption) -> str:
         return optimizer_name(option.tensor, sharders_for_estimators(self)[option.module_type_key].fused_params)
@@ -134,8 +138,11 @@ class TieredEnumerator(EmbeddingEnumerator):
             and type(option.module[1]) in (EmbeddingBagCollection, EmbeddingCollection)
             and option.tensor.dtype in (torch.float32, torch.float16)
             and columns % 4 == 0
-            and state_bytes_per_row(self._optimizer(option), columns) is not None
+            and self._state_bytes(option) is not None
         )
+
+    def _state_bytes(self, option: ShardingOption) -> int | None:
+        return state_bytes_per_row(self._optimizer(option), option.tensor.shape[1], self._topology.compute_device)
 
     def _fused(self, template: ShardingOption) -> list[ShardingOption]:
         asked = self._asked(template.name).sharding_types
@@ -158,21 +165,31 @@ class TieredEnumerator(EmbeddingEnumerator):
             options.append(option)
         return options
 
-    def _above_ssd(self, fused: ShardingOption, template: ShardingOption) -> TieredShardingOption:
+    def _below(self, fused: ShardingOption, template: ShardingOption) -> Sequence[TieredShardingOption]:
+        """The ways below memory of a table so sharded."""
         fused._tensor = template.tensor
-        state = state_bytes_per_row(self._optimizer(template), template.tensor.shape[1])
+        state = self._state_bytes(template)
         assert state is not None
-        asked = getattr(self._asked(template.name), "min_pool_rows", None)
-        return TieredShardingOption.of(
-            fused,
-            optimizer_state_bytes=state,
-            min_pool_rows=math.ceil(self._lookups(template)) if asked is None else asked,  # one shard may get a whole batch
-            uses=self._uses(fused, above_ssd=True),
-            model=self._model,
-            bags=self._bags(template),
-            world_size=self._world_size,
-            snapshots=self._topology.ssd is not None and has_snapshots(self._topology.ssd, self._model.checkpoints),
-        )
+        return [
+            TieredShardingOption.of(
+                fused,
+                optimizer_state_bytes=state,
+                min_pool_rows=self._least_pool(template),
+                uses=self._uses(fused, above_ssd=True),
+                model=self._model,
+                bags=self._bags(template),
+                world_size=self._world_size,
+                snapshots=self._snapshots,
+            )
+        ]
+
+    @property
+    def _snapshots(self) -> bool:
+        return self._topology.ssd is not None and has_snapshots(self._topology.ssd, self._model.checkpoints)
+
+    def _least_pool(self, option: ShardingOption) -> int:
+        asked = getattr(self._asked(option.name), "min_pool_rows", None)
+        return math.ceil(self._lookups(option)) if asked is None else int(asked)  # one shard may get a whole batch
 
     # -- what a step does
 
@@ -182,7 +199,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         access = self._table_access(option)
         lookups, unique = self._lookups(option), access.unique_rows(samples)
         weight_bytes = option.tensor.element_size()
-        state = state_bytes_per_row(self._optimizer(option), columns) or 0
+        state = self._state_bytes(option) or 0
         curve = self._curve(option, access, 1)
         ssd_curve = self._curve(option, access, records_per_block(columns * weight_bytes + state)) if above_ssd else None
         copies = option.sharding_type == ShardingType.DATA_PARALLEL.value
@@ -191,7 +208,7 @@ class TieredEnumerator(EmbeddingEnumerator):
             width, update_ms = shard.size[1] * weight_bytes, 0.0
             if copies:  # each rank looks up its own part of the batch, and updates every row
                 update_bytes = _READ_AND_WRITTEN * rows * (width + state)
-                update_ms = 1e3 * update_bytes / self._model.hardware.ddr.read_bytes_per_s
+                update_ms = 1e3 * update_bytes / self._model.memory_bytes_per_s
             uses.append(
                 ShardUse(
                     rows=shard.size[0],

@@ -24,8 +24,9 @@ _CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 @dataclass(frozen=True)
 class PlanSummary:
     """``busy_share``: of the step, by resource. ``bound_ms``: no plan with tiers has a faster step; None where everything is in memory.
-    ``one_more_gib_ms``: by tier, what a GiB more on every rank takes off the bound. ``ddr_bytes``: that a rank has for tables, on average,
-    and ``step_by_ddr``: (bytes a rank, bound) pairs; 0 and none where everything is in memory. ``notes``: what was assumed."""
+    ``one_more_gib_ms``: by tier, what a GiB more on every rank takes off the bound. ``memory``: "ddr", or "hbm", where tables train;
+    ``memory_bytes``: that a rank has of it for tables, on average, and ``step_by_memory``: (bytes a rank, bound) pairs; 0 and none where
+    everything is there. ``notes``: what was assumed."""
 
     step_ms: float
     bottleneck: str
@@ -33,8 +34,9 @@ class PlanSummary:
     bound_ms: float | None
     search_seconds: float
     one_more_gib_ms: dict[str, float]
-    ddr_bytes: float
-    step_by_ddr: tuple[tuple[float, float], ...]
+    memory: str
+    memory_bytes: float
+    step_by_memory: tuple[tuple[float, float], ...]
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -51,19 +53,19 @@ class PlanSummary:
         return [*lines, *self.notes]
 
 
-def summary(prediction: StepPrediction, result: SearchResult | None, notes: Sequence[str]) -> PlanSummary:
-    """Of a plan; ``result``: of the search, where there was one."""
+def summary(prediction: StepPrediction, result: SearchResult | None, notes: Sequence[str], memory: str = "ddr") -> PlanSummary:
+    """Of a plan; ``result``: of the search, where there was one; ``memory``: where tables train."""
     gains: dict[str, float] = {}
     curve: list[tuple[float, float]] = []
-    ddr = 0.0
+    have_memory = 0.0
     if result is not None:
-        for tier in ("ddr", "pmem", "ssd"):
+        for tier in ("hbm", "ddr", "pmem", "ssd"):
             have = result.capacity_bytes(tier)
             more = result.bound_with(tier, have + GIB) if have else None
             if more is not None:
                 gains[tier] = max(0.0, result.bound_ms - more)
-        ddr = result.capacity_bytes("ddr")
-        curve = [(ddr * f, step) for f in _CURVE_FACTORS if (step := result.bound_with("ddr", ddr * f)) is not None]
+        have_memory = result.capacity_bytes(memory)
+        curve = [(have_memory * f, step) for f in _CURVE_FACTORS if (step := result.bound_with(memory, have_memory * f)) is not None]
     return PlanSummary(
         prediction.step_ms,
         prediction.bottleneck,
@@ -71,7 +73,8 @@ def summary(prediction: StepPrediction, result: SearchResult | None, notes: Sequ
         result.bound_ms if result else None,
         result.seconds if result else 0.0,
         gains,
-        ddr,
+        memory,
+        have_memory,
         tuple(curve),
         tuple(notes),
     )
@@ -84,20 +87,20 @@ def alternative(option: ShardingOption, table: Table, model: PerfModel, *, allow
         if isinstance(option, TieredShardingOption):
             return f"in memory: {'no rank has room' if allowed_in_memory else 'its constraints forbid it'}"
         return "on the SSD: its constraints, module, optimizer or dimension forbid it"
-    more_bytes, more_ms = _ddr(other) - _ddr(option), _busy(other, model) - _busy(option, model)
-    where = "on the SSD" if isinstance(other, TieredShardingOption) else "in memory"
+    more_bytes, more_ms = _memory(other) - _memory(option), _busy(other, model) - _busy(option, model)
+    where = other.place if isinstance(other, TieredShardingOption) else "in memory"
     at = int(np.argmax(np.abs(more_ms)))
-    return f"{where}: {_signed(more_bytes)} DDR, {more_ms[at]:+.3g} ms of {RESOURCES[at]}"
+    return f"{where}: {_signed(more_bytes)} {'HBM' if option.total_storage.hbm else 'DDR'}, {more_ms[at]:+.3g} ms of {RESOURCES[at]}"
 
 
 def draw(plan: PlanSummary, path: str | Path) -> None:
-    """One picture: the fastest step that any plan can have, by DDR of a rank, with this plan in it.
+    """One picture: the fastest step that any plan can have, by memory of a rank, with this plan in it.
 
     Raises: ConfigurationError for a plan that nobody searched for.
     """
-    if not plan.step_by_ddr:
+    if not plan.step_by_memory:
         raise ConfigurationError(
-            f"no picture {path}: every table is in memory, so that more of it buys nothing; leave --picture out, or lower --ddr-budget"
+            f"no picture {path}: every table is in memory, more of which buys nothing; leave --picture out, or lower --{plan.memory}-budget"
         )
     import matplotlib
 
@@ -105,10 +108,10 @@ def draw(plan: PlanSummary, path: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
-    ddr, step = zip(*plan.step_by_ddr, strict=True)
-    axes.plot(np.array(ddr) / GIB, step, marker="o", label="bound")
-    axes.plot([plan.ddr_bytes / GIB], [plan.step_ms], marker="*", markersize=12, linestyle="none", label="this plan")
-    axes.set_xlabel("DDR a rank, GiB")
+    memory, step = zip(*plan.step_by_memory, strict=True)
+    axes.plot(np.array(memory) / GIB, step, marker="o", label="bound")
+    axes.plot([plan.memory_bytes / GIB], [plan.step_ms], marker="*", markersize=12, linestyle="none", label="this plan")
+    axes.set_xlabel(f"{plan.memory.upper()} a rank, GiB")
     axes.set_ylabel("predicted step, ms")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -117,8 +120,9 @@ def draw(plan: PlanSummary, path: str | Path) -> None:
     pyplot.close(figure)
 
 
-def _ddr(option: ShardingOption) -> int:
-    return int(option.total_storage.ddr + sum(uncharged_bytes(option)))
+def _memory(option: ShardingOption) -> int:
+    """Where the table trains."""
+    return int(option.total_storage.hbm or option.total_storage.ddr + sum(uncharged_bytes(option)))
 
 
 def _busy(option: ShardingOption, model: PerfModel) -> Floats:

@@ -34,43 +34,55 @@ class _Growing:
     @property
     def room(self) -> int:
         """Rows that neither has."""
-        return self.option.shard_rows - self.pool_rows - self.cache_rows
+        return max(0, self.option.shard_rows - self.pool_rows - self.cache_rows)
 
     def gain(self, more_pool: int, more_cache: int) -> float:
         """Priced time that so many more rows save, on all ranks."""
         sizes = [self.pool_rows, self.pool_rows + more_pool], [self.cache_rows, self.cache_rows + more_cache]
-        return sum(float(now - then) for use in self.option.uses for now, then in [self.option.model.tiered(use, *sizes) @ self.price])
+        return sum(float(now - then) for use in self.option.uses for now, then in [self.option.busy_of(use, *sizes) @ self.price])
 
 
 def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes: int, busy_price: Floats) -> list[ShardingOption]:
     """The placed plan with larger pools and caches. Shape: busy_price (resources,)."""
-    ddr, pmem = [float(storage.ddr) for storage in capacity], [float(pmem_bytes)] * len(capacity)
+    free = {tier: [float(getattr(storage, tier)) for storage in capacity] for tier in ("ddr", "hbm")}
+    free["pmem"] = [float(pmem_bytes)] * len(capacity)
     for option in plan:
         for i, (shard, missing) in enumerate(zip(option.shards, uncharged_bytes(option), strict=True)):
-            ddr[shard.rank] -= shard.storage.ddr + missing
+            free["ddr"][shard.rank] -= shard.storage.ddr + missing
+            free["hbm"][shard.rank] -= shard.storage.hbm
             if isinstance(option, TieredShardingOption):
-                pmem[shard.rank] -= option.pmem_bytes_of(i, option.cache_rows)
+                free["pmem"][shard.rank] -= option.pmem_bytes_of(i, option.cache_rows)
     tables = [_Growing(o, o.pool_rows, o.cache_rows, busy_price + _ANY_WORK) for o in plan if isinstance(o, TieredShardingOption)]
+
+    def left(t: _Growing, tier: str) -> float:
+        return min(free[tier][s.rank] for s in t.option.shards)
+
+    def take(t: _Growing, tier: str, bytes_: int) -> None:
+        for s in t.option.shards:
+            free[tier][s.rank] -= bytes_
 
     def more_cache(t: _Growing, share: float) -> int:
         if not t.cache_rows:
             return 0  # the search found that its index costs more than it holds
-        free = min(pmem[s.rank] for s in t.option.shards) - charges.PAGE_BYTES, min(ddr[s.rank] for s in t.option.shards)
-        return min(t.room, int(share * free[0]) // t.option.record_bytes, int(share * free[1]) // charges.DIRECTORY_BYTES_PER_SLOT)
+        records = left(t, t.option.cache_tier) - charges.PAGE_BYTES
+        rows = int(share * records) // t.option.record_bytes, int(share * left(t, t.option.pool_tier)) // t.option.cached_index_bytes
+        return min(t.room, *rows)
 
     def grow_cache(t: _Growing, rows: int) -> None:
         t.cache_rows += rows
-        for s in t.option.shards:
-            pmem[s.rank] -= rows * t.option.record_bytes
-            ddr[s.rank] -= rows * charges.DIRECTORY_BYTES_PER_SLOT
+        take(t, t.option.cache_tier, rows * t.option.record_bytes)
+        take(t, t.option.pool_tier, rows * t.option.cached_index_bytes)
 
     def more_pool(t: _Growing, share: float) -> int:
-        return min(t.room, t.option.more_slots(t.pool_rows, share * min(ddr[s.rank] for s in t.option.shards)))
+        most = min(t.room, t.option.most_pool_rows(t.cache_rows) - t.pool_rows)
+        return min(most, t.option.more_slots(t.pool_rows, share * left(t, t.option.pool_tier)))
 
     def grow_pool(t: _Growing, rows: int) -> None:
+        grown = t.pool_rows + rows
         for i, s in enumerate(t.option.shards):
-            ddr[s.rank] -= t.option.ddr_bytes(i, t.pool_rows + rows) - t.option.ddr_bytes(i, t.pool_rows)
-        t.pool_rows += rows
+            for tier, bytes_of in (("ddr", t.option.ddr_bytes), ("hbm", t.option.hbm_bytes)):
+                free[tier][s.rank] -= bytes_of(i, grown, t.cache_rows) - bytes_of(i, t.pool_rows, t.cache_rows)
+        t.pool_rows = grown
 
     _pour(tables, more_cache, grow_cache, lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes))
     _pour(tables, more_pool, grow_pool, lambda t, rows: t.gain(rows, 0) / (rows * t.option.slot_bytes))

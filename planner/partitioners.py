@@ -35,7 +35,7 @@ class TieredPartitioner(Partitioner):
     def partition(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
         """The proposal, every shard with its rank. Raises: PlannerError when it does not fit."""
         plan = proposal if all(s.rank is not None for o in proposal for s in o.shards) else self._place(proposal, storage_constraint)
-        for tier in ("ddr", "ssd", "pmem"):
+        for tier in ("hbm", "ddr", "ssd", "pmem"):
             need: Counter[int] = Counter()
             for option in plan:
                 for shard, missing_bytes in zip(option.shards, uncharged_bytes(option), strict=True):

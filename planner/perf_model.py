@@ -38,9 +38,9 @@ from .hardware_profile import HardwareProfile
 
 Floats = NDArray[np.float64]
 
-RESOURCES = ("cpu", "tiers", "ddr", "pmem", "ssd")
-SHARED = np.array([False, False, True, True, True])
-CPU, TIERS, DDR, PMEM, SSD = range(5)
+RESOURCES = ("cpu", "tiers", "ddr", "pmem", "ssd", "gpu", "pcie")  # the last two: gpu_perf_model.py
+SHARED = np.array([False, False, True, True, True, False, False])
+CPU, TIERS, DDR, PMEM, SSD, GPU, PCIE = range(7)
 
 PREFETCH_DEPTH = 2  # of ``TieredTrainPipeline``, left its own choice
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
@@ -139,7 +139,18 @@ class PerfModel:
     @cached_property
     def base_ms(self) -> Floats:
         """What a rank is busy with besides tables. Shape (resources,)."""
-        return np.array([self.dense_ms + 1e-3 * self.hardware.kernel.step_overhead_us_per_group, 0.0, 0.0, 0.0, 0.0])
+        base = np.zeros(len(RESOURCES))
+        base[CPU] = self.dense_ms + 1e-3 * self.hardware.kernel.step_overhead_us_per_group
+        return base
+
+    def base_of(self, *, tiered: bool) -> Floats:
+        """The same of a plan with, or without tables below memory. Shape (resources,)."""
+        return self.base_ms
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """Of the memory that tables train in."""
+        return self.hardware.ddr.read_bytes_per_s
 
     @property
     def stock_group_ms(self) -> float:

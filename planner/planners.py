@@ -28,6 +28,9 @@ from .chains import with_chains
 from .checkpoint_schedule import CheckpointSchedule
 from .enumerators import TieredEnumerator
 from .explanations import PlanSummary, alternative, summary
+from .gpu_enumerator import GpuEnumerator
+from .gpu_perf_model import GpuPerfModel
+from .gpu_proposer import GpuProposer
 from .hardware_profile import HardwareProfile
 from .partitioners import TieredPartitioner
 from .perf_model import PerfModel, StepPrediction
@@ -78,10 +81,11 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
                 "it says of each option; leave it out, or subclass TieredEnumerator"
             )
         reservation = storage_reservation or DdrStorageReservation()
-        self._model = PerfModel(
+        on_gpu = topology.compute_device == "cuda"
+        self._model = (GpuPerfModel if on_gpu else PerfModel)(
             hardware or assumed_hardware(topology), topology.ranks_per_host, dense_ms, prefetched, checkpoints or CheckpointSchedule()
         )
-        self._tiered_proposer = TieredProposer(
+        self._tiered_proposer = (GpuProposer if on_gpu else TieredProposer)(
             reservation,
             self._model,
             [proposer] if isinstance(proposer, Proposer) else proposer,
@@ -95,7 +99,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             storage_reservation=reservation,
             proposer=self._tiered_proposer,
             partitioner=TieredPartitioner(partitioner),
-            enumerator=enumerator or TieredEnumerator(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
+            enumerator=enumerator
+            or (GpuEnumerator if on_gpu else TieredEnumerator)(topology, batch_size or BATCH_SIZE, constraints, self._model, access),
             **planner_kwargs,
         )
         self._tiered_topology = topology
@@ -142,8 +147,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     def plan_rows(self, plan: ShardingPlan) -> list[dict[str, Any]]:
         """The plan, one dict a table: table, sharding, kernel, ranks, rows, pool_rows and cache_rows (a shard; None where there is
-        none), ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted, of a tiered
-        table's pools), why.
+        none), hbm_bytes, ddr_bytes, pmem_bytes and ssd_bytes (of all shards), lookups (a step's, of all ranks), hit_ratio (predicted,
+        of a tiered table's pools), why.
 
         Raises: ConfigurationError for a plan that is not the last one this planner made.
         """
@@ -188,12 +193,15 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
     def summarized(self, options: list[ShardingOption]) -> PlanSummary:
         """The summary of placed options."""
         prediction = predicted(options, self._model, self._topology.world_size)
-        return summary(prediction, self._tiered_proposer.result, self._notes)
+        memory = "hbm" if self._topology.compute_device == "cuda" else "ddr"
+        return summary(prediction, self._tiered_proposer.result, self._notes, memory)
 
     def _reason(self, error: PlannerError) -> PlannerError:
         proposer = self._tiered_proposer
         if self._best_plan is not None or not proposer.footprint.tables:
             return error
+        if isinstance(proposer, GpuProposer):
+            return proposer.shortage()
         return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage) or error
 
 

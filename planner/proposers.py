@@ -62,6 +62,7 @@ class TieredProposer(Proposer):
         ways = [
             [o if isinstance(o, TieredShardingOption) else charged(o) for o in of_table if placeable(o)] for of_table in options.values()
         ]
+        self._ways, self._names = ways, [of_table[0].name for of_table in options.values()]
         self._tables = [[o for o in of_table if self._fits_a_rank(o)] for of_table in ways]
         self.footprint = Footprint([self._table(of_table[0].name, mine) for of_table, mine in zip(options.values(), ways, strict=True)])
         self._enumerator, self._fits, self.result = enumerator, False, None

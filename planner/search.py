@@ -38,8 +38,7 @@ class Capacity:
 
     def ranks(self, model: PerfModel) -> Ranks:
         """As ``choices`` has them."""
-        memory = ranks_memory([s.ddr for s in self.storage], self.pmem_bytes, [s.ssd for s in self.storage])
-        return Ranks(memory, model.base_ms.copy(), SHARED, model.ranks_per_host)
+        return Ranks(ranks_memory(self.storage, self.pmem_bytes), model.base_ms.copy(), SHARED, model.ranks_per_host)
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ def _result(
 
 def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: int) -> StepPrediction:
     """The step of a placed plan, from what each of its shards does."""
-    busy = np.tile(model.base_ms, (world_size, 1))
     tiered, stock = ({s.rank for o in options if isinstance(o, TieredShardingOption) is kind for s in o.shards} for kind in (True, False))
+    busy = np.tile(model.base_of(tiered=bool(tiered)), (world_size, 1))
     busy[sorted(tiered & stock), CPU] += model.stock_group_ms
     for option in options:
         for i, shard in enumerate(option.shards):

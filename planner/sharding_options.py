@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torchrec.distributed.planner.types import Perf, ShardingOption
 
 from ..parameter_sharding import TIERED_KERNEL
+from ..tiers import PmemCache, SsdHome, TierChain
 from . import charges
 from .perf_model import CPU, PMEM, SSD, TIERS, Floats, PerfModel, ShardUse
 from .storage import TieredStorage
@@ -25,6 +26,9 @@ class TieredShardingOption(ShardingOption):
     ``snapshots``: whether the SSD's volume writes any (``charges.py``).
     """
 
+    pool_tier: ClassVar[str] = "ddr"
+    cache_tier: ClassVar[str] = "pmem"
+    place: ClassVar[str] = "on the SSD"
     min_pool_rows: int
     pool_rows: int
     cache_rows: int
@@ -79,11 +83,45 @@ class TieredShardingOption(ShardingOption):
         """DDR of one slot."""
         return charges.slot_bytes(self.record_bytes)
 
-    def more_slots(self, pool_rows: int, ddr_bytes: float) -> int:
-        """Slots that pools of ``pool_rows`` can grow by in so much DDR a shard, the ids of a longer window included."""
+    @property
+    def cached_index_bytes(self) -> int:
+        """What one cached row takes of the pools' memory."""
+        return charges.DIRECTORY_BYTES_PER_SLOT
+
+    def may_be_cached(self, pmem: bool) -> bool:
+        """Whether there is anything for a cache below the pool."""
+        return pmem
+
+    def legal(self, pool_rows: int, cache_rows: int) -> tuple[int, int]:
+        """Sizes near these that a shard may have. A cache is exclusive."""
+        return pool_rows, min(cache_rows, self.shard_rows - pool_rows)
+
+    def most_pool_rows(self, cache_rows: int) -> int:
+        """Of a pool above such a cache."""
+        return self.shard_rows - cache_rows
+
+    def worth(self, cache_rows: int) -> bool:
+        """A cache has to hold more rows than its index would hold as slots of the pool."""
+        index_bytes = charges.cache_index_bytes(self.shard_rows, cache_rows)
+        return not cache_rows or cache_rows * self.slot_bytes > index_bytes
+
+    def busy_of(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:
+        """What a step keeps each resource busy for a shard so used, by sizes. Shapes: (n,), (n,) → (n, resources)."""
+        return self.model.tiered(use, pool_rows, cache_rows)
+
+    def chain(self, ssd: SsdHome | None, pmem_path: str | None) -> TierChain:
+        """The tiers of a shard."""
+        assert ssd is not None
+        if not self.cache_rows:
+            return TierChain(self.pool_rows, (ssd,))
+        assert pmem_path is not None
+        return TierChain(self.pool_rows, (PmemCache(pmem_path, self.cache_rows), ssd))
+
+    def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
+        """Slots that pools of ``pool_rows`` can grow by in so much memory a shard, the ids of a longer window included."""
         batch = math.ceil(max(1.0, *(use.unique_rows for use in self.uses)))
         longer = max(self._waiting_bytes(i, pool_rows + batch) - self._waiting_bytes(i, pool_rows) for i in range(self.num_shards))
-        return max(0, int((ddr_bytes - 1) / (self.slot_bytes + (longer + 1) / batch * 1.001)))
+        return max(0, int((memory_bytes - 1) / (self.slot_bytes + (longer + 1) / batch * 1.001)))
 
     def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
         """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
@@ -95,6 +133,10 @@ class TieredShardingOption(ShardingOption):
         """PMem of one shard, had it a cache of ``cache_rows``."""
         return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows) if cache_rows else 0
 
+    def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+        """HBM of one shard, had it such a pool and cache."""
+        return 0
+
     def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
         """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``."""
         rows = self.shards[shard].size[0]
@@ -104,7 +146,7 @@ class TieredShardingOption(ShardingOption):
 
     def busy_ms(self, shard: int) -> Floats:
         """What a step keeps each resource busy for a shard. Shape (resources,)."""
-        return np.asarray(self.model.tiered(self.uses[shard], self.pool_rows, self.cache_rows)[0])
+        return np.asarray(self.busy_of(self.uses[shard], self.pool_rows, self.cache_rows)[0])
 
     def hit_ratio(self) -> float:
         """Of the distinct rows of a batch, those in the pools when they are looked up; neighbours came along with reads of the SSD."""

@@ -21,6 +21,7 @@ from .sharding_options import TieredShardingOption
 from .storage import bytes_in
 
 logger = logging.getLogger(__name__)
+_TIERS = ("hbm", "ddr", "pmem", "ssd")
 _TEXTS = ("table", "sharding", "kernel", "ranks", "why")
 
 
@@ -41,6 +42,7 @@ def plan_rows(options: Sequence[ShardingOption], pmem: bool, alternatives: Mappi
                 "rows": option.tensor.shape[0],
                 "pool_rows": tiered.pool_rows if tiered else None,
                 "cache_rows": tiered.cache_rows or None if tiered else None,
+                "hbm_bytes": option.total_storage.hbm,
                 "ddr_bytes": option.total_storage.ddr + sum(uncharged_bytes(option)),
                 "pmem_bytes": bytes_in(option.total_storage, "pmem"),
                 "ssd_bytes": option.total_storage.ssd,
@@ -56,6 +58,8 @@ def _why(option: ShardingOption, any_tiered: bool, pmem: bool) -> str:
     if not isinstance(option, TieredShardingOption):
         return "most time saved a byte" if any_tiered else "everything fits"
     why = "smallest pool" if option.pool_rows == option.min_pool_rows else ""
+    if option.pool_tier == "hbm":
+        return "; ".join(filter(None, (option.place, why)))
     return "; ".join(filter(None, (why, "a cache's index costs more than it holds" if pmem and not option.cache_rows else "")))
 
 
@@ -68,7 +72,8 @@ def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     hits = any(r.get("hit_ratio") is not None for r in rows)
     heads = ["table", "sharding", "kernel", "ranks", "rows", "pool rows", *(["cache rows"] if cached else [])]
     heads += ["lookups", "hit ratio"] if hits else []
-    heads += ["ddr", *(["pmem"] if cached else []), "ssd", "why"]
+    on_gpu = any(r.get("hbm_bytes") for r in rows)
+    heads += [*(["hbm"] if on_gpu else []), "ddr", *(["pmem"] if cached and not on_gpu else []), "ssd", "why"]
     lines = []
     for r in rows:
         cells = {
@@ -81,7 +86,7 @@ def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
             "cache rows": f"{r['cache_rows']:,}" if r["cache_rows"] else "",
             "lookups": f"{r.get('lookups', 0):,.0f}",
             "hit ratio": "" if r.get("hit_ratio") is None else f"{r['hit_ratio']:.3f}",
-            **{tier: show_bytes(r[f"{tier}_bytes"]) if r[f"{tier}_bytes"] else "" for tier in ("ddr", "pmem", "ssd")},
+            **{tier: show_bytes(r[f"{tier}_bytes"]) if r.get(f"{tier}_bytes") else "" for tier in _TIERS},
             "why": r["why"],
         }
         lines.append([cells[head] for head in heads])
@@ -91,9 +96,9 @@ def plan_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
 def render_plan(rows: Sequence[Mapping[str, Any]], topology: Topology | None = None) -> Table:
     """The rows of ``plan_rows`` as a rich table, with totals, and with the budgets of all ranks where there is a topology."""
     heads, lines = plan_cells(rows)
-    totals = {tier: show_bytes(sum(r[f"{tier}_bytes"] for r in rows)) for tier in ("ddr", "pmem", "ssd")}
+    totals = {tier: show_bytes(sum(r.get(f"{tier}_bytes", 0) for r in rows)) for tier in _TIERS}
     if topology is not None:
-        for tier in ("ddr", "ssd"):
+        for tier in ("hbm", "ddr", "ssd"):
             totals[tier] += f"\nof {show_bytes(sum(getattr(device.storage, tier) for device in topology.devices))}"
         pmem = getattr(topology, "pmem", None)
         totals["pmem"] += f"\nof {show_bytes(pmem.capacity_bytes * len(topology.devices))}" if pmem else ""

@@ -29,14 +29,15 @@ class PmemDevice:
 
 class TieredTopology(Topology):
     """``world_size`` ranks, each with ``ddr_budget_bytes`` of memory for its embedding tables and an ``ssd`` for what exceeds it;
-    ``pmem`` is for caches in front of the SSD.
+    ``pmem`` is for caches in front of the SSD. With ``compute_device="cuda"`` each has a GPU, with ``hbm_budget_bytes`` for tables, pools
+    and caches, and the DDR is host memory below them.
 
     ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what the volume does not keep to itself
-    (``charges.VOLUME_BYTES``). Without ``ssd`` no table is tiered. ``topology_kwargs`` are TorchRec's
+    (``charges.VOLUME_BYTES``). Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
 
-    Raises: UnsupportedError for a compute device other than the CPU; ConfigurationError for a budget that is not positive, or
-    PMem without an SSD.
+    Raises: UnsupportedError for another compute device, or PMem below a GPU; ConfigurationError for a budget that is not positive, that is
+    missing or not used, or PMem without an SSD.
     """
 
     def __init__(
@@ -45,15 +46,23 @@ class TieredTopology(Topology):
         compute_device: str = "cpu",
         *,
         ddr_budget_bytes: int,
+        hbm_budget_bytes: int | None = None,
         ssd: SsdHome | None = None,
         pmem: PmemDevice | None = None,
         local_world_size: int | None = None,
         **topology_kwargs: Any,
     ) -> None:
-        if compute_device != "cpu":
-            raise UnsupportedError(f"TieredTopology plans for compute_device 'cpu' only, got {compute_device!r}")
+        if compute_device not in ("cpu", "cuda"):
+            raise UnsupportedError(f"TieredTopology plans for compute_device 'cpu' or 'cuda', got {compute_device!r}")
         if ddr_budget_bytes <= 0:
             raise ConfigurationError(f"TieredTopology: ddr_budget_bytes must be positive, got {ddr_budget_bytes}")
+        if (compute_device == "cuda") != (hbm_budget_bytes is not None) or (hbm_budget_bytes is not None and hbm_budget_bytes <= 0):
+            raise ConfigurationError(
+                "TieredTopology: hbm_budget_bytes must be positive with compute_device='cuda', and left out with 'cpu', got "
+                f"{hbm_budget_bytes} with {compute_device!r}"
+            )
+        if pmem is not None and compute_device == "cuda":
+            raise UnsupportedError("TieredTopology: a plan for GPUs has no PMem; leave pmem out, or write chains with PmemCache by hand")
         if pmem is not None and ssd is None:
             raise ConfigurationError("TieredTopology: pmem holds caches in front of an SSD, and there is no ssd; give one too")
         if "created_by_factory" in inspect.signature(Topology.__init__).parameters:
@@ -61,6 +70,7 @@ class TieredTopology(Topology):
         super().__init__(
             world_size=world_size,
             compute_device=compute_device,
+            hbm_cap=hbm_budget_bytes,
             ddr_cap=ddr_budget_bytes,
             ssd_cap=max(0, ssd.capacity_bytes - VOLUME_BYTES) if ssd else 0,
             local_world_size=local_world_size,

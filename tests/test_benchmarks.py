@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import _store_packing  # noqa: E402
 import _store_writes  # noqa: E402
 import _subjects  # noqa: E402
 from _common import Figure, ZipfIds  # noqa: E402
+from _multi_ranks import Ranks  # noqa: E402
 
 
 def run(script: str, folder: Path, *more: str) -> dict[str, Any]:
@@ -65,6 +67,26 @@ def test_the_store_benchmark_reports_every_section_and_draws_it(tmp_path: Path) 
     epochs = sections["checkpoints"]["epoch_bytes"]
     assert 0 < epochs["hundredth_bytes"] < epochs["all_rows_bytes"] / 10
     assert 12 < sections["memory"]["bytes_per_row"] < 100  # index and directory are 12
+
+
+def _rank(rank: int) -> int:
+    return rank
+
+
+def _stands_still(rank: int) -> None:
+    threading.Event().wait(60 if rank else 0)
+
+
+def test_ranks_that_take_too_long_say_where_they_stand(capfd: pytest.CaptureFixture[str]) -> None:
+    ranks = Ranks(2)
+    try:
+        assert ranks.run(2, _rank, within_s=120) == [0, 1]
+        assert ranks.run(1, _rank, within_s=120) == [0]
+        with pytest.raises(SystemExit, match="_stands_still on 2 ranks took longer than 3 s"):
+            ranks.run(2, _stands_still, within_s=3)
+    finally:
+        ranks.kill()
+    assert "in _stands_still" in capfd.readouterr().err
 
 
 @given(fill=st.floats(0.05, 0.95))

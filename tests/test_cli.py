@@ -89,6 +89,16 @@ def test_plan_and_plan_only_print_the_same_plan_and_touch_no_ssd(ssd):
     assert list(ssd.iterdir()) == []
 
 
+def test_plan_says_what_is_in_the_memory_of_gpus_on_a_machine_without_one(ssd):
+    options = ["--data", "synthetic", "--tables", "2", "--rows", "200000", "--batch-size", "8", "--device", "cuda"]
+    result = run("plan", *options, "--ddr-budget", "64MiB", "--hbm-budget", "8MiB", "--ssd", ssd)
+    assert result.exit_code == 0, result.output
+    assert "8 MiB" in result.output
+    assert "on the SSD" in " ".join(result.output.split()) or "in DDR" in " ".join(result.output.split())
+    assert "--device cuda and --hbm-budget" in refused("plan", *options, "--ddr-budget", "64MiB", "--ssd", ssd)
+    assert "--hbm-budget goes with --ddr-budget" in refused("plan", *options, "--hbm-budget", "8MiB", "--ssd", ssd)
+
+
 def test_a_stopped_job_resumes(ssd, tmp_path):
     options = [*SMALL, *POOLS, "--ssd", ssd, "--checkpoint", tmp_path / "c", "--checkpoint-every", 2]
     assert run("train", *options, "--steps", 5).exit_code == 0

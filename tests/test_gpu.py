@@ -24,6 +24,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+from torchrec_mtrains.planner import CheckpointSchedule, TieredParameterConstraints, TieredShardingPlanner, TieredTopology
 
 import torchrec_mtrains as mtrains
 from dmp_twins import Job, Table, assert_same_state, batch, collection, in_order, initial_values
@@ -148,6 +149,56 @@ def test_a_pipeline_on_a_gpu_trains_tiered_tables_bit_for_bit_like_fused_ones(
         for group in mtrains.tiered_groups(models[0]):
             group._pool.check()
         assert_same_state(*(model.module.tables for model in models))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def planned(folder: str) -> ShardingPlan:
+    """Ours above an SSD and UVM caching beside a fused table, in budgets that hold neither."""
+    kernels = {"t0": "customized_kernel", "t1": "fused_uvm_caching", "t2": "fused", "t3": "customized_kernel"}
+    planner = TieredShardingPlanner(
+        TieredTopology(1, "cuda", hbm_budget_bytes=105 << 10, ddr_budget_bytes=40 << 10, ssd=SsdHome((folder,), capacity_bytes=256 << 20)),
+        batch_size=JOB.batch_size,
+        constraints={
+            name: TieredParameterConstraints(
+                compute_kernels=[kernel],
+                sharding_types=["table_wise"],
+                pooling_factors=[JOB.max_length / 2] * len(JOB.tables[i].features),
+                min_pool_rows=JOB.batch_size * JOB.max_length * len(JOB.tables[i].features),
+            )
+            for i, (name, kernel) in enumerate(kernels.items())
+        },
+        checkpoints=CheckpointSchedule(keep=0),
+    )
+    return planner.plan(Model(), mtrains.sharders({**JOB.fused_params(), "prefetch_pipeline": True}))
+
+
+def test_a_plan_of_the_planner_trains_bit_for_bit_like_fused_tables() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            tables = (ours := planned(folder)).plan["tables"]
+            stock = EmbeddingModuleShardingPlan()  # of the same sharding: row-wise state of column-wise shards would be another
+            for name, t in tables.items():
+                stock[name] = ParameterSharding(t.sharding_type, "fused", ranks=t.ranks, sharding_spec=t.sharding_spec)
+            plans = ours, ShardingPlan({"tables": stock})
+            chains = [tables[name].tiers.tiers for name in ("t0", "t3")]
+            assert [type(tier) for chain in chains for tier in chain] == [DdrCache, SsdHome] * 2
+            assert tables["t1"].compute_kernel == "fused_uvm_caching"
+            results = []
+            for side in plans:
+                params = {**JOB.fused_params(), "prefetch_pipeline": True}
+                dmp = DistributedModelParallel(Model(), device=DEVICE, plan=side, sharders=mtrains.sharders(params))
+                tiered = [n for n, t in side.plan["tables"].items() if isinstance(t, mtrains.TieredParameterSharding)]
+                values = {f"tables.{k}": v for k, v in initial_values(JOB).items() if not any(f".{n}." in k for n in tiered)}
+                dmp.load_state_dict(values, strict=False)
+                dense = KeyedOptimizerWrapper(
+                    dict(in_backward_optimizer_filter(dmp.named_parameters())), lambda p: torch.optim.SGD(p, lr=0.1)
+                )
+                train = mtrains.TieredTrainPipeline(dmp, CombinedOptimizer([dmp.fused_optimizer, dense]), DEVICE)
+                source = batches()
+                results.append([train.progress(source).cpu() for _ in range(STEPS)])
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
 

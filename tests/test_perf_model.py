@@ -106,7 +106,8 @@ def test_the_shards_of_a_table_together_do_what_the_table_does() -> None:
 
 def test_ranks_of_a_host_wait_for_its_devices_and_not_for_each_others_processors() -> None:
     model = PerfModel(hardware(ranks=2), ranks_per_host=2)
-    busy = np.array([[5.0, 0, 0, 0, 4.0], [1.0, 0, 0, 0, 3.0], [2.0, 0, 0, 0, 1.0], [1.0, 0, 0, 0, 0.5]])
+    busy = np.zeros((4, len(RESOURCES)))
+    busy[:, CPU], busy[:, SSD] = (5.0, 1.0, 2.0, 1.0), (4.0, 3.0, 1.0, 0.5)
     predicted = model.predict(busy)
     assert predicted.busy_ms[:, SSD].tolist() == [7.0, 7.0, 1.5, 1.5]
     assert predicted.rank_ms.tolist() == [7.0, 7.0, 2.0, 1.5]

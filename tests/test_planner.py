@@ -273,8 +273,8 @@ def test_what_is_too_small_is_named_with_its_bytes(case: Case, ddr: int, ssd: in
 
 
 def test_a_topology_that_cannot_work_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="cuda"):
-        TieredTopology(1, "cuda", ddr_budget_bytes=1)
+    with pytest.raises(UnsupportedError, match="mtia"):
+        TieredTopology(1, "mtia", ddr_budget_bytes=1)
     with pytest.raises(ConfigurationError, match="ddr_budget_bytes"):
         TieredTopology(1, ddr_budget_bytes=0)
     with pytest.raises(ConfigurationError, match="ddr_bytes"):

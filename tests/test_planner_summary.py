@@ -118,8 +118,8 @@ def test_the_bound_with_other_memory_is_the_bound_of_a_plan_that_has_it(large: A
 
 def test_the_steps_by_memory_have_the_plans_own_memory_among_them(large: Any) -> None:
     _, _, summary = large
-    assert summary.ddr_bytes == 8 * GIB
-    by_ddr = dict(summary.step_by_ddr)
+    assert (summary.memory, summary.memory_bytes) == ("ddr", 8 * GIB)
+    by_ddr = dict(summary.step_by_memory)
     assert by_ddr[8 * GIB] == pytest.approx(summary.bound_ms)
     assert np.all(np.diff(list(by_ddr.values())) <= 1e-9)
 
@@ -167,7 +167,7 @@ def test_where_all_is_in_memory_nothing_is_said_of_bounds_and_a_picture_is_refus
     planner, plan, summary = planned(SMALL, 1 * GIB)
     assert tiered_tables(plan) == set()
     assert planner.search_result is None
-    assert (summary.bound_ms, summary.one_more_gib_ms, summary.step_by_ddr) == (None, {}, ())
+    assert (summary.bound_ms, summary.one_more_gib_ms, summary.step_by_memory) == (None, {}, ())
     assert math.isfinite(summary.step_ms)
     with pytest.raises(ConfigurationError, match="every table is in memory"):
         draw(summary, tmp_path / "plan.png")

@@ -68,6 +68,10 @@ _PLACEMENT = (
     click.option("--in-memory", is_flag=True, help="Every table whole in memory: TorchRec's own plan."),
     click.option("--threads", type=click.IntRange(1), default=None, help="Of torch; its own choice if left out."),
 )
+_DEVICE = (
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the tables train."),
+    click.option("--hbm-budget", type=_Bytes(), default=None, help="With --device cuda: GPU memory for tables, pools and caches, a rank."),
+)
 _SCHEDULE = (
     click.option("--steps", type=click.IntRange(1), default=None, help="Batches to train, counted from the data's beginning."),
     click.option("--checkpoint", type=click.Path(file_okay=False), default=None, help="Folder for checkpoints; one is made at the end."),
@@ -103,6 +107,7 @@ def _train_options(o: dict[str, Any]) -> Any:
             ssd=o["ssd"],
             ssd_capacity_bytes=o["ssd_capacity"],
             ddr_budget_bytes=o["ddr_budget"],
+            hbm_budget_bytes=o.get("hbm_budget"),
             pool_rows=o["pool_rows"],
             pmem=o["pmem"],
             pmem_capacity_bytes=o["pmem_capacity"],
@@ -157,11 +162,13 @@ main.add_command(profile)
 
 
 @main.command()
-@with_options(DATA, *DATA_OPTIONS, *_MODEL, *_PLACEMENT, *_SCHEDULE)
+@with_options(DATA, *DATA_OPTIONS, *_MODEL, *_PLACEMENT, *_DEVICE, *_SCHEDULE)
 @click.option("--picture", type=click.Path(dir_okay=False), default=None, help="Draw the predicted step by memory a rank: plan.png.")
 @typed_errors
 def plan(**o: Any) -> None:
     """Print where every table would live."""
+    if (o["device"] == "cuda") != (o["hbm_budget"] is not None):
+        raise ConfigurationError("--device cuda and --hbm-budget BYTES go together: without a GPU there is no HBM to share")
     _plan(o)
 
 

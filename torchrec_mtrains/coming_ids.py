@@ -27,6 +27,13 @@ def announce(ids: Ids) -> bool:
     return True
 
 
+def prefetch(ids: Ids, forward_stream: Any) -> None:
+    """Rows of tiered tables come into slots. Not those of stock tables in UVM caching: FBGEMM gives each forward the places that it found
+    for the next batch in a queue of prefetched ones, so that whoever prefetches must begin with the batch that trains next."""
+    for kernel, features in _features(ids):
+        kernel.prefetch(features, forward_stream)
+
+
 def withdraw(ids: Ids) -> None:
     """The announced batch will not come, or nobody knows when."""
     for kernel, features in _features(ids):

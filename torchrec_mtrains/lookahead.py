@@ -15,6 +15,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,40 @@ def useful_batches(held: float) -> int:
     return max(1, min(MOST_BATCHES, math.ceil(POOLS_OF_BATCHES * held)))
 
 
+class _Smallest:
+    """The smallest of two numbers each, of all ranks. On a GPU on a stream of its own, so that the host waits for all ranks to have begun
+    their step, not for what it has launched since."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._work: Any = None
+        on_gpu = device.type == "cuda"
+        self._numbers = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._event = torch.cuda.Event() if on_gpu else None
+
+    def begin(self, numbers: tuple[int, int], pg: Any) -> None:
+        self._numbers[:] = torch.tensor(numbers)
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            there = self._numbers.to(self._device, non_blocking=True)
+            self._work = dist.all_reduce(there, dist.ReduceOp.MIN, group=pg, async_op=True)
+            if self._event is not None:
+                self._work.wait()
+                self._numbers.copy_(there, non_blocking=True)
+                self._event.record()
+
+    def end(self) -> list[int] | None:
+        """None where it was not begun."""
+        if self._work is None:
+            return None
+        if self._event is not None:
+            self._event.synchronize()
+        else:
+            self._work.wait()
+        self._work = None
+        return [int(n) for n in self._numbers]
+
+
 class Lookahead:
     """The window of one pipeline, in batches. ``asked`` None: what the pools can use."""
 
@@ -44,7 +79,7 @@ class Lookahead:
             raise ConfigurationError(f"lookahead_bytes must be at least 0, got {limit_bytes}")
         self.asked, self.limit_bytes = asked, limit_bytes
         self.batches = 0
-        self._agreeing: tuple[torch.Tensor, Any] | None = None
+        self._agreeing: _Smallest | None = None
         self._held_bytes: Sequence[int] = ()
         self._warned = False
 
@@ -59,17 +94,15 @@ class Lookahead:
         if pg is None or pg.size() == 1:
             self._take(room, wish)
         else:
-            smallest = torch.tensor([room, -wish], device=device)
-            self._agreeing = smallest, dist.all_reduce(smallest, dist.ReduceOp.MIN, group=pg, async_op=True)
+            if self._agreeing is None:
+                self._agreeing = _Smallest(device)
+            self._agreeing.begin((room, -wish), pg)
 
     def agree(self) -> None:
         """The window of this step: the end of what the step before has begun."""
-        if self._agreeing is not None:
-            smallest, work = self._agreeing
-            work.wait()
-            room, less_wish = smallest.tolist()
-            self._take(room, -less_wish)
-            self._agreeing = None
+        said = self._agreeing.end() if self._agreeing else None
+        if said is not None:
+            self._take(said[0], -said[1])
 
     def _room(self) -> int:
         return sum(taken <= self.limit_bytes for taken in itertools.accumulate(self._held_bytes))

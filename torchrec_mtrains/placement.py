@@ -41,12 +41,14 @@ class PlacementOptions:
     """``in_memory`` keeps every table in memory. Otherwise ``ssd`` names the folders of the volume, ``ddr_budget_bytes`` bounds
     the memory of tables, pools and indexes of a rank, and ``pool_rows`` puts every table in tiers with a pool of so many rows.
     ``pmem`` names a folder for caches in front of the SSD, which take ``pmem_capacity_bytes`` of it on each rank. ``hardware`` and
-    ``access`` name the files of ``mtrains calibrate`` and ``mtrains profile`` that the planner goes by."""
+    ``access`` name the files of ``mtrains calibrate`` and ``mtrains profile`` that the planner goes by. ``hbm_budget_bytes`` plans for
+    ranks with a GPU each, whose tables train in so much of its memory, above DDR and, where there is one, the SSD."""
 
     in_memory: bool = False
     ssd: tuple[str, ...] = ()
     ssd_capacity_bytes: int | None = None
     ddr_budget_bytes: int | None = None
+    hbm_budget_bytes: int | None = None
     pool_rows: int | None = None
     pmem: str | None = None
     pmem_capacity_bytes: int | None = None
@@ -58,7 +60,11 @@ class PlacementOptions:
             raise ConfigurationError(
                 "--in-memory keeps whole tables in memory: leave out --ssd, --ssd-capacity, --ddr-budget, --pool-rows and --pmem"
             )
-        if not self.in_memory and not self.ssd:
+        if self.hbm_budget_bytes is not None and (self.in_memory or self.ddr_budget_bytes is None or self.pool_rows or self.pmem):
+            raise ConfigurationError(
+                "--hbm-budget goes with --ddr-budget, and with --ssd or without; not with --in-memory, --pool-rows or --pmem"
+            )
+        if not self.in_memory and not self.ssd and self.hbm_budget_bytes is None:
             raise ConfigurationError("say where the tables live: --ssd PATH with --ddr-budget BYTES for the SSD tier, or --in-memory")
         if self.ssd and (self.ddr_budget_bytes is None) == (self.pool_rows is None):
             raise ConfigurationError("with --ssd give either --ddr-budget BYTES, and the planner decides, or --pool-rows ROWS")
@@ -96,16 +102,18 @@ def place(
         plan = stock_plan(model, source.tables, stock, job.world_size, pg)
         return Placement(stock, plan, plan_rows(plan, job))
     tiered = tiered_sharders(fused_params=fused_params(model_options))
-    home, pmem = ssd_home(job, options), options.pmem_device
+    home, pmem = ssd_home(job, options) if options.ssd else None, options.pmem_device
     if options.pool_rows is not None:
+        assert home is not None, "PlacementOptions has no pools without an SSD"
         plan = plan_by_hand(job, model_options.embedding_dim, options.pool_rows, home, pmem)
         return Placement(tiered, plan, plan_rows(plan, job))
     assert options.ddr_budget_bytes is not None, "PlacementOptions has one of the two"
     planner = TieredShardingPlanner(
         topology=TieredTopology(
             world_size=job.world_size,
-            compute_device="cpu",
+            compute_device="cpu" if options.hbm_budget_bytes is None else "cuda",
             ddr_budget_bytes=options.ddr_budget_bytes,
+            hbm_budget_bytes=options.hbm_budget_bytes,
             ssd=home,
             pmem=pmem,
             local_world_size=job.world_size,

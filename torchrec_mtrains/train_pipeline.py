@@ -31,7 +31,7 @@ from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelin
 from torchrec.distributed.train_pipeline.utils import _start_data_dist, _to_device, _wait_for_batch, use_context_for_postprocs
 
 from .batch_bytes import batch_bytes
-from .coming_ids import announce, withdraw
+from .coming_ids import announce, prefetch, withdraw
 from .errors import ConfigurationError
 from .groups import tiered_groups
 from .kernels.spans import span
@@ -281,7 +281,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
                     if self._prefetch_stream is not None:
                         ids.record_stream(self._prefetch_stream)
                         module_context.record_stream(self._prefetch_stream)
-                    module.prefetch(ctx=module_context, dist_input=ids, forward_stream=forward_stream)
+                prefetch(self._ids(context), forward_stream)
         context.prefetched = True
 
     def _ids(self, context: BatchInFlight) -> list[tuple[Any, Any]]:
