@@ -17,7 +17,7 @@ class Budget:
 
     def __init__(self, seconds: float, whole: Budget | None = None) -> None:
         self._left, self._whole = seconds * UNITS_PER_S, whole
-        self.deadline_s = whole.deadline_s if whole else time.perf_counter() + _LAST_RESORT * seconds
+        self.deadline_s: float = whole.deadline_s if whole else time.perf_counter() + _LAST_RESORT * seconds
 
     def part(self, share: float) -> Budget:
         """So much of what is left."""
