@@ -109,24 +109,25 @@ class Loop:
     def __init__(self, tbe: Any, batches: Batches, prefetch: bool, lookahead: int = 0) -> None:
         self.tbe, self.batches, self.prefetch, self.lookahead, self.at = tbe, batches, prefetch, lookahead, 0
         self.announced = 1  # up to this batch
-        self.stream = torch.cuda.Stream()
+        self.main, self.stream = torch.cuda.current_stream(), torch.cuda.Stream()
         self.thread: ThreadPoolExecutor | None = None
         self.gradient: torch.Tensor | None = None
         if prefetch:
             self._prefetch(0)
 
     def _prefetch(self, i: int) -> None:
-        with torch.cuda.stream(self.stream):
-            self.tbe.prefetch(*self.batches[i], forward_stream=torch.cuda.default_stream())
-            self.announced = max(self.announced, i)
-            while self.announced < i + self.lookahead:
-                self.announced += 1
-                self.tbe.announce(*self.batches[self.announced])
+        torch.cuda.set_stream(self.stream)
+        self.tbe.prefetch(*self.batches[i], forward_stream=self.main)
+        self.announced = max(self.announced, i)
+        while self.announced < i + self.lookahead:
+            self.announced += 1
+            self.tbe.announce(*self.batches[self.announced])
+        torch.cuda.set_stream(self.main)
 
     def step(self) -> torch.Tensor:
         """One forward and backward; returns the output."""
         if self.prefetch:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            self.main.wait_stream(self.stream)
         output = self.tbe(*self.batches[self.at])
         self.at += 1
         done = None

@@ -3,7 +3,8 @@
 Sections: predictions (step times and miss ratios, predicted and trained), held_out (the same of configurations that no constant was
 fitted on), placement (our plans trained beside others of the same memory), contention (two ranks on one SSD), curves (sampled miss-ratio
 curves against full ones), statistics (what a profile does for stock UVM-caching plans), oracles (the search against plans known to be
-best), scale (large plans: objective over bound, time, memory). Each says in its module how it measures; docs/planner.md and docs/calibrate.md what the figures mean.
+best), scale (large plans: objective over bound, time, memory). Each says in its module how it measures; docs/planner.md and
+docs/calibrate.md what the figures mean.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _held_out(run: _Run) -> tuple[Any, list[Figure]]:
     if run.args.quick:
         jobs, size = p.held_out(2, rows=(1_000, 3_000), dims=(16,), batches=(32,), widths=(16,)), p.QUICK
     else:
-        jobs, size = p.held_out(run.args.held_out), p.FULL
+        jobs, size = p.held_out(run.args.held_out, seed=run.args.held_out_seed), p.FULL
     found = p.measure(run.root, run.pmem, run.hardware, jobs, size)
     return found, p.figures(found, "held out", 20)
 
@@ -76,7 +77,7 @@ def _placement(run: _Run) -> tuple[Any, list[Figure]]:
 
 
 def _curves(run: _Run) -> tuple[Any, list[Figure]]:
-    shape: dict[str, Any] = dict(rows=2_000_000, lookups=32_768, batches=400)
+    shape: dict[str, Any] = dict(rows=2_000_000, lookups=32_768, batches=200)
     if run.args.quick:
         shape = dict(rows=60_000, lookups=2_048, batches=20, only=["zipf 0.9"])
     found = _planner_curves.run(**shape, movielens=run.args.movielens, copies=128)
@@ -84,7 +85,7 @@ def _curves(run: _Run) -> tuple[Any, list[Figure]]:
 
 
 def _statistics(run: _Run) -> tuple[Any, list[Figure]]:
-    shape = dict(rows=4_000, samples=128, batches=40) if run.args.quick else dict(rows=200_000, samples=4_096, batches=200)
+    shape = dict(rows=4_000, samples=128, batches=40) if run.args.quick else dict(rows=100_000, samples=2_048, batches=200)
     found = _planner_statistics.run(**shape, **({"hbm_shares": (0.5,)} if run.args.quick else {}))  # type: ignore[arg-type]
     return found, _planner_statistics.figures(found)
 
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--hardware", type=Path, help="a profile of this machine by mtrains calibrate; made now if left out")
     parser.add_argument("--cases", type=int, nargs="+", help="of placement, by number; all if left out")
     parser.add_argument("--held-out", type=int, default=24, help="configurations of held_out")
+    parser.add_argument("--held-out-seed", type=int, default=_planner_predictions.HELD_OUT_SEED, help="what draws them")
     parser.add_argument("--movielens", type=Path, help="u.data of ml-100k, for two more traces of curves")
     parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")
     args = parser.parse_args()

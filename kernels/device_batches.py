@@ -172,7 +172,7 @@ class DeviceBatches:
             self._look_without_asking(self._attempted[0])
         seq = self._last_seq = self._last_seq + 1
         self._attempted.append(seq)
-        turn = Turn(seq, min(self._held, default=seq), dirty, announced, min(self._announced, default=0))
+        turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
         attempt = self.directory.attempt(batch, turn, self._exchange, self._told_last())
         with self._streams.on_mover():
             attempt.move()

@@ -539,7 +539,7 @@ def _tell(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _seal(batch, seal):  # type: ignore[no-untyped-def]
+def _seal(batch, seal):
     tl.store(seal, tl.load(batch + _SEQ))  # behind the summary, which an earlier launch has written
 
 

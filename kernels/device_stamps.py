@@ -61,7 +61,7 @@ class Stamps(GroupIds):
         distinct = set_before(self.stamp[:-1] >= 2 * seq).index_select(0, self._slot_bounds).diff()
         begins = self._begins(batch).long()
         sound = not bad.any() and begins[0] == 0 and begins[-1] == batch.ids.numel() and not (begins.diff() < 0).any()
-        summary = torch.cat([self._tensor([int(bad.sum()), sound]), distinct, begins, self._tensor([seq])])
+        summary = torch.cat([self._tensor([int(bad.sum()), int(sound)]), distinct, begins, self._tensor([seq])])
         return Use(batch, seq, summary.numpy())
 
     def outcome(self, use: Use) -> Any:

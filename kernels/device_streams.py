@@ -100,7 +100,8 @@ class _On:
     __slots__ = ("_before", "_stream", "_streams")
 
     def __init__(self, streams: Streams, stream: Any) -> None:
-        self._streams, self._stream, self._before = streams, stream, None
+        self._streams, self._stream = streams, stream
+        self._before: Any = None
 
     def __enter__(self) -> None:
         streams, stream = self._streams, self._stream

@@ -3,18 +3,22 @@
 Cost of a state, smaller is better: the slowest step, plus a little of the mean of all ranks (so that a move that helps a rank which is
 not the slowest counts), plus a penalty for memory beyond a capacity (so that a start which does not fit is repaired by the same
 moves). A *re-placement* takes a table out and puts it back as the candidate and on the rank of least cost; all of a table's
-candidates × ranks are tried at once, as arrays. No move that raises the cost is ever made.
+candidates × ranks are tried at once, as arrays. A *resizing* leaves every table where it is and chooses the sizes of all anew, by
+another linear program. No re-placement that raises the cost is ever made; a resizing may, and the best state is kept.
 """
 
 from __future__ import annotations
 
-import time
+import itertools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import csr_array, hstack
 
+from .budget import Budget
 from .choices import Assignment, Choices, Floats, Ints, Load, Ranks, objective_ms
 from .relaxation import Relaxation, relax
 
@@ -22,11 +26,16 @@ _MEAN = 0.05  # weight of the mean step beside the slowest
 _WORK = 1e-4  # weight of all busy time: prefers the plan that does less
 _EXCESS = 1e4  # steps that memory beyond the whole capacity costs
 _LEAST_GAIN = 1e-6  # of the step: smaller improvements are rounding
+_LEAST_RELIEF = 1e-9  # of a rank's memory: less is rounding, and would be chosen for ever
 _CLOSE = 1e-4  # of the bound: nothing to search for beyond
 _FORCED = 150  # places a round
-_SPLIT_IF_DEARER = (-1.0, 0.01, 0.1)  # -1: never by itself
+_SPLIT_IF_DEARER = (-1.0, 0.1, 0.3)  # -1: never by itself
 _LARGE = 0.05
+_RESIZINGS = 5  # of each rounding
+_PRICE_FACTORS = tuple(np.geomspace(0.2, 5.0, 9))  # of the relaxation's prices of memory: what a resizing chooses from
+_PLACES_A_ROW = 300  # what a row of its program costs, in places tried
 _SHORTLIST = 24  # places of the first table of a pair that are followed up
+_ROUNDING = 0.5  # of the work, at most, for the start
 _ON_ALL = -1
 
 
@@ -44,25 +53,25 @@ class Solution:
         return self.objective_ms / self.relaxation.bound_ms if self.relaxation.bound_ms else 1.0
 
 
-def solve(choices: Choices, ranks: Ranks, time_limit_s: float = 5.0, start: Assignment | None = None) -> Solution:
-    """A plan, and the bound that says how good it is. ``start``: a plan to improve, instead of the rounded relaxation. The same answer
-    every time, unless the time limit cuts it short."""
-    start_s = time.perf_counter()
-    relaxation = relax(choices, ranks, start_s + time_limit_s / 2)
-    search = _Search(choices, ranks, relaxation)
-    if start is None:
-        search.begin(search.rounded(start_s + time_limit_s / 2))
-    else:
-        search.begin(start)
-    best = search.search(start_s + time_limit_s)
+def solve(choices: Choices, ranks: Ranks, seconds: float = 5.0, start: Assignment | None = None) -> Solution:
+    """A plan, and the bound that says how good it is. ``start``: a plan to improve, instead of the rounded relaxation.
+
+    ``seconds`` of work, which is counted: the same plan every time, on any machine but one so slow or busy that time is the last resort
+    (``budget.py``).
+    """
+    budget = Budget(seconds)
+    relaxation = relax(choices, ranks, budget.deadline_s)
+    search = _Search(choices, ranks, relaxation, budget)
+    search.begin(search.rounded(budget.part(_ROUNDING)) if start is None else start)
+    best = search.search(budget)
     return Solution(best, objective_ms(choices, ranks, best), relaxation)
 
 
 class _Search:
     """A complete assignment and its load, improved in place."""
 
-    def __init__(self, choices: Choices, ranks: Ranks, relaxation: Relaxation) -> None:
-        self._choices, self._ranks = choices, ranks
+    def __init__(self, choices: Choices, ranks: Ranks, relaxation: Relaxation, budget: Budget) -> None:
+        self._choices, self._ranks, self._budget = choices, ranks, budget
         self._starts, self._relaxation = choices.starts, relaxation
         self._unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
         self._scale = max(relaxation.bound_ms, 1e-9)
@@ -80,17 +89,17 @@ class _Search:
         for table, (candidate, rank) in enumerate(zip(start.candidate, start.rank, strict=True)):
             self._put(table, int(candidate), int(rank))
 
-    def rounded(self, deadline_s: float) -> Assignment:
+    def rounded(self, budget: Budget) -> Assignment:
         """The best of several roundings of the relaxation, each placed and improved by single moves.
 
         The relaxation does not see that large shards are hard to place: to it, a table is as good whole as split. So some roundings split
         the large ones where the relaxation's prices make that no more than so much dearer.
         """
         found: list[tuple[float, Assignment]] = []
+        self._budget = budget
         for dearer in _SPLIT_IF_DEARER:
             self.place(self._rounded(dearer))
-            while time.perf_counter() < deadline_s and (self._sweep(deadline_s, -1) or self._exchanges(deadline_s, -1)):
-                pass
+            self._settle()
             found.append((self._cost(), self.assignment))
             for table in range(self._choices.tables):
                 self._take(table)
@@ -145,6 +154,7 @@ class _Search:
             excess = (self._load.excess()[rank] / self._unit).sum()
             after = self._load.memory[rank] + c.memory[options] - c.memory[now] - self._ranks.capacity[rank]
             relief = excess - (np.maximum(0.0, after) / self._unit).sum(axis=1)
+            relief[relief < _LEAST_RELIEF] = 0.0
             loss = np.maximum(work[options] - work[now], 1e-12 * self._scale)
             best = int(np.argmax(relief / loss))
             if relief[best] <= 0:
@@ -153,23 +163,90 @@ class _Search:
             self._take(table)
             self._put(table, int(options[best]), rank)
 
-    def search(self, deadline_s: float) -> Assignment:
+    def _settle(self) -> None:
+        """Single moves until none helps, and other sizes of all, as long as both together help."""
+        best, best_cost = self.assignment, float("inf")
+        for again in range(1 + _RESIZINGS):
+            if again:
+                self._resize()
+            while not self._budget.over and (self._sweep(-1) or self._exchanges(-1)):
+                pass
+            if self._cost() >= best_cost - _LEAST_GAIN * self._scale or self._budget.over:
+                break
+            best, best_cost = self.assignment, self._cost()
+        if self._cost() > best_cost:
+            self._restore(best)
+
+    def _resize(self) -> None:
+        """Other sizes of all tables, each on the ranks where it is: a program as the relaxation's, with every rank's memory for itself;
+        of its solution the largest shares."""
+        c, ranks = self._choices, self._ranks
+        mine = self._shortlist()
+        rank_of, spread = self._rank[c.table[mine]], c.spread[mine]
+        held_by = spread[:, None] | (rank_of[:, None] == np.arange(ranks.count))  # (candidates, ranks)
+        hosts = np.eye(ranks.hosts)[ranks.host_of]  # (ranks, hosts)
+        memory = [held_by * (c.memory[mine, i] / self._unit[i])[:, None] for i in range(c.memory.shape[1])]
+        busy = [(held_by @ hosts if ranks.shared[i] else held_by) * c.busy[mine, i][:, None] for i in range(c.busy.shape[1])]
+        base = [
+            np.bincount(ranks.host_of) * x if shared else np.full(ranks.count, x)
+            for x, shared in zip(ranks.base_busy_ms, ranks.shared, strict=True)
+        ]
+        room, base_ms = (ranks.capacity / self._unit).T.ravel(), np.concatenate(base)
+        rows = csr_array(np.concatenate([*memory, *busy], axis=1).T)
+        slowest = csr_array(np.concatenate([np.zeros(len(room)), -np.ones(len(base_ms))])[:, None])
+        solved = linprog(
+            np.concatenate([[1.0], _WORK * c.busy[mine].sum(axis=1)]),
+            A_ub=hstack([slowest, rows]).tocsr(),
+            b_ub=np.concatenate([room, -base_ms]),
+            A_eq=csr_array((np.ones(len(mine)), (c.table[mine], 1 + np.arange(len(mine)))), shape=(c.tables, 1 + len(mine))),
+            b_eq=np.ones(c.tables),
+            method="highs",
+            options={"time_limit": self._budget.time_left_s},
+        )
+        self._budget.spend(_PLACES_A_ROW * (c.tables + len(room) + len(base_ms)))
+        if solved.status != 0:  # out of time
+            return
+        share = np.zeros(len(c.table))
+        share[mine] = solved.x[1:]
+        for table in range(c.tables):
+            first = self._starts[table]
+            self._take(table)
+            self._put(table, int(first + np.argmax(share[first : self._starts[table + 1]])), int(self._rank[table]))
+        for rank in np.flatnonzero(self._load.excess().any(axis=1)):
+            self._shrink(int(rank))
+
+    def _shortlist(self) -> Ints:
+        """Candidates of all tables where they are: what they are now, and those that are cheapest at several prices of memory."""
+        c, found = self._choices, self._relaxation
+        mine = np.flatnonzero(c.spread == (self._rank[c.table] == _ON_ALL))
+        starts = np.searchsorted(c.table[mine], np.arange(c.tables))
+        work = c.busy[mine] * np.where(self._ranks.shared, self._ranks.per_host, 1) @ found.busy_price + _WORK * c.busy[mine].sum(axis=1)
+        memory = c.memory[mine] * found.memory_price
+        kept, priced = [self._candidate], found.memory_price > 0
+        for factors in itertools.product(_PRICE_FACTORS[:: 1 if priced.sum() < 3 else 2], repeat=int(priced.sum())):
+            of_tier = np.ones(len(priced))
+            of_tier[priced] = factors
+            kept.append(mine[_first_least(work + memory @ of_tier, starts)])
+        return np.unique(np.concatenate(kept))
+
+    def search(self, budget: Budget) -> Assignment:
         """The best of what ``improve`` makes of the start and of the best so far with one table forced to another place, from where the
-        others are improved first. Places are tried in random order; each success begins
-        another round."""
+        others are improved first. Places are tried in random order; each success begins another round."""
         random = np.random.default_rng(0)
-        self.improve(deadline_s)
+        self._budget = budget
+        self._settle()
+        self.improve()
         best, best_cost = self.assignment, self._cost()
         options = [self._places(table) for table in range(self._choices.tables)]
         table_of = np.repeat(np.arange(len(options)), [len(candidates) for candidates, _ in options])
         candidate_of, rank_of = (np.concatenate(parts) for parts in zip(*options, strict=True))
         queue = list(random.permutation(len(table_of))[:_FORCED])
-        while queue and time.perf_counter() < deadline_s and self._load.step_ms().max() > self._scale * (1 + _CLOSE):
+        while queue and not budget.over and self._load.step_ms().max() > self._scale * (1 + _CLOSE):
             at = queue.pop()
             self._take(table_of[at])
             self._put(table_of[at], int(candidate_of[at]), int(rank_of[at]))
-            self.improve(deadline_s, keep=int(table_of[at]))
-            self.improve(deadline_s)
+            self.improve(keep=int(table_of[at]))
+            self.improve()
             if self._cost() < best_cost - _LEAST_GAIN * self._scale:
                 best, best_cost = self.assignment, self._cost()
                 queue = list(random.permutation(len(table_of))[:_FORCED])
@@ -182,19 +259,19 @@ class _Search:
             self._take(table)
             self._put(table, int(assignment.candidate[table]), int(assignment.rank[table]))
 
-    def improve(self, deadline_s: float, keep: int = -1) -> None:
+    def improve(self, keep: int = -1) -> None:
         """Re-placements until none helps, then exchanges, then re-placed pairs; from the start after each success. ``keep``
         stays where it is."""
         moves = (self._sweep, self._exchanges, self._pairs)
         at = 0
-        while at < len(moves) and time.perf_counter() < deadline_s:
-            at = 0 if moves[at](deadline_s, keep) else at + 1
+        while at < len(moves) and not self._budget.over:
+            at = 0 if moves[at](keep) else at + 1
 
-    def _sweep(self, deadline_s: float, keep: int) -> bool:
+    def _sweep(self, keep: int) -> bool:
         improved = False
         before = self._cost()
         for table in range(self._choices.tables):
-            if time.perf_counter() > deadline_s:
+            if self._budget.over:
                 break
             if table == keep:
                 continue
@@ -207,17 +284,18 @@ class _Search:
                 self._put(table, int(self._candidate[table]), int(self._rank[table]))
         return improved
 
-    def _exchanges(self, deadline_s: float, keep: int) -> bool:
+    def _exchanges(self, keep: int) -> bool:
         """Single tables change ranks with each other, as they are; all partners of a table are tried at once."""
         improved = False
         single = np.setdiff1d(np.flatnonzero(self._rank != _ON_ALL), [keep])
         for first in single[np.argsort(-self._load.step_ms()[self._rank[single]], kind="stable")]:
-            if time.perf_counter() > deadline_s:
+            if self._budget.over:
                 break
             partners = single[self._rank[single] != self._rank[first]]
             if not len(partners):
                 continue
             costs = self._exchanged(int(first), partners)
+            self._budget.spend(len(partners))
             at = int(np.argmin(costs))
             if costs[at] < self._cost() - _LEAST_GAIN * self._scale:
                 second, improved = int(partners[at]), True
@@ -251,7 +329,7 @@ class _Search:
         mean = own_sum / len(own) + host_sum / len(host)
         return np.asarray(self._total(slowest, mean, excess_sum, self._load.busy.sum() / len(own)))
 
-    def _pairs(self, deadline_s: float, keep: int) -> bool:
+    def _pairs(self, keep: int) -> bool:
         """Both tables of a pair out, and back where the two cost least; pairs with a table of a slowest rank first."""
         improved = False
         step = self._load.step_ms()
@@ -261,7 +339,7 @@ class _Search:
         before = self._cost()
         for i, first in enumerate(order):
             for second in order[i + 1 :]:
-                if time.perf_counter() > deadline_s:
+                if self._budget.over:
                     return improved
                 after = self._pair(int(first), int(second), before)
                 improved, before = improved or after < before, after
@@ -312,6 +390,7 @@ class _Search:
         candidates = np.arange(self._starts[table], self._starts[table + 1])
         spread = self._choices.spread[candidates]
         costs = np.concatenate([self._on_all(candidates[spread]), self._on_one(candidates[~spread]).ravel()])
+        self._budget.spend(len(costs))
         return self._places(table), costs
 
     def _places(self, table: int) -> tuple[Ints, Ints]:
@@ -348,6 +427,13 @@ class _Search:
         excess_with = (np.maximum(0.0, self._load.memory + memory[:, None] - self._ranks.capacity) / self._unit).sum(axis=2)
         work = (self._load.busy.sum() + busy.sum(axis=1)[:, None]) / count
         return np.asarray(self._total(slowest, mean, excess.sum() - excess + excess_with, work))
+
+
+def _first_least(values: Floats, starts: Ints) -> Ints:
+    """Of each segment, the place of the first of its least values. Shapes: values (n,), starts (segments,) → (segments,)."""
+    least = np.repeat(np.minimum.reduceat(values, starts), np.diff(np.append(starts, len(values))))
+    hits = np.flatnonzero(values == least)
+    return hits[np.searchsorted(hits, starts)]
 
 
 def _others(values: Floats) -> Floats:

@@ -80,10 +80,11 @@ def _lru_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray) -> np.nd
     return (counts[:, None] * use[:, None] * np.exp(stays * np.exp(low))).sum(0)
 
 
-def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahead: int) -> np.ndarray:
+def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahead: np.ndarray) -> np.ndarray:
     """The fixed point of the times and the window, in steps of their logarithms; all pools at once.
 
-    Shapes: counts, use (groups,); pools (pools,) → (pools,). A miss begins a cycle of a row: presence, then absence until the next miss.
+    Shapes: counts, use (groups,); pools, lookahead (pools,) → (pools,). A miss begins a cycle of a row: presence, then absence until the
+    next miss.
     """
     q, n, none = use[:, None], counts[:, None], np.log1p(-use)[:, None]
     batch = (n * q).sum()
@@ -98,7 +99,7 @@ def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahea
         return np.where(within < cut, (within + 1) / 2, exact)
 
     small, main, ghost = (np.log(np.maximum(1.0, share * pools / batch)) for share in (_SMALL_SHARE, 1.0, 1.0))
-    longest = np.log(max(lookahead - 1, 1e-9))  # the batch that is looked up is the first of its window
+    longest = np.log(np.maximum(lookahead - 1, 1e-9))  # the batch that is looked up is the first of its window
     window = np.minimum(longest, np.log(pools / batch))
     misses = np.zeros(len(pools))
     for _ in range(_MOST_ROUNDS):
@@ -171,7 +172,8 @@ def _assumed(rows: int, lookups_per_batch: float, batch_samples: int, zipf_expon
         points = (unique, *falling, 0.0)
         return MissCurve(sizes, points, points, batch_samples, lookahead, full_rows=rows)
 
-    by_window = np.minimum.accumulate([_our_misses(counts, use, pools, window) for window in LOOKAHEADS])
+    of_all = _our_misses(counts, use, np.tile(pools, len(LOOKAHEADS)), np.repeat(LOOKAHEADS, len(pools)))
+    by_window = np.minimum.accumulate(of_all.reshape(len(LOOKAHEADS), len(pools)))
 
     def unique_of(lookups: float) -> float:
         return float((counts * -np.expm1(-lookups * probability)).sum())

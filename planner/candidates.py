@@ -1,7 +1,8 @@
 """From TorchRec's options to the arrays of ``choices.py``, and back.
 
 A table's ways: its options in memory (table- or row-wise, data-parallel; a column-wise one as a whole on one rank), and above the SSD a
-grid of pools × PMem caches for each sharding. The grid is geometric, and finer round the sizes of a plan that is to be improved.
+grid of pools × PMem caches for each sharding. The grid is geometric, from what batches in flight take to all rows, and finer round the
+sizes of a plan that is to be improved. The smallest legal pool, into which nothing may be prefetched, is a way as well.
 
 A shard on every rank is charged and timed on all of them like the largest and the busiest of them: never too little.
 """
@@ -9,6 +10,7 @@ A shard on every rank is charged and timed on all of them like the largest and t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ from .sharding_options import TieredShardingOption
 
 TIERS = ("ddr", "pmem", "ssd", "hbm")
 
-POOLS = 12  # sizes of a table's pool, from the smallest legal one to all rows
+POOLS = 12  # sizes of a table's pool, from one that can be prefetched into to all rows
 CACHE_SHARES = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0)  # of the rows that a pool leaves out
 _FINER = np.array([-0.6, -0.3, 0.3, 0.6])  # of a step of the grid, beside the sizes of a plan
 
@@ -136,8 +138,9 @@ def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Float
 
 def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer: float) -> list[Sizes]:
     rows, least = option.shard_rows, option.min_pool_rows
-    step = (rows / least) ** (1 / (POOLS - 1))
-    pools = set(np.rint(np.geomspace(least, rows, POOLS)).astype(int).tolist())
+    first = max(least, math.ceil(max(use.rows_in_flight for use in option.uses)))
+    step = (rows / first) ** (1 / (POOLS - 1))
+    pools = {least, *np.rint(np.geomspace(first, rows, POOLS)).astype(int).tolist()}
     cached = option.may_be_cached(pmem)
     shares = set(CACHE_SHARES if cached else (0.0,))
     near: set[Sizes] = set()

@@ -145,8 +145,9 @@ def has_snapshots(home: Home, checkpoints: CheckpointSchedule) -> bool:
 def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> int:
     """DDR of the ids that wait for a shard with such a pool, of so many lookups in so many bags a batch.
 
-    The window is 8 times the batches that have together as many distinct rows as the pool, one begun counted, 64 at most. On several
-    ranks a batch is held twice: as it was read, and as it came from all ranks. Never less for a larger pool.
+    The window is that of a pipeline left its own choice (``lookahead.useful_batches``) whose largest pool this is; another table's pool
+    that holds more batches makes it longer. On several ranks a batch is held twice: as it was read, and as it came from all ranks. Never
+    less for a larger pool.
     """
     of_a_batch = (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
     window = min(float(MOST_BATCHES), 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0))

@@ -185,6 +185,7 @@ class KernelCosts:
     tbe_…_ns_per_byte     a row's weights
     step_overhead_us_…    a training step through TorchRec's modules of a tiered group, with next to no lookups: the first table included
     per_group, per_table  in the group's; each further table
+    per_stock_group       what tables in memory add beside it, being a group of their own
     ===================== ===========================================================================================================
 
     ``row_bytes``: the records with which the first five were measured.
@@ -203,6 +204,7 @@ class KernelCosts:
     cpu_ns_per_io: float | None = None
     cpu_ns_per_write_back: float | None = None
     cpu_ns_per_cache_hit: float | None = None
+    step_overhead_us_per_stock_group: float = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ A step is training of one batch and, beside it, prefetching of later ones::
     cpu     the training thread: dense compute, lookups and updates of the stock TBE, communication, overhead of modules
     tiers   the threads that prefetch: directory, misses, reads, write-backs. Where torch's threads take all cores, this is time of the
             training thread, and counted there: a copy ends when its slowest thread does. So is half of the SSD's time, which
-            then waits for a core to be driven by
+            then waits for a core to be driven by. Where a pool cannot hold the rows of all batches in flight, nothing is
+            prefetched into it, and all of this is the training thread's
     ddr     bytes of rows, read and written                                  ┐
     pmem    records that caches give (hits) and take (every victim)          │ devices, shared by the ranks of a host
     ssd     reads of single records at the device's rate, and the log's      │
@@ -41,6 +42,7 @@ RESOURCES = ("cpu", "tiers", "ddr", "pmem", "ssd", "gpu", "pcie")  # the last tw
 SHARED = np.array([False, False, True, True, True, False, False])
 CPU, TIERS, DDR, PMEM, SSD, GPU, PCIE = range(7)
 
+PREFETCH_DEPTH = 2  # of ``TieredTrainPipeline``, left its own choice
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
 _NOT_OVERLAPPED = 0.5  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
@@ -67,6 +69,11 @@ class ShardUse:
     ssd_curve: MissCurve | None = None
     comms_ms: float = 0.0
     compute_ms: float = 0.0
+
+    @property
+    def rows_in_flight(self) -> float:
+        """Rows of the batch that trains and of those prefetched, at most: a pool of fewer has no room to prefetch."""
+        return min(float(self.rows), (1 + PREFETCH_DEPTH) * self.unique_rows)
 
     def __deepcopy__(self, memo: Any) -> ShardUse:
         return self  # options are copied often, and this never changes
@@ -145,6 +152,11 @@ class PerfModel:
         """Of the memory that tables train in."""
         return self.hardware.ddr.read_bytes_per_s
 
+    @property
+    def stock_group_ms(self) -> float:
+        """What the training thread does for tables in memory as a group of their own, beside tiered ones."""
+        return 1e-3 * self.hardware.kernel.step_overhead_us_per_stock_group
+
     @cached_property
     def _threads(self) -> float:
         return min(self.hardware.kernel.tbe_threads, self.hardware.cores / self.ranks_per_host)
@@ -170,7 +182,10 @@ class PerfModel:
         ns = use.lookups * kernel.cpu_ns_per_lookup + missed * kernel.cpu_ns_per_miss
         ns = ns + cold * self._measured("cpu_ns_per_io", cold) + written * self._measured("cpu_ns_per_write_back", written)
         ns = ns + hits * self._measured("cpu_ns_per_cache_hit", hits)
-        busy[:, TIERS if self.core_to_spare else CPU] += ns * 1e-6
+        no_room = self.prefetched & (pool < use.rows_in_flight)
+        aside = ~no_room & self.core_to_spare
+        busy[:, TIERS] += np.where(aside, ns * 1e-6, 0.0)
+        busy[:, CPU] += np.where(aside, 0.0, ns * 1e-6)
         busy[:, DDR] += 1e3 * 2 * use.record_bytes * (missed + written) / self.hardware.ddr.read_bytes_per_s
         if cache.any():
             if self.hardware.pmem is None:
@@ -182,8 +197,8 @@ class PerfModel:
             busy[:, PMEM] += 1e3 * use.record_bytes * moved
         ssd_ms = self._ssd_ms(use.record_bytes, cold, written)
         busy[:, SSD] += ssd_ms
-        if self.prefetched and not self.core_to_spare:
-            busy[:, CPU] += _NOT_OVERLAPPED * ssd_ms
+        if self.prefetched:
+            busy[:, CPU] += ssd_ms * np.where(no_room, 1.0, 0.0 if self.core_to_spare else _NOT_OVERLAPPED)
         return busy
 
     def predict(self, busy_ms: Floats) -> StepPrediction:

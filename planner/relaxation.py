@@ -9,7 +9,8 @@ One variable a candidate, the share of its table that is kept that way, and z, t
 
 Every plan meets these rows with shares of 0 and 1, so no plan's step is below z. Few columns matter: HiGHS solves the program with
 some of the candidates, its dual values price all others, and each table's cheapest ones join, until none is cheaper. Any
-non-negative dual values prove a bound (weak duality), so that stopping early costs tightness and not truth.
+non-negative dual values prove a bound (weak duality), so that stopping early costs tightness and not truth. Rounds are counted; time
+is a last resort: cut short before its first round is solved, the relaxation is the candidates of least memory, without a bound.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _SHORT = 1e5  # steps of the fastest candidates that memory beyond the capacity 
 _TIE_BREAK = 1e-3  # weight of all busy time together beside z: among equal steps, the plan that does less
 _CLOSE = 1e-4  # of z: what pricing may still find when we stop
 _MOST_ROUNDS = 60
+_OUT_OF_TIME = 1  # scipy's status
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf")) -> R
     """Solves the relaxation, as closely as ``deadline_s`` (of ``time.perf_counter``) allows."""
     program = _Program(choices, ranks)
     columns = program.first_columns()
-    best: Relaxation | None = None
+    now = best = program.unsolved()
     for _ in range(_MOST_ROUNDS):
-        now, fresh, gain = program.round(columns)
-        if best is None or now.bound_ms >= best.bound_ms:
+        solved = program.round(columns, deadline_s)
+        if solved is None:
+            break
+        now, fresh, gain = solved
+        if now.bound_ms >= best.bound_ms:
             best = now
         broken = program.add_own_rows(now.share)
         if not broken and (not len(np.setdiff1d(fresh, columns)) or gain <= _CLOSE * program.last_z):
@@ -59,7 +64,6 @@ def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf")) -> R
         if time.perf_counter() > deadline_s:
             break
         columns = np.union1d(columns, fresh)
-    assert best is not None
     return Relaxation(best.bound_ms, now.share, best.memory_price, best.busy_price, now.excess)
 
 
@@ -93,8 +97,15 @@ class _Program:
         hits = np.flatnonzero(cost == least[self._choices.table])
         return hits[np.unique(self._choices.table[hits], return_index=True)[1]]
 
-    def round(self, columns: Ints) -> tuple[Relaxation, Ints, float]:
-        """The solution with these candidates, the candidates that would better it, and by how much at most."""
+    def unsolved(self) -> Relaxation:
+        """What is known without solving anything."""
+        share = np.zeros(len(self._choices.table))
+        share[self._cheapest(self._memory.sum(axis=1))] = 1.0
+        excess = np.maximum(0.0, share @ self._memory - self._room)
+        return Relaxation(0.0, share, np.zeros(self._memory.shape[1]), np.zeros(self._busy.shape[1]), excess)
+
+    def round(self, columns: Ints, deadline_s: float) -> tuple[Relaxation, Ints, float] | None:
+        """The solution with these candidates, the candidates that would better it, and by how much at most; None where the time was up."""
         tiers, resources, own = self._memory.shape[1], self._busy.shape[1], len(self._own_tables)
         short_cost = _SHORT * self._fastest
         cost = np.concatenate([[1.0], np.full(tiers, short_cost), _TIE_BREAK * self._busy[columns].sum(axis=1)])
@@ -112,7 +123,10 @@ class _Program:
         b_ub = np.concatenate([self._room, -self._base, np.zeros(own)])
         ones = csr_array((np.ones(len(columns)), (table, np.arange(len(columns)))), shape=(self._choices.tables, len(columns)))
         a_eq = hstack([csr_array((self._choices.tables, 1 + tiers)), ones]).tocsr()
-        solved = linprog(cost, A_ub=a_ub, b_ub=b_ub, A_eq=a_eq, b_eq=np.ones(self._choices.tables), method="highs")
+        limit = {} if deadline_s == float("inf") else {"time_limit": max(0.0, deadline_s - time.perf_counter())}
+        solved = linprog(cost, A_ub=a_ub, b_ub=b_ub, A_eq=a_eq, b_eq=np.ones(self._choices.tables), method="highs", options=limit)
+        if solved.status == _OUT_OF_TIME:
+            return None
         if solved.x is None:
             raise RuntimeError(f"HiGHS did not solve the placement's relaxation: {solved.message}")
         share = np.zeros(len(self._choices.table))

@@ -2,6 +2,9 @@
 
 The grid of sizes is coarse at first. Each further round offers sizes between, near those of the best plan so far, and starts from it, so
 that no round is worse than the one before. What is left of memory afterwards (``filling.py``) makes pools and caches larger.
+
+Tables in memory are a group of their own, and one group more costs a step a fixed time, which no sum over tables shows. So the search
+runs twice: with every rank charged for it, and with all tables above the SSD, where the hottest may be whole in their pools.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from .assignment import solve
 from .candidates import TIERS, Candidates, Sizes, candidates, ranks_memory
 from .choices import Assignment, Choices, Ints, Ranks
 from .filling import fill
-from .perf_model import SHARED, PerfModel, StepPrediction
+from .perf_model import CPU, SHARED, PerfModel, StepPrediction
 from .relaxation import relax
 from .sharding_options import TieredShardingOption
 
@@ -35,7 +38,7 @@ class Capacity:
 
     def ranks(self, model: PerfModel) -> Ranks:
         """As ``choices`` has them."""
-        return Ranks(ranks_memory(self.storage, self.pmem_bytes), model.base_ms, SHARED, model.ranks_per_host)
+        return Ranks(ranks_memory(self.storage, self.pmem_bytes), model.base_ms.copy(), SHARED, model.ranks_per_host)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,27 @@ def search(
     some of them, with smallest pools, that is known to fit; where the candidates, which charge a rank for the largest shard of a table,
     leave no other, it is the plan."""
     began = time.perf_counter()
+    above = [[o for o in of_table if isinstance(o, TieredShardingOption)] for of_table in tables]
+    passes = [(tables, model.stock_group_ms, start)]
+    if model.stock_group_ms and all(above):
+        passes.append((above, 0.0, None))
+    plans = [_plan(ways, capacity, model, more_ms, seconds / len(passes), known) for ways, more_ms, known in passes]
+    steps = [float("inf") if plan is None else predicted(plan, model, len(capacity.storage)).step_ms for plan in plans]
+    best = plans[int(np.argmin(steps))]
+    return None if best is None else _result(best, tables, capacity, model, began)
+
+
+def _plan(
+    tables: Sequence[Sequence[ShardingOption]],
+    capacity: Capacity,
+    model: PerfModel,
+    more_ms: float,
+    seconds: float,
+    start: Sequence[ShardingOption] | None,
+) -> list[ShardingOption] | None:
+    """The best plan found. ``more_ms``: of every rank's training thread, whatever the plan."""
     ranks = capacity.ranks(model)
+    ranks.base_busy_ms[CPU] += more_ms
     pmem = capacity.pmem_bytes > 0
     offered = candidates(tables, model, pmem)
     solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds)
@@ -87,15 +110,14 @@ def search(
     if not np.isfinite(solution.objective_ms):
         if start is None:
             return None
-        return _result(fill(start, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms), tables, capacity, model, began)
+        return fill(start, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms)
     for finer in _FINER:
         chosen = [(offered.options[i], offered.sizes[i]) for i in solution.assignment.candidate]
         offered = candidates(tables, model, pmem, [sizes for _, sizes in chosen], finer)
         before = Assignment(_indices(offered, chosen), solution.assignment.rank)
         solution = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, before)
     placed = offered.placed(solution.assignment.candidate, solution.assignment.rank)
-    options = fill(placed, capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
-    return _result(options, tables, capacity, model, began)
+    return fill(placed, capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
 
 
 def _result(
@@ -110,6 +132,8 @@ def _result(
 def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: int) -> StepPrediction:
     """The step of a placed plan, from what each of its shards does."""
     busy = np.tile(model.base_of(tiered=any(isinstance(o, TieredShardingOption) for o in options)), (world_size, 1))
+    tiered, stock = ({s.rank for o in options if isinstance(o, TieredShardingOption) is kind for s in o.shards} for kind in (True, False))
+    busy[sorted(tiered & stock), CPU] += model.stock_group_ms
     for option in options:
         for i, shard in enumerate(option.shards):
             busy[shard.rank] += option.busy_ms(i) if isinstance(option, TieredShardingOption) else model.in_memory(option.uses[i])

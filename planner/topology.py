@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torchrec.distributed.planner.types import Topology, hash_sha256_to_int
+from torchrec.distributed.planner.types import Topology
 
 from ..errors import ConfigurationError, UnsupportedError
 from ..tiers import SsdHome
@@ -81,7 +82,7 @@ class TieredTopology(Topology):
             device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, of_rank.ssd, pmem.capacity_bytes if pmem else 0)
 
     def _hash(self) -> int:
-        return hash_sha256_to_int([super()._hash(), repr(self.ssd), repr(self.pmem)])
+        return int(hashlib.sha256(repr((super()._hash(), self.ssd, self.pmem)).encode()).hexdigest(), 16)
 
     @property
     def ranks_per_host(self) -> int:

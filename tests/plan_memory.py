@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_mtrains.planner import CheckpointSchedule, PmemDevice, TieredShardingPlanner, TieredTopology
+from torchrec_mtrains.planner.charges import VOLUME_BYTES
 
 import torchrec_mtrains as mtrains
 from chain_memory import resident_bytes
@@ -30,19 +31,19 @@ def _step(dmp: Any, features: KeyedJaggedTensor) -> None:
 def _trained(there: Any, case: Case, ddr: int, pmem_bytes: int, ssd: str, pmem: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    home = mtrains.SsdHome((ssd,), 1 << 30)
     sharders = mtrains.sharders(fused_params={"optimizer": case.optimizer, "learning_rate": 0.1})
     warm = Case(case.tables[:1], batch_size=case.batch_size, extra={"t0": {"compute_kernels": ["customized_kernel"]}})
     keep, grown = [], (0, 0)
     for job, folder in ((warm, f"{ssd}_warm"), (case, ssd)):  # the first one: what the first batches of a process load
-        topology = TieredTopology(
-            1, ddr_budget_bytes=ddr, ssd=mtrains.SsdHome((folder,), home.capacity_bytes), pmem=PmemDevice(pmem, pmem_bytes)
-        )
-        planner = TieredShardingPlanner(
-            topology, batch_size=job.batch_size, constraints=job.constraints(), checkpoints=CheckpointSchedule(keep=0), prefetched=False
-        )
-        model = job.model()
-        plan = planner.plan(model, sharders)
+        model, capacity = job.model(), 1 << 30
+        for _ in range(2):  # the second time with just the volume that the first plan charges: with room, a log is not cleaned
+            home = mtrains.SsdHome((folder,), capacity)
+            topology = TieredTopology(1, ddr_budget_bytes=ddr, ssd=home, pmem=PmemDevice(pmem, pmem_bytes))
+            planner = TieredShardingPlanner(
+                topology, batch_size=job.batch_size, constraints=job.constraints(), checkpoints=CheckpointSchedule(keep=0), prefetched=False
+            )
+            plan = planner.plan(model, sharders)
+            capacity = sum(row["ssd_bytes"] for row in planner.plan_rows(plan)) + VOLUME_BYTES
         before = resident_bytes()
         dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
         for number in range(2 * max(table.rows for table in job.tables) // job.batch_size):

@@ -133,6 +133,5 @@ def test_published_devices_reach_their_rates_where_their_latency_allows_it() -> 
 def test_every_built_in_constant_has_a_source() -> None:
     for profile in hardware_profiles().values():
         assert profile.source
-        assert all(
-            part.source for part in (profile.ddr, profile.kernel, profile.hbm, profile.pcie, profile.pmem, profile.ssd) if part is not None
-        )
+        parts = (profile.ddr, profile.kernel, profile.hbm, profile.pcie, profile.pmem, profile.ssd)
+        assert all(part.source for part in parts if part is not None)

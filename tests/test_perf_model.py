@@ -17,6 +17,7 @@ from torchrec_mtrains.planner.perf_model import CPU, PMEM, RESOURCES, SSD, TIERS
 from torchrec_mtrains.errors import ConfigurationError
 
 ROWS = 20_000
+IN_FLIGHT = 12_000  # at least what three batches of use() take
 
 
 def hardware(ranks: int = 1, **changes: Any) -> HardwareProfile:
@@ -69,8 +70,8 @@ def test_faster_parts_never_make_a_step_slower(pool: int, cache: int, factor: fl
 def test_reads_take_the_devices_rate_and_misses_their_processor_time() -> None:
     machine, what = hardware(cores=3), use()
     model = PerfModel(machine)
-    (busy,) = model.tiered(what, 2_000)
-    missed = float(what.misses(2_000))
+    (busy,) = model.tiered(what, IN_FLIGHT)
+    missed = float(what.misses(IN_FLIGHT))
     assert machine.ssd is not None
     reads_ms = 1e3 * missed / machine.ssd.operations_per_s(block_bytes(132), 128, 1.0)
     assert reads_ms < busy[SSD] < 1.5 * reads_ms  # and the log's writes
@@ -80,9 +81,20 @@ def test_reads_take_the_devices_rate_and_misses_their_processor_time() -> None:
 
 
 def test_with_no_core_to_spare_prefetching_takes_the_training_threads_time() -> None:
-    busy, spare = (PerfModel(hardware(cores=cores)).tiered(use(), 2_000)[0] for cores in (2, 3))
+    busy, spare = (PerfModel(hardware(cores=cores)).tiered(use(), IN_FLIGHT)[0] for cores in (2, 3))
     assert busy[CPU] == pytest.approx(spare[CPU] + spare[TIERS] + spare[SSD] / 2)
     assert busy[TIERS] == 0 < spare[TIERS]
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+def test_what_a_pool_without_room_for_the_batches_in_flight_misses_is_waited_for(cores: int) -> None:
+    model, what = PerfModel(hardware(cores=cores)), use()
+    assert what.rows_in_flight < IN_FLIGHT
+    small, large = model.tiered(what, [int(what.rows_in_flight) - 1, int(what.rows_in_flight) + 1])
+    hidden = 0.5 if cores == 2 else 0.0
+    assert small[SSD] == pytest.approx(large[SSD], rel=0.01)
+    assert small[CPU] - large[CPU] == pytest.approx((1 - hidden) * small[SSD] + large[TIERS], rel=0.02)
+    assert small[TIERS] == 0
 
 
 def test_the_shards_of_a_table_together_do_what_the_table_does() -> None:

@@ -5,19 +5,55 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from test_benchmarks import run
+from test_benchmarks import run  # isort: skip (puts benchmarks/ on the path)
+
+import _planner_placement
+import _planner_predictions
+from _planner_jobs import Job, JobTable, MixedBatches
 
 
 def test_the_planner_benchmark_predicts_what_it_trains_and_draws_it(tmp_path: Path) -> None:
-    report = run("planner.py", tmp_path, "--pmem-path", str(tmp_path), "--picture", str(tmp_path / "planner.png"))
-    lines = report["figures"]["sections"]["predictions"]["lines"]
+    report = run("planner.py", tmp_path, "--pmem-path", str(tmp_path), "--picture", str(tmp_path / "planner.png"))["figures"]
+    sections = report["sections"]
+    assert set(sections) == {"predictions", "held_out", "placement", "curves", "statistics", "oracles", "scale"}
+    assert all(math.isfinite(f["value"]) for f in report["figures"].values())
+    assert (tmp_path / "planner.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = sections["predictions"]["lines"]
     assert len(lines) == 3
-    for line in lines:
+    for line in lines + sections["held_out"]["lines"]:
         assert line["predicted"]["step_ms"] >= line["dense_ms"] > 0
         assert line["measured"]["step_ms"] > 0
         assert 0 <= line["predicted"]["miss_ratio"] <= 1
     whole, cached = lines[1], lines[2]
     assert whole["measured"]["misses"] == whole["predicted"]["miss_ratio"] == 0
     assert lines[0]["measured"]["read_ios"] > cached["measured"]["read_ios"] > 0
-    assert all(math.isfinite(f["value"]) for f in report["figures"]["figures"].values())
-    assert (tmp_path / "planner.png").read_bytes().startswith(b"\x89PNG")
+
+    (placed,) = sections["placement"]["lines"]
+    plans = placed["plans"]
+    assert set(plans) == {"ours", "equal", "greedy", "uniform"}
+    assert plans["ours"]["predicted_ms"] <= min(plan["predicted_ms"] for plan in plans.values())
+    assert all(plan["misses"] > 0 for plan in plans.values())
+    for oracle in sections["oracles"]:
+        assert oracle["bound_ms"] <= oracle["best_ms"] * (1 + 1e-6)
+        assert oracle["found_ms"] >= oracle["best_ms"] * (1 - 1e-6)
+    (large,) = sections["scale"]
+    assert large["ours"]["bound_ms"] <= large["ours"]["step_ms"]
+
+
+def test_drawn_jobs_are_the_same_every_time_and_within_their_ranges() -> None:
+    assert _planner_placement.drawn(_planner_placement.FULL) == _planner_placement.drawn(_planner_placement.FULL)
+    fitted = {c.job for c in _planner_predictions.CONFIGURATIONS}
+    for c in _planner_predictions.held_out(30):
+        assert c.job not in fitted
+        assert all(50_000 <= t.rows <= 1_000_000 and 1 <= t.pooling <= 10 for t in c.job.tables)
+        assert all(pool + cache <= t.rows for t, pool, cache in zip(c.job.tables, c.pool_rows, c.cache_rows, strict=True))
+
+
+def test_the_batches_of_a_mixed_job_have_each_tables_own_lookups() -> None:
+    job = Job((JobTable(50, 1.0, 2), JobTable(80, 0.5, 5)), 16, 8)
+    traces = job.traces(3)
+    batch = next(MixedBatches(job.shape, traces).from_number(1))
+    assert batch.sparse_features.lengths().view(2, 8).tolist() == [[2] * 8, [5] * 8]
+    assert batch.sparse_features["f1"].values().tolist() == traces[1].ids[1].tolist()
+    assert job.traces(3, stream=1)[0].ids.tolist() != traces[0].ids.tolist()

@@ -89,6 +89,7 @@ def _kernel(kernel: KernelCosts) -> Table:
         f"TBE backward, a lookup of 256 bytes, {kernel.tbe_threads} threads": 1e9 * kernel.tbe_backward_s(1, 256),
         "a step with a tiered group": 1e3 * kernel.step_overhead_us_per_group,
         "a step, each further table": 1e3 * kernel.step_overhead_us_per_table,
+        "a step, tables in memory beside tiered ones": 1e3 * kernel.step_overhead_us_per_stock_group,
     }
     for name, ns in lines.items():
         if ns is not None:

@@ -38,6 +38,7 @@ def _kernel_costs(paths: Sequence[str], pmem_path: str | None, effort: Effort, s
         tbe_threads=torch.get_num_threads(),
         step_overhead_us_per_group=overhead.us_per_group,
         step_overhead_us_per_table=overhead.us_per_table,
+        step_overhead_us_per_stock_group=overhead.us_per_stock_group,
         row_bytes=(pool_costs.RECORD_BYTES,),
     )
 

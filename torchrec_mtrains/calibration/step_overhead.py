@@ -1,7 +1,8 @@
 """What a training step costs before it looks anything up: TorchRec's modules, ``TieredTrainPipeline`` and the tickets of a tiered group.
 
-A model of nothing but tables, each whole in its pool, trains batches of one sample through the pipeline. One table and ``TABLES`` of
-them take turns; the difference is that of the further tables.
+A model of nothing but tables, each whole in its pool, trains batches of one sample through the pipeline. One table, ``TABLES`` of
+them, and one beside a stock one in memory take turns; the differences to the first are those of the further tables, and of the group that
+a table in memory is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torchrec.datasets.utils import Batch
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ShardingPlan, ShardingType, ShardMetadata
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardingType,
+    ShardMetadata,
+)
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer
@@ -40,10 +50,11 @@ WARM_TURNS = 1
 
 @dataclass(frozen=True)
 class StepOverhead:
-    """Microseconds of a step: with one table, and with each further one of the same group."""
+    """Microseconds of a step: with one table, with each further one of the same group, and with one in memory beside it."""
 
     us_per_group: float
     us_per_table: float
+    us_per_stock_group: float
 
 
 class _Tables(nn.Module):
@@ -63,16 +74,17 @@ class _Tables(nn.Module):
 
 
 class _Job:
-    def __init__(self, tables: int) -> None:
-        plan = EmbeddingModuleShardingPlan()
+    def __init__(self, tiered: int, stock: int = 0) -> None:
+        tables, plan = tiered + stock, EmbeddingModuleShardingPlan()
         for i in range(tables):
             shard = ShardMetadata(shard_offsets=[0, 0], shard_sizes=[ROWS, DIM], placement="rank:0/cpu")
-            plan[f"t{i}"] = TieredParameterSharding(
-                sharding_type=ShardingType.TABLE_WISE.value,
-                ranks=[0],
-                sharding_spec=EnumerableShardingSpec([shard]),
-                tiers=TierChain(ROWS, (DdrHome(),)),
+            where: dict[str, Any] = dict(
+                sharding_type=ShardingType.TABLE_WISE.value, ranks=[0], sharding_spec=EnumerableShardingSpec([shard])
             )
+            if i < tiered:
+                plan[f"t{i}"] = TieredParameterSharding(**where, tiers=TierChain(ROWS, (DdrHome(),)))
+            else:
+                plan[f"t{i}"] = ParameterSharding(**where, compute_kernel=EmbeddingComputeKernel.FUSED.value)
         dmp = parallelize(_Tables(tables), ShardingPlan({"tables": plan}), sharders(fused_params(ModelOptions(embedding_dim=DIM))))
         self._groups = tiered_groups(dmp)
         self._pipeline = TieredTrainPipeline(dmp, CombinedOptimizer([dmp.fused_optimizer]), torch.device("cpu"))
@@ -99,9 +111,9 @@ class _Job:
 
 def measure(effort: Effort, say: Said) -> StepOverhead:
     """See above."""
-    times: dict[int, list[float]] = {1: [], TABLES: []}
+    times: dict[tuple[int, int], list[float]] = {(1, 0): [], (TABLES, 0): [], (1, 1): []}
     with process_group():
-        jobs = {tables: _Job(tables) for tables in times}
+        jobs = {tables: _Job(*tables) for tables in times}
         for turn in range(WARM_TURNS + effort.rounds * effort.steps // STEPS_A_TURN + 1):
             say(f"a step's overhead, turn {turn + 1}")
             for tables, job in jobs.items():
@@ -110,5 +122,5 @@ def measure(effort: Effort, say: Said) -> StepOverhead:
                     times[tables] += spent
         for job in jobs.values():
             job.close()
-    one, all_ = (undisturbed(of, STEPS_A_TURN) for of in times.values())
-    return StepOverhead(1e6 * one, 1e6 * max(0.0, all_ - one) / (TABLES - 1))
+    one, all_, both = (undisturbed(of, STEPS_A_TURN) for of in times.values())
+    return StepOverhead(1e6 * one, 1e6 * max(0.0, all_ - one) / (TABLES - 1), 1e6 * max(0.0, both - one))
