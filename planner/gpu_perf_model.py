@@ -65,6 +65,11 @@ class GpuPerfModel(PerfModel):
     def memory_bytes_per_s(self) -> float:
         return self._hbm.read_bytes_per_s
 
+    @property
+    def stock_group_ms(self) -> float:
+        """Nobody has measured one on a GPU."""
+        return 0.0
+
     @cached_property
     def base_ms(self) -> Floats:
         return self.base_of(tiered=True)
