@@ -79,11 +79,6 @@ class GpuPerfModel(PerfModel):
         base[GPU] = self.dense_ms + (_STEP_MS if tiered else 0.0)
         return base
 
-    @property
-    def stock_group_ms(self) -> float:
-        """Not measured on a GPU, and taken as none."""
-        return 0.0
-
     def over_ddr(self, use: ShardUse, pool_rows: Any) -> Floats:
         """Busy times of a shard with a pool above host memory, by its size. Shapes: (n,) → (n, resources)."""
         pool = np.atleast_1d(np.asarray(pool_rows, np.float64))
