@@ -34,11 +34,14 @@ def _trained(there: Any, case: Case, ddr: int, pmem_bytes: int, ssd: str, pmem: 
     sharders = mtrains.sharders(fused_params={"optimizer": case.optimizer, "learning_rate": 0.1})
     warm = Case(case.tables[:1], batch_size=case.batch_size, extra={"t0": {"compute_kernels": ["customized_kernel"]}})
     keep, grown = [], (0, 0)
-    for job, folder in ((warm, f"{ssd}_warm"), (case, ssd)):  # the first one: what the first batches of a process load
+    for job, folder, caches in (
+        (warm, f"{ssd}_warm", f"{pmem}_warm"),
+        (case, ssd, pmem),
+    ):  # the first one: what the first batches of a process load
         model, capacity = job.model(), 1 << 30
         for _ in range(2):  # the second time with just the volume that the first plan charges: with room, a log is not cleaned
             home = mtrains.SsdHome((folder,), capacity)
-            topology = TieredTopology(1, ddr_budget_bytes=ddr, ssd=home, pmem=PmemDevice(pmem, pmem_bytes))
+            topology = TieredTopology(1, ddr_budget_bytes=ddr, ssd=home, pmem=PmemDevice(caches, pmem_bytes))
             planner = TieredShardingPlanner(
                 topology, batch_size=job.batch_size, constraints=job.constraints(), checkpoints=CheckpointSchedule(keep=0), prefetched=False
             )

@@ -126,7 +126,8 @@ def test_a_plan_that_runs_stays_within_what_it_charges_in_every_tier() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as disk, tempfile.TemporaryDirectory(dir=PMEM) as pmem:
         for folder in ("", "_warm"):
             Path(f"{disk}/ssd{folder}").mkdir()
-        rows, (ddr, tmpfs), ssd = taken_by_a_plan(case, 16 << 20, 12 << 20, f"{disk}/ssd", pmem)
+            Path(f"{pmem}/pmem{folder}").mkdir()
+        rows, (ddr, tmpfs), ssd = taken_by_a_plan(case, 16 << 20, 12 << 20, f"{disk}/ssd", f"{pmem}/pmem")
     kernels = Counter(row["kernel"] for row in rows)
     assert kernels["customized_kernel"] >= 2
     charged = {tier: sum(row[f"{tier}_bytes"] for row in rows) for tier in ("ddr", "pmem", "ssd")}
