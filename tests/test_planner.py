@@ -243,7 +243,7 @@ def test_a_tables_features_each_bring_their_lookups() -> None:
         def constraints(self) -> Any:
             return None
 
-    planner = (case := Unconstrained([TableCase(100_000, 8, [1.0, 1.0, 1.0])], batch_size=1000)).planner(4000 * KIB, PLENTY)
+    planner = (case := Unconstrained([TableCase(300_000, 8, [1.0, 1.0, 1.0])], batch_size=1000)).planner(8 * MIB, PLENTY)
     plan = planner.plan(case.model(), case.sharders())
     assert plan.plan["ebc"]["t0"].tiers.pool_rows >= planner._best_plan[0].min_pool_rows == 3000
 
