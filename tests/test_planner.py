@@ -197,7 +197,7 @@ def test_constraints_keep_a_table_on_the_ssd_or_in_memory() -> None:
 
 def test_row_wise_sharding_can_be_asked_for() -> None:
     case = Case([TableCase(10_000, 8)], world_size=2, extra={"t0": {"sharding_types": ["row_wise"]}})
-    plan = case.plan(100 * KIB, PLENTY)
+    plan = case.plan(110 * KIB, PLENTY)
     assert plan.plan["ebc"]["t0"].sharding_type == "row_wise"
     assert tiered_tables(plan) == {"t0"}
 
@@ -243,7 +243,7 @@ def test_a_tables_features_each_bring_their_lookups() -> None:
         def constraints(self) -> Any:
             return None
 
-    planner = (case := Unconstrained([TableCase(100_000, 8, [1.0, 1.0, 1.0])], batch_size=1000)).planner(2500 * KIB, PLENTY)
+    planner = (case := Unconstrained([TableCase(300_000, 8, [1.0, 1.0, 1.0])], batch_size=1000)).planner(8 * MIB, PLENTY)
     plan = planner.plan(case.model(), case.sharders())
     assert plan.plan["ebc"]["t0"].tiers.pool_rows >= planner._best_plan[0].min_pool_rows == 3000
 

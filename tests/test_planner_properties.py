@@ -1,11 +1,9 @@
-"""What holds of any plan: nothing is slower with more or faster parts, bytes add up, and a plan that runs stays within its tiers."""
+"""What holds of any plan: nothing is slower with more or faster parts, bytes add up, and no plan is worse than TorchRec's own."""
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hypothesis import assume, given, settings
@@ -24,13 +22,10 @@ from torchrec_mtrains.planner import (
     TieredStorageEstimator,
     hardware_profiles,
 )
-from torchrec_mtrains.planner.charges import VOLUME_BYTES
 from torchrec_mtrains.planner.estimators import uncharged_bytes
 from torchrec_mtrains.planner.storage import bytes_in
 
-from plan_memory import taken_by_a_plan
-from planner_cases import DDR, PLENTY, Case, TableCase, cases
-from strategies import PMEM
+from planner_cases import DDR, PLENTY, Case, cases
 
 SOME = settings(max_examples=25, deadline=None)
 SEARCH_TOLERANCE = 1.02
@@ -118,20 +113,3 @@ def test_without_an_ssd_a_plan_is_no_worse_than_torchrecs_by_torchrecs_own_ratin
     ours.plan(case.model(), case.sharders())
     rating = NoopPerfModel(topology=topology)
     assert rating.rate(ours._best_plan) <= rating.rate(stock._best_plan) * (1 + 1e-9)
-
-
-def test_a_plan_that_runs_stays_within_what_it_charges_in_every_tier() -> None:
-    """Every row of four tables trained twice: in memory one, above the SSD three, with a PmemCache where the plan has one."""
-    case = Case([TableCase(150_000, 16), TableCase(150_000, 32), TableCase(100_000, 8), TableCase(20_000, 16)], batch_size=1000)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as disk, tempfile.TemporaryDirectory(dir=PMEM) as pmem:
-        for folder in ("", "_warm"):
-            Path(f"{disk}/ssd{folder}").mkdir()
-        rows, (ddr, tmpfs), ssd = taken_by_a_plan(case, 16 << 20, 12 << 20, f"{disk}/ssd", pmem)
-    kernels = Counter(row["kernel"] for row in rows)
-    assert kernels["customized_kernel"] >= 2
-    charged = {tier: sum(row[f"{tier}_bytes"] for row in rows) for tier in ("ddr", "pmem", "ssd")}
-    assert charged["pmem"] > 0
-    assert charged["ddr"] <= 16 << 20
-    assert 0.9 * charged["ddr"] < ddr <= charged["ddr"] + (300 << 10)
-    assert 0.95 * charged["pmem"] < tmpfs <= charged["pmem"] + (64 << 10)
-    assert 0.8 * charged["ssd"] < ssd <= charged["ssd"] + VOLUME_BYTES
