@@ -41,6 +41,9 @@ from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
 from torchrec_mtrains.process_group import process_group
 from torchrec_mtrains.twins import TwinsDifferError
 
+SETTLED, MOST_PROBES = 1.1, 40
+"""The device has settled after what was written when three probes in a row differ by less; after so many it is taken as it is."""
+
 UNREST = 1.15
 """Longest ÷ shortest round of a side that misses nothing, beyond which something else ran on the machine. A guess."""
 
@@ -138,6 +141,11 @@ def measure(
         raw = root / "raw"
         write_noise(raw, max(1 << 20, min(4 << 30, sum(shape.rows) * shape.dim * 4)))
         print(f"tables made, pools warm after {perf_counter() - start:.0f} s", flush=True)
+
+        def iops_now(seed: int) -> float:
+            return _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed).operations_per_s
+
+        _settle(iops_now)
         number = 0
         for part, warm in zip(parts, warms, strict=True):
             if part is not parts[0]:
@@ -156,14 +164,21 @@ def measure(
                     _same(turn, f"{part.trace}, top {top}, round {round_}")
                     number += turns.steps + turns.uncounted
                     rounds.append(turn)
-                    probe = _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), round_)
-                    iops.append(probe.operations_per_s)
+                    iops.append(iops_now(round_))
                 f["parts"].append(summary(part.trace, top, calibrated[top]["threads"], rounds, iops))
                 print_part(f["parts"][-1])
         f["steps_compared"] = number
         for side in sides:
             side.close()
     return f
+
+
+def _settle(iops_now: Callable[[int], float]) -> None:
+    """Waits while the device is busy with what was written before: its reads are slower then."""
+    seen = [iops_now(seed) for seed in range(3)]
+    while max(seen[-3:]) > SETTLED * min(seen[-3:]) and len(seen) < MOST_PROBES:
+        seen.append(iops_now(len(seen)))
+    print(f"the device's reads a second, probe by probe until it settled: {', '.join(f'{rate:,.0f}' for rate in seen)}", flush=True)
 
 
 def _backend(sides: list[Side]) -> str:
