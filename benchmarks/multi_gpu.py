@@ -31,7 +31,7 @@ LARGE = Shape(tables=17, rows=4_000_000, dim=128, batch_size=16_384, pooling=10,
 ON_SSD = Shape(tables=17, rows=1_000_000, dim=128, batch_size=2048, pooling=12, over=(1024, 1024))
 TINY = Shape(tables=3, rows=600, dim=8, batch_size=16, pooling=2, over=(8,))
 POOL_SHARE = 0.1
-PLANNED_SHARES, PLANNED_SHARES_OF_TINY = (0.15, 0.25), (1.0, 1.0)
+PLANNED_SHARES, PLANNED_SHARES_OF_TINY = (0.15, 0.25), (1.6, 1.6)
 """Of the tables' bytes, that the planner has of HBM and of DDR. Of tiny tables, a batch uses most rows."""
 PARTS = ("bits", "resume", "scaling", "ssd")
 

@@ -202,7 +202,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             return error
         if isinstance(proposer, GpuProposer):
             return proposer.shortage()
-        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage) or error
+        missing = self._topology.missing_of_volume
+        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage, missing) or error
 
 
 def _sendable(error: Exception) -> Exception:

@@ -20,12 +20,24 @@ _ADVICE = {
 
 
 def shortage(
-    footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]
+    footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage], missing_of_volume: int = 0
 ) -> InsufficientStorageError | None:
     """The error to raise when no member of the footprint fitted; None where bytes are not the reason.
 
-    ``stock`` holds each table's options in memory, also those that no rank can hold.
+    ``stock`` holds each table's options in memory, also those that no rank can hold. ``missing_of_volume``: what a rank's SSD lacks of the
+    bytes that a volume takes without any row (``TieredTopology.missing_of_volume``).
     """
+    found = _shortage(footprint, stock, capacity)
+    if found is None or found[0] != "ssd" or not missing_of_volume:
+        return None if found is None else _error(*found)
+    tier, short, what = found
+    return _error(tier, short + missing_of_volume, f"{what}, and the volume itself {missing_of_volume} more than there are")
+
+
+def _shortage(
+    footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]
+) -> tuple[str, int, str] | None:
+    """The tier that is short, by how many bytes, and of what."""
     everything = sum(capacity, Storage(0, 0, 0))
     for table, in_memory in zip(footprint.tables, stock, strict=True):
         options = [*map(charged, in_memory), *([table.tiered] if table.tiered else [])]
@@ -36,19 +48,19 @@ def shortage(
     need = totals[-1].ddr
     if need > everything.ddr:
         what = f"the tables need {need} bytes even with the smallest pools, the ranks have {everything.ddr}"
-        return _error("ddr", need - everything.ddr, what)
+        return "ddr", need - everything.ddr, what
     need = min(total.ssd for total in totals if total.ddr <= everything.ddr)
     if need > everything.ssd:
         what = f"the tables that do not fit in memory need {need} bytes, the ranks have {everything.ssd}"
-        return _error("ssd", need - everything.ssd, what)
+        return "ssd", need - everything.ssd, what
     try:
         place_by_room(footprint.member(0), capacity)
     except NoRoomError as error:
-        return _error(error.tier, error.short_bytes, str(error))
+        return error.tier, error.short_bytes, str(error)
     return None
 
 
-def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> InsufficientStorageError | None:
+def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Sequence[Storage]) -> tuple[str, int, str] | None:
     """The option that is least short of DDR, then of SSD, when there is none whose shards each fit a rank."""
     have = {tier: max(getattr(storage, tier) for storage in capacity) for tier in _ADVICE}
     need = min(
@@ -58,7 +70,7 @@ def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Seq
     for tier in _ADVICE:
         if need[tier] > have[tier]:
             what = f"table {name!r} needs {need[tier]} bytes on one rank, the largest has {have[tier]}"
-            return _error(tier, need[tier] - have[tier], what)
+            return tier, need[tier] - have[tier], what
     return None
 
 

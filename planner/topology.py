@@ -81,6 +81,11 @@ class TieredTopology(Topology):
             of_rank = device.storage
             device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, of_rank.ssd, pmem.capacity_bytes if pmem else 0)
 
+    @property
+    def missing_of_volume(self) -> int:
+        """Bytes that a rank's SSD has less than a volume takes without any row."""
+        return max(0, VOLUME_BYTES - self.ssd.capacity_bytes) if self.ssd else 0
+
     def _hash(self) -> int:
         return int(hashlib.sha256(repr((super()._hash(), self.ssd, self.pmem)).encode()).hexdigest(), 16)
 

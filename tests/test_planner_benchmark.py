@@ -15,7 +15,7 @@ from _planner_jobs import Job, JobTable, MixedBatches
 def test_the_planner_benchmark_predicts_what_it_trains_and_draws_it(tmp_path: Path) -> None:
     report = run("planner.py", tmp_path, "--pmem-path", str(tmp_path), "--picture", str(tmp_path / "planner.png"))["figures"]
     sections = report["sections"]
-    assert set(sections) == {"predictions", "held_out", "placement", "curves", "statistics", "oracles", "scale"}
+    assert set(sections) == {"predictions", "held_out", "placement", "curves", "statistics", "oracles", "scale", "contention"}
     assert all(math.isfinite(f["value"]) for f in report["figures"].values())
     assert (tmp_path / "planner.png").read_bytes().startswith(b"\x89PNG")
 
