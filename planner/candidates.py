@@ -118,18 +118,15 @@ def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats
 
 def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
     pool, cache = (np.array(column) for column in zip(*((s.pool_rows, s.cache_rows) for s in sizes), strict=True))
-    shards = range(option.num_shards)
-    ssd, longest = max(shard.storage.ssd for shard in option.shards), max(shards, key=lambda i: option.shards[i].size[0])
-    heavy = {
-        max(shards, key=lambda i: option.ddr_bytes(i, rows) + option.hbm_bytes(i, rows))
-        for rows in (option.min_pool_rows, option.shard_rows)
-    }
+    ssd, longest = max(shard.storage.ssd for shard in option.shards), max(range(option.num_shards), key=lambda i: option.shards[i].size[0])
+    # Which shard takes most depends on the sizes: one of more rows, or one of more lookups. Alike are those that take the same.
+    kinds = list({(option.shards[i].size[0], use.lookups, use.unique_rows): i for i, use in enumerate(option.uses)}.values())
     memory = [
         (
-            max(option.ddr_bytes(i, p, c) for i in heavy),
+            max(option.ddr_bytes(i, p, c) for i in kinds),
             option.pmem_bytes_of(longest, c),
             ssd,
-            max(option.hbm_bytes(i, p, c) for i in heavy),
+            max(option.hbm_bytes(i, p, c) for i in kinds),
         )
         for p, c in zip(pool.tolist(), cache.tolist(), strict=True)
     ]

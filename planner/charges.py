@@ -149,9 +149,19 @@ def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: in
     that holds more batches makes it longer. On several ranks a batch is held twice: as it was read, and as it came from all ranks. Never
     less for a larger pool.
     """
-    of_a_batch = (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
     window = min(float(MOST_BATCHES), 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0))
-    return math.ceil(of_a_batch * (BATCHES_WAITING + window))
+    return math.ceil(_batch_waiting_bytes(lookups, bags, world_size) * (BATCHES_WAITING + window))
+
+
+def _batch_waiting_bytes(lookups: float, bags: float, world_size: int) -> float:
+    return (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
+
+
+def waiting_bytes_per_slot(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> float:
+    """By how much ``waiting_bytes`` grows with a slot more, and no more than that with any further one."""
+    if 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0) >= MOST_BATCHES:
+        return 0.0
+    return _batch_waiting_bytes(lookups, bags, world_size) * POOLS_OF_BATCHES / max(unique_rows, 1.0)
 
 
 def chain_bytes(

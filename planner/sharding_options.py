@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -119,9 +118,8 @@ class TieredShardingOption(ShardingOption):
 
     def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
         """Slots that pools of ``pool_rows`` can grow by in so much memory a shard, the ids of a longer window included."""
-        batch = math.ceil(max(1.0, *(use.unique_rows for use in self.uses)))
-        longer = max(self._waiting_bytes(i, pool_rows + batch) - self._waiting_bytes(i, pool_rows) for i in range(self.num_shards))
-        return max(0, int((memory_bytes - 1) / (self.slot_bytes + (longer + 1) / batch * 1.001)))
+        longer = max(self._waiting_bytes_per_slot(i, pool_rows) for i in range(self.num_shards))
+        return max(0, int((memory_bytes - 1) / (self.slot_bytes + longer)))  # bytes of ids are rounded up
 
     def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
         """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
@@ -170,6 +168,12 @@ class TieredShardingOption(ShardingOption):
             return 0
         unique = max(use.unique_rows for use in self.uses)  # the shortest window of all ranks is that of all
         return charges.waiting_bytes(self.uses[shard].lookups, self.bags, unique, pool_rows, self.world_size)
+
+    def _waiting_bytes_per_slot(self, shard: int, pool_rows: int) -> float:
+        if not self.model.prefetched:
+            return 0.0
+        unique = max(use.unique_rows for use in self.uses)
+        return charges.waiting_bytes_per_slot(self.uses[shard].lookups, self.bags, unique, pool_rows, self.world_size)
 
     def _more_ms(self, shard: int) -> float:
         """What tiers add to the step of a rank that has nothing else to wait for: TorchRec's own sum of parts has no other place for it,
