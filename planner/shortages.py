@@ -34,9 +34,7 @@ def shortage(
     return _error(tier, short + missing_of_volume, f"{what}, and the volume itself {missing_of_volume} more than there are")
 
 
-def _shortage(
-    footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]
-) -> tuple[str, int, str] | None:
+def _shortage(footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]) -> tuple[str, int, str] | None:
     """The tier that is short, by how many bytes, and of what."""
     everything = sum(capacity, Storage(0, 0, 0))
     for table, in_memory in zip(footprint.tables, stock, strict=True):
