@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,13 +129,16 @@ TABLES = st.builds(
 )
 
 
-def cases(max_world_size: int) -> st.SearchStrategy[Case]:
+OPTIMIZERS = sorted(STATE_VALUES, key=lambda o: o.name)
+
+
+def cases(max_world_size: int, optimizers: Sequence[EmbOptimType] = OPTIMIZERS) -> st.SearchStrategy[Case]:
     return st.builds(
         Case,
         tables=st.lists(TABLES, min_size=1, max_size=4),
         world_size=st.integers(1, max_world_size),
         batch_size=st.sampled_from([1, 8, 64]),
-        optimizer=st.sampled_from(sorted(STATE_VALUES, key=lambda o: o.name)),
+        optimizer=st.sampled_from(optimizers),
     )
 
 

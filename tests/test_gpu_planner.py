@@ -27,7 +27,7 @@ from torchrec_mtrains.planner.hardware_profile import LinkProfile, MemoryProfile
 from torchrec_mtrains.planner.perf_model import ShardUse
 from torchrec_mtrains.planner.records import state_bytes_per_row
 
-from planner_cases import PLENTY, TABLES, Case, TableCase, shards
+from planner_cases import PLENTY, Case, TableCase, cases, shards
 from torchrec_mtrains import DdrCache, DdrHome, SsdHome, TieredParameterSharding
 from torchrec_mtrains.errors import ConfigurationError, UnsupportedError
 
@@ -42,16 +42,6 @@ def planner(case: Case, hbm: int, ddr: int = PLENTY, ssd: int | None = PLENTY, *
     topology = TieredTopology(case.world_size, "cuda", ddr_budget_bytes=ddr, hbm_budget_bytes=hbm, ssd=home)
     kwargs.setdefault("search_seconds", 0.05)
     return TieredShardingPlanner(topology, batch_size=case.batch_size, constraints=case.constraints(), **kwargs)
-
-
-def cases(max_world_size: int) -> st.SearchStrategy[Case]:
-    return st.builds(
-        Case,
-        tables=st.lists(TABLES, min_size=1, max_size=4),
-        world_size=st.integers(1, max_world_size),
-        batch_size=st.sampled_from([1, 8, 64]),
-        optimizer=st.sampled_from(OPTIMIZERS),
-    )
 
 
 def state_bytes(case: Case, name: str) -> int:
@@ -93,7 +83,7 @@ def shortage(case: Case, have: dict[str, int]) -> InsufficientStorageError | Non
 
 
 @MANY
-@given(cases(max_world_size=3), st.integers(1, 8 * MIB), st.integers(1, 20 * MIB), st.integers(1, 40 * MIB) | st.none())
+@given(cases(3, OPTIMIZERS), st.integers(1, 8 * MIB), st.integers(1, 20 * MIB), st.integers(1, 40 * MIB) | st.none())
 def test_no_rank_exceeds_any_tier(case: Case, hbm: int, ddr: int, ssd: int | None) -> None:
     try:
         plan = planner(case, hbm, ddr, ssd).plan(case.model(), case.sharders())
@@ -106,7 +96,7 @@ def test_no_rank_exceeds_any_tier(case: Case, hbm: int, ddr: int, ssd: int | Non
 
 
 @MANY
-@given(cases(max_world_size=3), st.integers(1, 4 * MIB), st.integers(1, 20 * MIB))
+@given(cases(3, OPTIMIZERS), st.integers(1, 4 * MIB), st.integers(1, 20 * MIB))
 def test_dmp_gets_what_it_can_take(case: Case, hbm: int, ddr: int) -> None:
     try:
         plan = planner(case, hbm, ddr).plan(case.model(), case.sharders())
@@ -132,7 +122,7 @@ def test_dmp_gets_what_it_can_take(case: Case, hbm: int, ddr: int) -> None:
 
 
 @MANY
-@given(cases(max_world_size=1), st.lists(st.integers(1, 8 * MIB), min_size=2, max_size=4), st.integers(1, 20 * MIB))
+@given(cases(1, OPTIMIZERS), st.lists(st.integers(1, 8 * MIB), min_size=2, max_size=4), st.integers(1, 20 * MIB))
 def test_more_hbm_is_never_predicted_to_be_slower(case: Case, budgets: list[int], ddr: int) -> None:
     """Within 2%: the search is not exact."""
     step = math.inf
@@ -149,14 +139,14 @@ def test_more_hbm_is_never_predicted_to_be_slower(case: Case, budgets: list[int]
 
 
 @settings(max_examples=20, deadline=None)
-@given(cases(max_world_size=3))
+@given(cases(3, OPTIMIZERS))
 def test_where_all_fits_all_is_fused(case: Case) -> None:
     plan = planner(case, PLENTY).plan(case.model(), case.sharders())
     assert {s.compute_kernel for s in plan.plan["ebc"].values()} <= {"fused", "dense"}
 
 
 @MANY
-@given(cases(max_world_size=1), st.integers(1, 4 * MIB), st.integers(1, 4 * MIB))
+@given(cases(1, OPTIMIZERS), st.integers(1, 4 * MIB), st.integers(1, 4 * MIB))
 def test_what_is_short_is_enough_when_it_is_given(case: Case, hbm: int, ddr: int) -> None:
     have = {"hbm": hbm, "ddr": ddr, "ssd": 1}
     for _ in range(12):
