@@ -148,6 +148,9 @@ def _plan(o: dict[str, Any]) -> None:
 @click.version_option(__version__, prog_name="mtrains")
 def main() -> None:
     """Storage tiers for TorchRec: train embedding tables larger than memory from an SSD."""
+    from .spinning import spin_briefly
+
+    spin_briefly()  # before torch comes in
     from .meters import keep_freed_memory_small
     from .show import quiet
 
