@@ -17,6 +17,7 @@ checkpoints has none. tests/test_planner_charges.py holds every line against wha
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..lookahead import MOST_BATCHES, POOLS_OF_BATCHES
@@ -58,9 +59,10 @@ CHANGED_ENTRY_BYTES = 48
 """Of a row put while a snapshot is written, until it is: a node of a std::map. A device that takes 8 bytes a row of snapshot takes no more
 than as many bytes of records meanwhile, so that no more than 8 × rows ÷ record rows change."""
 
-VOLUME_BYTES = 5 * (128 << 10)
-"""Segments that a volume keeps to itself: those that its streams fill, and that cleaning needs. The smallest ones there are: of volumes
-with larger ones ``CheckpointSchedule.fill`` leaves as much (kernels/csrc/log_format.h; docs/checkpoints.md, "How much room")."""
+LEAST_SEGMENT_BYTES = 128 << 10
+BLOCKS_PER_SEGMENT = 8
+SEGMENTS_PER_VOLUME = 16
+"""Segments of a log are no smaller, nor than so many of its blocks, and a volume has at least so many (kernels/csrc/log_volume.cpp)."""
 
 RECORD_HEADER_BYTES = 24
 RECORD_ALIGNMENT_BYTES = 8
@@ -119,6 +121,35 @@ def live_bytes(rows: int, record_bytes: int) -> int:
     """The blocks that one copy of every row takes in a log."""
     block = block_bytes(record_bytes)
     return -(-rows // records_per_block(record_bytes)) * block
+
+
+def least_segment_bytes(block_sizes: Collection[int]) -> int:
+    """The segments of the smallest volume that has tables with such blocks."""
+    segment = LEAST_SEGMENT_BYTES
+    while segment < PAGE_BYTES + BLOCKS_PER_SEGMENT * max(block_sizes):
+        segment *= 2
+    return segment
+
+
+def volume_bytes(block_sizes: Collection[int]) -> int:
+    """Segments that a volume keeps to itself: of every block size one that puts and one that survivors fill, and three for cleaning. Of
+    volumes with larger ones ``CheckpointSchedule.fill`` leaves as much (docs/checkpoints.md, "How much room")."""
+    return (3 + 2 * len(set(block_sizes))) * least_segment_bytes(block_sizes)
+
+
+def least_volume_bytes(block_sizes: Collection[int]) -> int:
+    """The smallest volume that such tables may be in."""
+    return SEGMENTS_PER_VOLUME * least_segment_bytes(block_sizes)
+
+
+def bytes_for_tables(capacity_bytes: int, block_sizes: Collection[int]) -> int:
+    """What a volume of such a capacity has for its tables."""
+    return 0 if capacity_bytes < least_volume_bytes(block_sizes) else max(0, capacity_bytes - volume_bytes(block_sizes))
+
+
+def capacity_for(table_bytes: int, block_sizes: Collection[int]) -> int:
+    """The capacity of the smallest volume that has so much for its tables."""
+    return max(least_volume_bytes(block_sizes), table_bytes + volume_bytes(block_sizes))
 
 
 def _stride(record_bytes: int) -> int:

@@ -202,8 +202,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             return error
         if isinstance(proposer, GpuProposer):
             return proposer.shortage()
-        missing = self._topology.missing_of_volume
-        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage, missing) or error
+        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage, proposer.capacity_short) or error
 
 
 def _sendable(error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,7 @@ from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchPro
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, StorageReservation, Topology
 
 from ..errors import ConfigurationError
+from . import charges
 from .candidates import placeable
 from .enumerators import FUSED, ROW_WISE, TABLE_WISE
 from .estimators import charged
@@ -52,7 +54,10 @@ class TieredProposer(Proposer):
                 "TieredProposer: its storage_reservation has reserved nothing yet; give the planner the same one as the proposer, so that "
                 "both know what is left for tables"
             )
-        storage = [device.storage for device in reserved.devices]
+        self._ssd, self._blocks = getattr(reserved, "ssd", None), _block_sizes(search_space)
+        storage = [copy.copy(device.storage) for device in reserved.devices]
+        for of_rank in storage:
+            of_rank.ssd = max(0, of_rank.ssd - self._kept_by_volume)
         self.capacity = Capacity(storage, min(bytes_in(s, "pmem") for s in storage))
         options: dict[str, list[ShardingOption]] = defaultdict(list)
         for option in search_space:
@@ -82,6 +87,21 @@ class TieredProposer(Proposer):
         """What became of the last proposal."""
         self._answer = (partitionable, plan, perf_rating, storage_constraint)
         self._fits |= partitionable
+
+    def capacity_short(self, short_bytes: int) -> int:
+        """By how much ``capacity_bytes`` of the SSD is short where its tables are by so much."""
+        if self._ssd is None or not self._blocks:
+            return short_bytes
+        capacity = self._ssd.capacity_bytes
+        return charges.capacity_for(charges.bytes_for_tables(capacity, self._blocks) + short_bytes, self._blocks) - capacity
+
+    @property
+    def _kept_by_volume(self) -> int:
+        """What a volume with blocks of all these sizes keeps to itself beyond one of small records, which the topology knows of."""
+        if self._ssd is None or not self._blocks:
+            return 0
+        small, all_sizes = (charges.bytes_for_tables(self._ssd.capacity_bytes, b) for b in ({charges.PAGE_BYTES}, self._blocks))
+        return small - all_sizes
 
     def _in_turn(self) -> Iterator[list[ShardingOption]]:
         everything = sum(self.capacity.storage, Storage(0, 0, 0))
@@ -136,6 +156,11 @@ class TieredProposer(Proposer):
             min(fused, key=lambda o: (o.total_storage.ddr, o.sharding_type != TABLE_WISE, o.total_perf), default=None),
             min(tiered, key=worse, default=None),
         )
+
+
+def _block_sizes(options: Sequence[ShardingOption]) -> set[int]:
+    """Of the logs of all tables that may be above an SSD."""
+    return {charges.block_bytes(o.record_bytes) for o in options if isinstance(o, TieredShardingOption) and o.total_storage.ssd}
 
 
 def _in_memory(options: Sequence[ShardingOption]) -> list[ShardingOption]:

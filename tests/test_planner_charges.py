@@ -17,9 +17,13 @@ from torchrec_mtrains.kernels import SsdVolume
 from torchrec_mtrains.planner import CheckpointSchedule, InsufficientStorageError, TieredShardingPlanner, TieredTopology, chain_bytes
 from torchrec_mtrains.planner.charges import (
     INDEX_BYTES_PER_ROW,
+    LEAST_SEGMENT_BYTES,
     SNAPSHOT_AFTER_BYTES,
     SNAPSHOT_BYTES_PER_ROW,
-    VOLUME_BYTES,
+    PAGE_BYTES,
+    capacity_for,
+    block_bytes,
+    volume_bytes,
     has_snapshots,
     live_bytes,
     log_bytes,
@@ -179,15 +183,44 @@ def test_a_small_volume_lives_with_the_segments_that_are_charged_for_it_and_not_
             finally:
                 volume.close()
 
-    replace_rows(charged + VOLUME_BYTES)
+    replace_rows(capacity_for(charged, {block_bytes(record_bytes)}))
     with pytest.raises(VolumeFullError):
         replace_rows(charged)
 
 
 def test_the_planner_keeps_a_volumes_own_segments_from_the_tables() -> None:
     topology = TieredTopology(2, ddr_budget_bytes=1 << 20, ssd=SsdHome(("/nowhere",), 10 << 20))
-    assert [device.storage.ssd for device in topology.devices] == [(10 << 20) - VOLUME_BYTES] * 2
-    assert TieredTopology(1, ddr_budget_bytes=1, ssd=SsdHome(("/nowhere",), 1)).devices[0].storage.ssd == 0
+    assert [device.storage.ssd for device in topology.devices] == [(10 << 20) - volume_bytes({PAGE_BYTES})] * 2
+
+
+def test_a_volume_that_would_not_open_is_refused_by_the_planner_with_what_is_missing() -> None:
+    case = Case([TableCase(1_000, 32)], extra={"t0": {"compute_kernels": ["customized_kernel"]}})
+    with pytest.raises(InsufficientStorageError) as caught:
+        case.plan(2 << 20, 1 << 20, checkpoints=CheckpointSchedule(keep=0))
+    assert (caught.value.tier, caught.value.short_bytes) == ("ssd", 1 << 20)
+    with tempfile.TemporaryDirectory(dir=PMEM) as folder:
+        with pytest.raises(ConfigurationError, match="capacity_bytes must be at least 2097152"):
+            SsdVolume((folder,), (2 << 20) - 1)
+        SsdVolume((folder,), 2 << 20).close()
+    case.plan(2 << 20, 2 << 20, checkpoints=CheckpointSchedule(keep=0))
+
+
+def test_every_further_block_size_of_a_volumes_tables_keeps_two_segments_more_from_them() -> None:
+    """The shortage is exact with them: of tables on one rank whose records lie in blocks of two sizes."""
+    small, large = TableCase(20_000, 32), TableCase(2_000, 1_024)
+    assert block_bytes(4 * 32 + 4) < block_bytes(4 * 1_024 + 4)
+    missing = []
+    for tables in ([small], [large], [small, large]):
+        case = Case(tables, extra={f"t{i}": {"compute_kernels": ["customized_kernel"]} for i in range(len(tables))})
+        with pytest.raises(InsufficientStorageError) as caught:
+            case.plan(4 << 20, 2 << 20, checkpoints=CheckpointSchedule(keep=0))
+        missing.append(caught.value.short_bytes)
+        capacity = (2 << 20) + missing[-1]
+        case.plan(4 << 20, capacity, checkpoints=CheckpointSchedule(keep=0))
+        with pytest.raises(InsufficientStorageError):
+            case.plan(4 << 20, capacity - 1, checkpoints=CheckpointSchedule(keep=0))
+    logs = [log_bytes(t.rows, 4 * t.dim + 4, 8, CheckpointSchedule(keep=0), snapshots=False) for t in (small, large)]
+    assert (2 << 20) + missing[2] == sum(logs) + 7 * LEAST_SEGMENT_BYTES
 
 
 def test_an_index_snapshot_takes_what_is_charged_for_it_where_there_can_be_one(tmp_path: Path) -> None:
