@@ -131,10 +131,12 @@ def least_segment_bytes(block_sizes: Collection[int]) -> int:
     return segment
 
 
-def volume_bytes(block_sizes: Collection[int]) -> int:
-    """Segments that a volume keeps to itself: of every block size one that puts and one that survivors fill, and three for cleaning. Of
-    volumes with larger ones ``CheckpointSchedule.fill`` leaves as much (docs/checkpoints.md, "How much room")."""
-    return (3 + 2 * len(set(block_sizes))) * least_segment_bytes(block_sizes)
+def volume_bytes(block_sizes: Collection[int], keep: int) -> int:
+    """Segments that a volume keeps to itself: two streams a block size fill one each, and what cleaning turns over, a segment a stream and
+    one more, is held back by every kept checkpoint (docs/checkpoints.md, "How much room"). Of volumes with larger segments
+    ``CheckpointSchedule.fill`` leaves as much."""
+    streams = 2 * len(set(block_sizes))
+    return (streams + (keep + 1) * (streams + 1)) * least_segment_bytes(block_sizes)
 
 
 def least_volume_bytes(block_sizes: Collection[int]) -> int:
@@ -142,14 +144,14 @@ def least_volume_bytes(block_sizes: Collection[int]) -> int:
     return SEGMENTS_PER_VOLUME * least_segment_bytes(block_sizes)
 
 
-def bytes_for_tables(capacity_bytes: int, block_sizes: Collection[int]) -> int:
+def bytes_for_tables(capacity_bytes: int, block_sizes: Collection[int], keep: int) -> int:
     """What a volume of such a capacity has for its tables."""
-    return 0 if capacity_bytes < least_volume_bytes(block_sizes) else max(0, capacity_bytes - volume_bytes(block_sizes))
+    return 0 if capacity_bytes < least_volume_bytes(block_sizes) else max(0, capacity_bytes - volume_bytes(block_sizes, keep))
 
 
-def capacity_for(table_bytes: int, block_sizes: Collection[int]) -> int:
+def capacity_for(table_bytes: int, block_sizes: Collection[int], keep: int) -> int:
     """The capacity of the smallest volume that has so much for its tables."""
-    return max(least_volume_bytes(block_sizes), table_bytes + volume_bytes(block_sizes))
+    return max(least_volume_bytes(block_sizes), table_bytes + volume_bytes(block_sizes, keep))
 
 
 def _stride(record_bytes: int) -> int:

@@ -92,16 +92,17 @@ class TieredProposer(Proposer):
         """By how much ``capacity_bytes`` of the SSD is short where its tables are by so much."""
         if self._ssd is None or not self._blocks:
             return short_bytes
-        capacity = self._ssd.capacity_bytes
-        return charges.capacity_for(charges.bytes_for_tables(capacity, self._blocks) + short_bytes, self._blocks) - capacity
+        capacity, keep = self._ssd.capacity_bytes, self._model.checkpoints.keep
+        have = charges.bytes_for_tables(capacity, self._blocks, keep)
+        return charges.capacity_for(have + short_bytes, self._blocks, keep) - capacity
 
     @property
     def _kept_by_volume(self) -> int:
-        """What a volume with blocks of all these sizes keeps to itself beyond one of small records, which the topology knows of."""
+        """What a volume with blocks of all these sizes and checkpoints keeps to itself beyond one that the topology knows of."""
         if self._ssd is None or not self._blocks:
             return 0
-        small, all_sizes = (charges.bytes_for_tables(self._ssd.capacity_bytes, b) for b in ({charges.PAGE_BYTES}, self._blocks))
-        return small - all_sizes
+        known = charges.bytes_for_tables(self._ssd.capacity_bytes, {charges.PAGE_BYTES}, keep=0)
+        return known - charges.bytes_for_tables(self._ssd.capacity_bytes, self._blocks, self._model.checkpoints.keep)
 
     def _in_turn(self) -> Iterator[list[ShardingOption]]:
         everything = sum(self.capacity.storage, Storage(0, 0, 0))

@@ -44,7 +44,7 @@ class Life:
     @property
     def capacity_bytes(self) -> int:
         logs = sum(log_bytes(rows, size, self.lookups(rows), self.schedule, snapshots=False) for rows, size in self.tables)
-        return capacity_for(logs, {block_bytes(size) for _, size in self.tables})
+        return capacity_for(logs, {block_bytes(size) for _, size in self.tables}, self.keep)
 
 
 class Job:

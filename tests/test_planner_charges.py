@@ -17,7 +17,7 @@ from torchrec_mtrains.kernels import SsdVolume
 from torchrec_mtrains.planner import CheckpointSchedule, InsufficientStorageError, TieredShardingPlanner, TieredTopology, chain_bytes
 from torchrec_mtrains.planner.charges import (
     INDEX_BYTES_PER_ROW,
-    LEAST_SEGMENT_BYTES,
+    least_segment_bytes,
     SNAPSHOT_AFTER_BYTES,
     SNAPSHOT_BYTES_PER_ROW,
     PAGE_BYTES,
@@ -167,7 +167,7 @@ def test_every_tier_takes_the_memory_that_it_is_charged(disk: Path) -> None:
         assert 0.97 * least <= pmem_bytes <= 1.03 * cost.pmem
 
 
-@pytest.mark.parametrize(("rows", "record_bytes"), [(6_000, 260), (12_000, 260), (4_000, 1_028)])
+@pytest.mark.parametrize(("rows", "record_bytes"), [(6_000, 260), (12_000, 260), (2_000, 1_028)])
 def test_a_small_volume_lives_with_the_segments_that_are_charged_for_it_and_not_without(rows: int, record_bytes: int, disk: Path) -> None:
     charged = log_bytes(rows, record_bytes, math.inf, CheckpointSchedule(keep=0), snapshots=False)
 
@@ -183,14 +183,14 @@ def test_a_small_volume_lives_with_the_segments_that_are_charged_for_it_and_not_
             finally:
                 volume.close()
 
-    replace_rows(capacity_for(charged, {block_bytes(record_bytes)}))
+    replace_rows(capacity_for(charged, {block_bytes(record_bytes)}, keep=0))
     with pytest.raises(VolumeFullError):
         replace_rows(charged)
 
 
 def test_the_planner_keeps_a_volumes_own_segments_from_the_tables() -> None:
     topology = TieredTopology(2, ddr_budget_bytes=1 << 20, ssd=SsdHome(("/nowhere",), 10 << 20))
-    assert [device.storage.ssd for device in topology.devices] == [(10 << 20) - volume_bytes({PAGE_BYTES})] * 2
+    assert [device.storage.ssd for device in topology.devices] == [(10 << 20) - volume_bytes({PAGE_BYTES}, keep=0)] * 2
 
 
 def test_a_volume_that_would_not_open_is_refused_by_the_planner_with_what_is_missing() -> None:
@@ -205,22 +205,24 @@ def test_a_volume_that_would_not_open_is_refused_by_the_planner_with_what_is_mis
     case.plan(2 << 20, 2 << 20, checkpoints=CheckpointSchedule(keep=0))
 
 
-def test_every_further_block_size_of_a_volumes_tables_keeps_two_segments_more_from_them() -> None:
+def test_every_further_block_size_of_a_volumes_tables_keeps_four_segments_more_from_them() -> None:
     """The shortage is exact with them: of tables on one rank whose records lie in blocks of two sizes."""
     small, large = TableCase(20_000, 32), TableCase(2_000, 1_024)
     assert block_bytes(4 * 32 + 4) < block_bytes(4 * 1_024 + 4)
-    missing = []
-    for tables in ([small], [large], [small, large]):
-        case = Case(tables, extra={f"t{i}": {"compute_kernels": ["customized_kernel"]} for i in range(len(tables))})
-        with pytest.raises(InsufficientStorageError) as caught:
-            case.plan(4 << 20, 2 << 20, checkpoints=CheckpointSchedule(keep=0))
-        missing.append(caught.value.short_bytes)
-        capacity = (2 << 20) + missing[-1]
-        case.plan(4 << 20, capacity, checkpoints=CheckpointSchedule(keep=0))
-        with pytest.raises(InsufficientStorageError):
-            case.plan(4 << 20, capacity - 1, checkpoints=CheckpointSchedule(keep=0))
-    logs = [log_bytes(t.rows, 4 * t.dim + 4, 8, CheckpointSchedule(keep=0), snapshots=False) for t in (small, large)]
-    assert (2 << 20) + missing[2] == sum(logs) + 7 * LEAST_SEGMENT_BYTES
+    everything_below = {f"t{i}": {"compute_kernels": ["customized_kernel"]} for i in range(2)}
+    case, none = Case([small, large], extra=everything_below), CheckpointSchedule(keep=0)
+    capacity = 2 << 20
+    while True:
+        try:
+            case.plan(4 << 20, capacity, checkpoints=none)
+            break
+        except InsufficientStorageError as error:
+            assert error.tier == "ssd"
+            with pytest.raises(InsufficientStorageError):
+                case.plan(4 << 20, capacity + error.short_bytes - 1, checkpoints=none)
+            capacity += error.short_bytes
+    logs = [log_bytes(t.rows, 4 * t.dim + 4, 8, none, snapshots=False) for t in (small, large)]
+    assert capacity == sum(logs) + 9 * least_segment_bytes({block_bytes(4 * 1_024 + 4)})
 
 
 def test_an_index_snapshot_takes_what_is_charged_for_it_where_there_can_be_one(tmp_path: Path) -> None:
