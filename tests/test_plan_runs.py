@@ -14,9 +14,11 @@ from strategies import PMEM
 
 
 def test_a_plan_that_runs_stays_within_what_it_charges_in_every_tier() -> None:
-    """Every row of four tables trained twice: in memory one, above the SSD three, with a PmemCache where the plan has one."""
+    """Every row of four tables trained twice: in memory one, above the SSD three, with a PmemCache where the plan has one. Memory within a
+    MiB: what modules and a second group take besides is 0.4 to 0.9, the volume's buffers left out."""
     case = Case([TableCase(150_000, 16), TableCase(150_000, 32), TableCase(100_000, 8), TableCase(20_000, 16)], batch_size=1000)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as disk, tempfile.TemporaryDirectory(dir=PMEM) as pmem:
+        Path(f"{disk}/ssd_other").mkdir()
         for folder in ("", "_warm"):
             Path(f"{disk}/ssd{folder}").mkdir()
             Path(f"{pmem}/pmem{folder}").mkdir()
@@ -26,6 +28,6 @@ def test_a_plan_that_runs_stays_within_what_it_charges_in_every_tier() -> None:
     charged = {tier: sum(row[f"{tier}_bytes"] for row in rows) for tier in ("ddr", "pmem", "ssd")}
     assert charged["pmem"] > 0
     assert charged["ddr"] <= 16 << 20
-    assert 0.9 * charged["ddr"] < ddr <= charged["ddr"] + (300 << 10)
+    assert 0.9 * charged["ddr"] < ddr <= charged["ddr"] + (1 << 20)
     assert 0.95 * charged["pmem"] < tmpfs <= charged["pmem"] + (64 << 10)
     assert 0.8 * charged["ssd"] < ssd <= charged["ssd"] + volume_bytes({PAGE_BYTES}, keep=0)
