@@ -8,10 +8,10 @@
     SsdHome      ddr   8 × rows, and what a snapshot needs   ssd    blocks of records × (1 ÷ fill + what checkpoints hold), and snapshots
     PmemHome     ddr   the same                              pmem   the same
     DdrHome      ddr   rows × (record + 1)
-    batches      ddr   ids of those that wait in the pipeline: 3, and the lookahead window
 
 A pool or cache has no more rows than its shard. A volume of less capacity than ``SNAPSHOT_AFTER_BYTES`` has no snapshots, and one without
-checkpoints has none. tests/test_planner_charges.py holds every line against what was allocated.
+checkpoints has none. Ids of batches that wait are in ``waiting_ids.py``.
+tests/test_planner_charges.py holds every line against what was allocated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..lookahead import MOST_BATCHES, POOLS_OF_BATCHES
 from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
 from .checkpoint_schedule import CheckpointSchedule
 
@@ -42,12 +41,6 @@ PRESENT_BYTES_PER_ROW = 1
 
 SLOT_NUMBER_BYTES = 8
 """A batch's ids are turned into slot numbers of int64 (kernels/tiered_tbe.py)."""
-
-ID_BYTES, BAG_BYTES = 8, 12
-"""An id, and what is held of a bag of ids: its length (int32) and its offset (int64)."""
-
-BATCHES_WAITING = 3
-"""Batches beside the one that trains and those of the window: prefetched ones and one that arrives (torchrec_mtrains/train_pipeline.py)."""
 
 SNAPSHOT_AFTER_BYTES = 8 << 30
 """A volume writes its index beside the log when opening would replay more (kernels/csrc/log_volume.h)."""
@@ -173,28 +166,6 @@ def log_index_bytes(rows: int, record_bytes: int, *, snapshots: bool) -> int:
 def has_snapshots(home: Home, checkpoints: CheckpointSchedule) -> bool:
     """Whether a volume of that capacity ever writes its index beside the log."""
     return not isinstance(home, DdrHome) and checkpoints.keep > 0 and home.capacity_bytes > SNAPSHOT_AFTER_BYTES
-
-
-def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> int:
-    """DDR of the ids that wait for a shard with such a pool, of so many lookups in so many bags a batch.
-
-    The window is that of a pipeline left its own choice (``lookahead.useful_batches``) whose largest pool this is; another table's pool
-    that holds more batches makes it longer. On several ranks a batch is held twice: as it was read, and as it came from all ranks. Never
-    less for a larger pool.
-    """
-    window = min(float(MOST_BATCHES), 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0))
-    return math.ceil(_batch_waiting_bytes(lookups, bags, world_size) * (BATCHES_WAITING + window))
-
-
-def _batch_waiting_bytes(lookups: float, bags: float, world_size: int) -> float:
-    return (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
-
-
-def waiting_bytes_per_slot(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> float:
-    """By how much ``waiting_bytes`` grows with a slot more, and no more than that with any further one."""
-    if 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0) >= MOST_BATCHES:
-        return 0.0
-    return _batch_waiting_bytes(lookups, bags, world_size) * POOLS_OF_BATCHES / max(unique_rows, 1.0)
 
 
 def chain_bytes(

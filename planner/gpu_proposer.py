@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.distributed.planner.types import ShardingOption
 
 from .assignment import solve
 from .candidates import TIERS, candidates
@@ -26,8 +26,7 @@ class GpuProposer(TieredProposer):
     """``TieredProposer`` where tables train in HBM."""
 
     def _in_turn(self) -> Iterator[list[ShardingOption]]:
-        everything = sum(self.capacity.storage, Storage(0, 0, 0))
-        if all(self.stock) and sum(min(o.total_storage.hbm for o in of_table) for of_table in self.stock) <= everything.hbm:
+        if all(self.stock) and sum(min(o.total_storage.hbm for o in of_table) for of_table in self.stock) <= self._in_memory_bytes:
             yield from self._without_tiers()
         if self._fits or not all(self._tables):
             return

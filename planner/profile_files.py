@@ -20,7 +20,7 @@ Profile = TypeVar("Profile")
 
 @dataclass(frozen=True)
 class ProfileFormat:
-    """What a file holds ("hardware profile"), the newest version that is read and the one that is written, and the command that makes one."""
+    """What a file holds ("hardware profile"), the newest version that is read, which is written, and the command that makes one."""
 
     kind: str
     version: int
@@ -35,7 +35,8 @@ class ProfileFormat:
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             try:
-                new.write_text(json.dumps({"format_version": self.version} | content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                text = json.dumps({"format_version": self.version} | content, indent=1, ensure_ascii=False)
+                new.write_text(text + "\n", encoding="utf-8")
                 new.replace(path)
             finally:
                 new.unlink(missing_ok=True)

@@ -32,8 +32,8 @@ class TieredTopology(Topology):
     ``pmem`` is for caches in front of the SSD. With ``compute_device="cuda"`` each has a GPU, with ``hbm_budget_bytes`` for tables, pools
     and caches, and the DDR is host memory below them.
 
-    ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what a volume of small records without checkpoints does not keep
-    to itself (``charges.volume_bytes``). Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
+    ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what a volume of small records without checkpoints does not
+    keep to itself (``charges.volume_bytes``). Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
 
     Raises: UnsupportedError for another compute device, or PMem below a GPU; ConfigurationError for a budget that is not positive, that is

@@ -81,8 +81,8 @@ def _trained(there: Any, case: Case, ddr: int, pmem_bytes: int, ssd: str, pmem: 
 
 
 def taken_by_a_plan(case: Case, ddr: int, pmem_bytes: int, ssd: str, pmem: str) -> tuple[list[dict[str, Any]], tuple[int, int], int]:
-    """The plan's rows; memory, without the volume's buffers, and tmpfs that the process grew by; bytes on the SSD; once every row was trained
-    twice."""
+    """The plan's rows; memory, without the volume's buffers, and tmpfs that the process grew by; bytes on the SSD; once every row was
+    trained twice."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_trained, args=(there, case, ddr, pmem_bytes, ssd, pmem))

@@ -17,6 +17,7 @@ from torchrec_mtrains.planner.charges import block_bytes, capacity_for, log_byte
 from strategies import PMEM
 
 Kind = type[SsdVolume] | type[PmemVolume]
+RECORD_BYTES = (20, 36, 132, 260, 516, 1_028, 2_052, 4_100, 8_196, 16_388, 40_000)
 TURNS = 6  # times that every row is put, about: the log is cleaned all the while
 
 
@@ -112,7 +113,7 @@ class Job:
 @st.composite
 def lives(draw: st.DrawFn) -> Life:
     tables = []
-    for size in draw(st.lists(st.sampled_from((20, 36, 132, 260, 516, 1_028, 2_052, 4_100, 8_196, 16_388, 40_000)), min_size=1, max_size=3)):
+    for size in draw(st.lists(st.sampled_from(RECORD_BYTES), min_size=1, max_size=3)):
         live_bytes = draw(st.integers(1, 6 << 20))
         tables.append((max(1, live_bytes // max(size, 132)), size))
     every = draw(st.sampled_from((1, 3, 10, None)))
