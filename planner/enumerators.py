@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,14 @@ from .access_profile import AccessProfile, MissCurve, TableAccess
 from .assumed_access import assumed_access
 from .assumed_hardware import assumed_hardware
 from .charges import has_snapshots, records_per_block
+from .ddr_options import DdrOption
 from .estimators import TieredStorageEstimator
 from .neighbours import curve_over_ssd
 from .perf_model import PerfModel, ShardUse
 from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
+from .waiting_ids import WaitingIds
 
 FUSED = EmbeddingComputeKernel.FUSED.value
 _READ_AND_WRITTEN = 3  # of every row by a dense update: the gradient, and read and written by the optimizer
@@ -42,7 +44,7 @@ ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.valu
 class TieredEnumerator(EmbeddingEnumerator):
     """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask, with
     the smallest legal pool. Every option has ``uses``: what a step does to each of its shards, by ``access``, or by a popularity law
-    (``assumed_access``).
+    (``assumed_access``); and ``waiting_bytes``: ids that wait for each of them in a plan with tiers, of the ``waiting_ids`` that there are.
 
     Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4,
     trained by SGD, Adagrad or row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
@@ -67,6 +69,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         self._access = access
         self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
         self._row_wise_by_us: set[str] = set()
+        self.waiting_ids = WaitingIds()
         self._used: dict[str, TableAccess] = {}
         self._curves: dict[tuple[str, int], MissCurve] = {}
 
@@ -76,7 +79,16 @@ class TieredEnumerator(EmbeddingEnumerator):
         stock = super().enumerate(module, sharders)
         for option in stock:
             option.uses = self._uses(option)
-        tiered = self._tiered(stock) if self._has_tiers else []
+        templates = {option.fqn: option for option in stock}
+        self.waiting_ids = WaitingIds()
+        if self._has_tiers and self._model.prefetched:
+            of_tables = [(self._lookups(t), self._bags(t)) for t in templates.values()]
+            self.waiting_ids = WaitingIds.of(of_tables, self._world_size, self._model.lookahead_bytes)
+        tiered = self._tiered(templates) if self._has_tiers else []
+        if not tiered:
+            self.waiting_ids = WaitingIds()
+        for option in stock:
+            option.waiting_bytes = self._waiting_bytes(option, option.uses)
         options = [o for o in stock if not self._is_stand_in(o)] + tiered
         for name in {o.fqn for o in stock} - {o.fqn for o in options}:
             raise ConfigurationError(
@@ -114,8 +126,7 @@ class TieredEnumerator(EmbeddingEnumerator):
 
     # -- options above an SSD
 
-    def _tiered(self, stock: Iterable[ShardingOption]) -> list[TieredShardingOption]:
-        templates = {option.fqn: option for option in stock}
+    def _tiered(self, templates: Mapping[str, ShardingOption]) -> list[TieredShardingOption]:
         fused = [f for t in templates.values() if self._may_be_tiered(t) for f in self._fused(t)]
         self.populate_estimates(fused)
         perfs = [[shard.perf for shard in option.shards] for option in fused]
@@ -168,20 +179,26 @@ class TieredEnumerator(EmbeddingEnumerator):
     def _below(self, fused: ShardingOption, template: ShardingOption) -> Sequence[TieredShardingOption]:
         """The ways below memory of a table so sharded."""
         fused._tensor = template.tensor
-        state = self._state_bytes(template)
+        state, uses = self._state_bytes(template), self._uses(fused, above_ssd=True)
         assert state is not None
         return [
-            TieredShardingOption.of(
+            DdrOption.above(
                 fused,
-                optimizer_state_bytes=state,
+                state_bytes=state,
                 min_pool_rows=self._least_pool(template),
-                uses=self._uses(fused, above_ssd=True),
+                uses=uses,
+                waiting_bytes=self._waiting_bytes(fused, uses),
                 model=self._model,
-                bags=self._bags(template),
-                world_size=self._world_size,
                 snapshots=self._snapshots,
             )
         ]
+
+    def _waiting_bytes(self, option: ShardingOption, uses: Sequence[ShardUse]) -> list[int]:
+        """Ids that wait for each shard."""
+        bags = self._bags(option)
+        if option.sharding_type == ShardingType.DATA_PARALLEL.value:
+            bags /= self._world_size
+        return [self.waiting_ids.of_shard(use.lookups, bags) for use in uses]
 
     @property
     def _snapshots(self) -> bool:

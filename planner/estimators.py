@@ -42,6 +42,15 @@ def uncharged_bytes(option: ShardingOption) -> list[int]:
     return getattr(option, "uncharged_bytes", None) or [0] * option.num_shards
 
 
+def beside_tiers(option: ShardingOption) -> ShardingOption:
+    """A copy as it is in a plan with tiers: ids of batches that wait for the others wait for this table too (``waiting_ids.py``)."""
+    result = charged(option)
+    for shard, waiting_bytes in zip(result.shards, getattr(option, "waiting_bytes", None) or [0] * option.num_shards, strict=True):
+        tier = "hbm" if shard.storage.hbm else "ddr"
+        setattr(shard.storage, tier, getattr(shard.storage, tier) + waiting_bytes)
+    return result
+
+
 def charged(option: ShardingOption) -> ShardingOption:
     """A copy whose storage leaves nothing out."""
     result = copy.deepcopy(option)

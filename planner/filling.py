@@ -75,7 +75,7 @@ def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes
 
     def more_pool(t: _Growing, share: float) -> int:
         most = min(t.room, t.option.most_pool_rows(t.cache_rows) - t.pool_rows)
-        return min(most, t.option.more_slots(t.pool_rows, share * left(t, t.option.pool_tier)))
+        return min(most, t.option.more_slots(share * left(t, t.option.pool_tier)))
 
     def grow_pool(t: _Growing, rows: int) -> None:
         grown = t.pool_rows + rows

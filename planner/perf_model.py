@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigurationError
+from ..lookahead import LOOKAHEAD_BYTES
 from . import charges
 from .access_profile import MissCurve
 from .checkpoint_schedule import CheckpointSchedule
@@ -125,13 +126,15 @@ class StepPrediction:
 
 @dataclass(frozen=True)
 class PerfModel:
-    """A machine, and how ``ranks_per_host`` ranks train on it. ``dense_ms``: a step's compute outside the tables."""
+    """A machine, and how ``ranks_per_host`` ranks train on it. ``dense_ms``: a step's compute outside the tables. ``lookahead_bytes``: the
+    pipeline's."""
 
     hardware: HardwareProfile
     ranks_per_host: int = 1
     dense_ms: float = 0.0
     prefetched: bool = True
     checkpoints: CheckpointSchedule = field(default_factory=CheckpointSchedule)
+    lookahead_bytes: int = LOOKAHEAD_BYTES
 
     def __deepcopy__(self, memo: Any) -> PerfModel:
         return self
