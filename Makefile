@@ -39,7 +39,7 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/cpu: requirements/cpu.txt requirements/torchrec.txt $(STAMPS)/venv
-	@echo "setup: torch, fbgemm-gpu-cpu and torchrec (about 1 GB on disk)"
+	@echo "setup: torch, fbgemm-gpu-cpu and torchrec (about 1 GB on disk; the longest step, a minute or more)"
 	@if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install --index-url "$(TORCH_INDEX_URL)" "$$(grep '^torch==' requirements/cpu.txt)"; fi
 	@$(PIP) install -r requirements/cpu.txt
 	@$(PIP) install --no-deps -r requirements/torchrec.txt
