@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CORE_SOURCES := pyproject.toml $(sort $(wildcard kernels/csrc/*.*))
 PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest
 # A file's tests stay in one process: they share its ranks, and what they write into build/.
-PYTEST_SHARED := $(PYTEST) -n $(TEST_WORKERS) --dist loadfile
+PYTEST_SHARED := $(PYTEST) -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 comma := ,
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
@@ -27,7 +27,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 .PHONY: help setup demo test lint format bench soak torchrec-versions torchrec-harness wheel clean native-test sanitize fuzz
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
 
 setup: $(STAMPS)/core  ## Make .venv: the pinned CPU stack, the tools, the project (editable) and its native core
 

@@ -17,6 +17,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it then: tests/test_device_kernels.py
 
 
+LONGEST = ["benchmarks", "native", "fail_together", "planner", "torchrec_harness", "planner_benchmark", "training_loops", "gpu_planner"]
+"""Files of 20 seconds and more, the longest first: begun first, they end while others of the processes still have something to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files by their length, as far as it matters; a file's tests as they stand in it."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_report_header() -> str:
     """Names the I/O back end of SSD volumes; tests/test_io_backend.py judges it."""
     from torchrec_mtrains.kernels import SsdVolume

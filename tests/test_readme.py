@@ -70,7 +70,7 @@ def test_every_command_line_in_the_docs_has_options_that_exist():
 
 def test_every_public_name_in_the_docs_exists():
     names = {name for text in PAGES.values() for name in re.findall(r"\bmtrains\.([A-Za-z_][\w.]*\w)", text)}
-    assert {"register", "planner.TieredShardingPlanner", "kernels.SsdVolume"} <= names
+    assert {"register", "planner.TieredShardingPlanner", "save_checkpoint"} <= names
     for name in names:
         found = mtrains
         for part in name.split("."):
