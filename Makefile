@@ -72,10 +72,11 @@ demo: setup  ## Train tables 15 times their memory budget from an SSD, then ml-1
 test: lint  ## Run the lint and the whole test suite, except what is marked slow
 	@$(PYTEST_SHARED) -m "not slow" $(PYTEST_ARGS)
 
-soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earlier soak stopped; then the slow tests
+soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earlier soak stopped; then the slow tests, and all properties on new examples
 	@$(BIN)/python tests/soak/soak.py --ranks 1 --kills $(SOAK_KILLS)
 	@$(BIN)/python tests/soak/soak.py --ranks 2 --kills $$(( $(SOAK_KILLS) / 4 ))
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
+	@$(PYTEST_SHARED) -m "not slow" --hypothesis-profile=default $(PYTEST_ARGS)
 
 # Each release goes before the one in .venv on Python's path; all of them run on the torch and fbgemm of .venv.
 TORCHREC_VERSIONS := 1.6.1 1.8.0 1.9.2

@@ -1,4 +1,4 @@
-"""What the whole suite shares: one thread, the name of the I/O back end it runs on, and fixtures of several test files."""
+"""What the whole suite shares: one thread, the same examples every time, the name of the I/O back end, and fixtures of several files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 
 # Batches are tiny: a second thread costs more than it brings, and 2 ranks share the cores.
 torch.set_num_threads(1)
+
+# A property is held against the same examples in every run, so that a run says something of the change it is for. `make soak` draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, which reads it then: tests/test_device_kernels.py
