@@ -79,7 +79,9 @@ class TieredTopology(Topology):
         self.ssd, self.pmem = ssd, pmem
         for device in self.devices:
             of_rank = device.storage
-            device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, of_rank.ssd, pmem.capacity_bytes if pmem else 0)
+            # TorchRec 1.6 takes an ssd_cap of 0 for none said, and puts 2 TiB there: more than the SSD has.
+            ssd_bytes = of_rank.ssd if ssd and of_rank.ssd <= ssd.capacity_bytes else 0
+            device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, ssd_bytes, pmem.capacity_bytes if pmem else 0)
 
     def _hash(self) -> int:
         return int(hashlib.sha256(repr((super()._hash(), self.ssd, self.pmem)).encode()).hexdigest(), 16)
