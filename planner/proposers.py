@@ -25,7 +25,7 @@ class TieredProposer(Proposer):
     ``search`` finds, its shards already placed (``TieredPartitioner`` leaves them where they are).
 
     ``storage_reservation`` is the planner's: it knows what of each rank's memory is left for tables. ``search_seconds`` None: half a
-    second, and a twenty-fifth more a table.
+    second, and a fiftieth more a table.
     """
 
     def __init__(
@@ -89,11 +89,10 @@ class TieredProposer(Proposer):
             yield from self._without_tiers()
         if self._fits or not all(self._tables):
             return
-        start = self._by_room()
-        if start is None and len(self.capacity.storage) == 1:
+        if len(self.capacity.storage) == 1 and self._by_room() is None:
             return
-        seconds = 0.5 + 0.04 * len(self._tables) if self._search_seconds is None else self._search_seconds
-        self.result = search(self._tables, self.capacity, self._model, seconds, start)
+        seconds = 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
+        self.result = search(self._tables, self.capacity, self._model, seconds, self._by_room)
         if self.result is not None:
             yield self.result.options
 
@@ -107,9 +106,11 @@ class TieredProposer(Proposer):
     def _by_room(self) -> list[ShardingOption] | None:
         """The member of the footprint with most in memory that can be placed."""
         everything = sum(self.capacity.storage, Storage(0, 0, 0))
-        for total, member in zip(self.footprint.totals(), self.footprint.members(), strict=True):
+        totals = self.footprint.totals()
+        for staying, total in zip(reversed(range(len(totals))), totals, strict=True):
             if total.fits_in(everything):
                 try:
+                    member = self.footprint.member(staying)
                     place_by_room(member, self.capacity.storage)
                     return member
                 except NoRoomError:

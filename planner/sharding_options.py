@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torchrec.distributed.planner.types import Perf, ShardingOption
 from ..parameter_sharding import TIERED_KERNEL
 from ..tiers import PmemCache, SsdHome, TierChain
 from . import charges
+from .alike_shards import alike, copied, of_shards
 from .perf_model import CPU, PMEM, SSD, TIERS, Floats, PerfModel, ShardUse
 from .storage import TieredStorage
 
@@ -56,7 +56,7 @@ class TieredShardingOption(ShardingOption):
     ) -> Any:
         """The option ``fused``, whose storage and perf are estimated, with the smallest legal pools above an SSD."""
         option = cls.__new__(cls)
-        option.__dict__.update(copy.deepcopy(fused).__dict__)
+        option.__dict__.update(copied(fused).__dict__)
         option.compute_kernel = TIERED_KERNEL
         option.uncharged_bytes = [0] * option.num_shards
         element_bytes = fused.tensor.element_size()
@@ -118,29 +118,29 @@ class TieredShardingOption(ShardingOption):
 
     def more_slots(self, pool_rows: int, memory_bytes: float) -> int:
         """Slots that pools of ``pool_rows`` can grow by in so much memory a shard, the ids of a longer window included."""
-        longer = max(self._waiting_bytes_per_slot(i, pool_rows) for i in range(self.num_shards))
+        longer = max(self._waiting_bytes_per_slot(kind[0], pool_rows) for kind in alike(self))
         return max(0, int((memory_bytes - 1) / (self.slot_bytes + longer)))  # bytes of ids are rounded up
 
     def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
         """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
-        option = copy.deepcopy(self)
+        option: TieredShardingOption = copied(self)
         option._resize(max(self.min_pool_rows, min(pool_rows, self.shard_rows)), cache_rows)
         return option
 
-    def pmem_bytes_of(self, shard: int, cache_rows: int) -> int:
-        """PMem of one shard, had it a cache of ``cache_rows``."""
-        return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows) if cache_rows else 0
+    def pmem_bytes_of(self, shard: int, cache_rows: Any) -> Any:
+        """PMem of one shard, had it a cache of ``cache_rows``. Shapes: any → the same."""
+        return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows)
 
-    def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
-        """HBM of one shard, had it such a pool and cache."""
+    def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
+        """HBM of one shard, had it such a pool and cache. Shapes: any → the same, or one number for all."""
         return 0
 
-    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
-        """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``."""
+    def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
+        """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``. Shapes: any → the same, or one number for all."""
         rows = self.shards[shard].size[0]
         ddr = self.batch_bytes[shard] + charges.log_index_bytes(rows, self.record_bytes, snapshots=self.snapshots)
         ddr += charges.pool_bytes(rows, self.record_bytes, pool_rows) + self._waiting_bytes(shard, pool_rows)
-        return ddr + charges.cache_index_bytes(rows, cache_rows) if cache_rows else ddr
+        return ddr + charges.cache_index_bytes(rows, cache_rows) * (cache_rows > 0)
 
     def busy_ms(self, shard: int) -> Floats:
         """What a step keeps each resource busy for a shard. Shape (resources,)."""
@@ -149,31 +149,39 @@ class TieredShardingOption(ShardingOption):
     def hit_ratio(self) -> float:
         """Of the distinct rows of a batch, those in the pools when they are looked up; neighbours came along with reads of the SSD."""
         unique = sum(use.unique_rows for use in self.uses)
-        behind = self.pool_rows + self.cache_rows
-        missed = sum(float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(behind)) for use in self.uses)
+        behind, missed = self.pool_rows + self.cache_rows, 0.0
+        for kind in alike(self):
+            use = self.uses[kind[0]]
+            missed += len(kind) * float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(behind))
         return max(0.0, 1 - missed / unique) if unique else 1.0
 
     def _resize(self, pool_rows: int, cache_rows: int) -> None:
         self.pool_rows, self.cache_rows = pool_rows, cache_rows
-        for i, shard in enumerate(self.shards):
-            ssd = charges.log_bytes(
-                shard.size[0], self.record_bytes, self.uses[i].lookups, self.model.checkpoints, snapshots=self.snapshots
-            )
-            ddr, pmem = self.ddr_bytes(i, pool_rows, cache_rows), self.pmem_bytes_of(i, cache_rows)
-            shard.storage = TieredStorage(ddr=ddr, ssd=ssd, pmem=pmem)
-            shard.perf = replace(self.compute[i], prefetch_compute=self._more_ms(i))
+        for shard, (storage, perf) in zip(self.shards, of_shards(self, self._costs), strict=True):
+            shard.storage, shard.perf = storage, perf
 
-    def _waiting_bytes(self, shard: int, pool_rows: int) -> int:
+    def _costs(self, shard: int) -> tuple[TieredStorage, Perf]:
+        rows, lookups = self.shards[shard].size[0], self.uses[shard].lookups
+        ssd = charges.log_bytes(rows, self.record_bytes, lookups, self.model.checkpoints, snapshots=self.snapshots)
+        ddr, pmem = self.ddr_bytes(shard, self.pool_rows, self.cache_rows), self.pmem_bytes_of(shard, self.cache_rows)
+        return TieredStorage(ddr=ddr, ssd=ssd, pmem=pmem), replace(self.compute[shard], prefetch_compute=self._more_ms(shard))
+
+    def _waiting_bytes(self, shard: int, pool_rows: Any) -> Any:
         if not self.model.prefetched:
             return 0
-        unique = max(use.unique_rows for use in self.uses)  # the shortest window of all ranks is that of all
+        unique = self._most_unique_rows
         return charges.waiting_bytes(self.uses[shard].lookups, self.bags, unique, pool_rows, self.world_size)
 
     def _waiting_bytes_per_slot(self, shard: int, pool_rows: int) -> float:
         if not self.model.prefetched:
             return 0.0
-        unique = max(use.unique_rows for use in self.uses)
+        unique = self._most_unique_rows
         return charges.waiting_bytes_per_slot(self.uses[shard].lookups, self.bags, unique, pool_rows, self.world_size)
+
+    @property
+    def _most_unique_rows(self) -> float:
+        """Of a shard: the shortest window of all ranks is that of all."""
+        return max(use.unique_rows for use in {id(use): use for use in self.uses}.values())
 
     def _more_ms(self, shard: int) -> float:
         """What tiers add to the step of a rank that has nothing else to wait for: TorchRec's own sum of parts has no other place for it,
