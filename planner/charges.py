@@ -19,9 +19,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
 from .checkpoint_schedule import CheckpointSchedule
+
+Size = TypeVar("Size", int, NDArray[np.int64])
+"""One number, or one for each of several."""
 
 INDEX_BYTES_PER_ROW = 8
 """A log's map from a row to its place: one 64-bit word a row (kernels/csrc/log_volume.h)."""
@@ -81,19 +88,19 @@ def slot_bytes(record_bytes: int) -> int:
     return record_bytes + DIRECTORY_BYTES_PER_SLOT + PIN_BYTES_PER_SLOT
 
 
-def pool_bytes(rows: int, record_bytes: int, pool_rows: int) -> int:
-    """DDR of a slot pool and its directory."""
-    return rows * DIRECTORY_BYTES_PER_ROW + min(pool_rows, rows) * slot_bytes(record_bytes)
+def pool_bytes(rows: int, record_bytes: int, pool_rows: Size) -> Size:
+    """DDR of a slot pool and its directory. Shapes: any → the same."""
+    return rows * DIRECTORY_BYTES_PER_ROW + least(pool_rows, rows) * slot_bytes(record_bytes)
 
 
-def cache_index_bytes(rows: int, cache_rows: int) -> int:
-    """DDR that a cache takes beside its records, wherever they are."""
-    return rows * DIRECTORY_BYTES_PER_ROW + min(cache_rows, rows) * DIRECTORY_BYTES_PER_SLOT
+def cache_index_bytes(rows: int, cache_rows: Size) -> Size:
+    """DDR that a cache takes beside its records, wherever they are. Shapes: any → the same."""
+    return rows * DIRECTORY_BYTES_PER_ROW + least(cache_rows, rows) * DIRECTORY_BYTES_PER_SLOT
 
 
-def cache_record_bytes(rows: int, record_bytes: int, cache_rows: int) -> int:
-    """What the records of a cache take of its device."""
-    return _up(min(cache_rows, rows) * record_bytes, PAGE_BYTES)
+def cache_record_bytes(rows: int, record_bytes: int, cache_rows: Size) -> Size:
+    """What the records of a cache take of its device. Shapes: any → the same."""
+    return _up(least(cache_rows, rows) * record_bytes, PAGE_BYTES)
 
 
 def block_bytes(record_bytes: int) -> int:
@@ -198,5 +205,10 @@ def _home(home: Home, rows: int, record_bytes: int, lookups: float, checkpoints:
     return TierBytes(ddr=index, pmem=log) if isinstance(home, PmemHome) else TierBytes(ddr=index, ssd=log)
 
 
-def _up(value: int, multiple: int) -> int:
+def _up(value: Size, multiple: int) -> Size:
     return -(-value // multiple) * multiple
+
+
+def least(value: Any, most: Any) -> Any:
+    """The lesser. Shapes: value any → the same."""
+    return np.minimum(value, most) if isinstance(value, np.ndarray) else min(value, most)

@@ -50,14 +50,14 @@ class DdrOption(TieredShardingOption):
         assert pmem_path is not None
         return TierChain(self.pool_rows, (PmemCache(pmem_path, self.cache_rows), ssd))
 
-    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         rows = self.shards[shard].size[0]
         ddr = self.batch_bytes[shard] + charges.log_index_bytes(rows, self.record_bytes, snapshots=self.snapshots)
         ddr += charges.pool_bytes(rows, self.record_bytes, pool_rows)
-        return ddr + charges.cache_index_bytes(rows, cache_rows) if cache_rows else ddr
+        return ddr + charges.cache_index_bytes(rows, cache_rows) * (cache_rows > 0)
 
-    def pmem_bytes_of(self, shard: int, cache_rows: int) -> int:
-        return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows) if cache_rows else 0
+    def pmem_bytes_of(self, shard: int, cache_rows: Any) -> Any:
+        return charges.cache_record_bytes(self.shards[shard].size[0], self.record_bytes, cache_rows)
 
     def ssd_bytes(self, shard: int) -> int:
         rows, lookups = self.shards[shard].size[0], self.uses[shard].lookups

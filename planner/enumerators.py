@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,13 +23,14 @@ from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
 from ..torchrec_hooks import sharders_for_estimators
 from .access_profile import AccessProfile, MissCurve, TableAccess
+from .alike_shards import copied, one_of_each_size
 from .assumed_access import assumed_access
 from .assumed_hardware import assumed_hardware
 from .charges import has_snapshots, records_per_block
 from .ddr_options import DdrOption
 from .estimators import TieredStorageEstimator
 from .neighbours import curve_over_ssd
-from .perf_model import PerfModel, ShardUse
+from .perf_model import PREFETCH_DEPTH, PerfModel, ShardUse
 from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
@@ -38,6 +38,7 @@ from .waiting_ids import WaitingIds
 
 FUSED = EmbeddingComputeKernel.FUSED.value
 _READ_AND_WRITTEN = 3  # of every row by a dense update: the gradient, and read and written by the optimizer
+_SHARE_DIGITS = 12  # beyond, shards alike differ by rounding
 ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value
 
 
@@ -98,6 +99,11 @@ class TieredEnumerator(EmbeddingEnumerator):
             )
         return options
 
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """As TorchRec does it, once for shards of a size."""
+        with one_of_each_size(sharding_options):
+            super().populate_estimates(sharding_options)
+
     @property
     def _has_tiers(self) -> bool:
         return self._topology.ssd is not None
@@ -132,7 +138,8 @@ class TieredEnumerator(EmbeddingEnumerator):
         perfs = [[shard.perf for shard in option.shards] for option in fused]
         for option in fused:  # storage of the table and its batch alone, no optimizer state
             option._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
-        self._plain_storage.estimate(fused, sharders_for_estimators(self))
+        with one_of_each_size(fused):
+            self._plain_storage.estimate(fused, sharders_for_estimators(self))
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
@@ -169,7 +176,7 @@ class TieredEnumerator(EmbeddingEnumerator):
             )
             if any(rows == 0 for rows, _ in sizes):
                 continue  # fewer rows than ranks
-            option = copy.deepcopy(template)
+            option = copied(template)
             option.sharding_type, option.compute_kernel = sharding_type, FUSED
             option.partition_by = get_partition_by_type(sharding_type)
             option.shards = [Shard(size=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)]
@@ -220,27 +227,33 @@ class TieredEnumerator(EmbeddingEnumerator):
         curve = self._curve(option, access, 1)
         ssd_curve = self._curve(option, access, records_per_block(columns * weight_bytes + state)) if above_ssd else None
         copies = option.sharding_type == ShardingType.DATA_PARALLEL.value
-        uses = []
+        uses: list[ShardUse] = []
+        of_kind: dict[tuple[float, ...], ShardUse] = {}
         for shard, share in zip(option.shards, _shares(option, access), strict=True):
+            comms_ms = shard.perf.fwd_comms + shard.perf.bwd_comms
+            kind = (*shard.size, share, comms_ms)
+            if kind in of_kind:
+                uses.append(of_kind[kind])
+                continue
             width, update_ms = shard.size[1] * weight_bytes, 0.0
             if copies:  # each rank looks up its own part of the batch, and updates every row
                 update_bytes = _READ_AND_WRITTEN * rows * (width + state)
                 update_ms = 1e3 * update_bytes / self._model.memory_bytes_per_s
-            uses.append(
-                ShardUse(
-                    rows=shard.size[0],
-                    lookups=lookups * share,
-                    unique_rows=access.unique_rows(self._batch_size) if copies else unique * share,
-                    weight_bytes=width,
-                    record_bytes=width + state * shard.size[1] // columns,
-                    curve=curve,
-                    table_rows=rows,
-                    share=share,
-                    ssd_curve=ssd_curve,
-                    comms_ms=shard.perf.fwd_comms + shard.perf.bwd_comms,
-                    compute_ms=update_ms,
-                )
+            of_kind[kind] = ShardUse(
+                rows=shard.size[0],
+                lookups=lookups * share,
+                unique_rows=access.unique_rows(self._batch_size) if copies else unique * share,
+                weight_bytes=width,
+                record_bytes=width + state * shard.size[1] // columns,
+                curve=curve,
+                table_rows=rows,
+                share=share,
+                ssd_curve=ssd_curve,
+                comms_ms=comms_ms,
+                compute_ms=update_ms,
+                in_flight=access.unique_rows((1 + PREFETCH_DEPTH) * samples) * share,
             )
+            uses.append(of_kind[kind])
         return uses
 
     def _curve(self, option: ShardingOption, access: TableAccess, records: int) -> MissCurve:
@@ -302,4 +315,5 @@ def _shares(option: ShardingOption, access: TableAccess) -> list[float]:
     edges = np.linspace(0, option.tensor.shape[0], len(below))
     first = np.array([shard.offset[0] for shard in option.shards], np.float64)
     last = first + np.array([shard.size[0] for shard in option.shards], np.float64)
-    return [float(x) for x in np.interp(last, edges, below) - np.interp(first, edges, below)]
+    share = np.interp(last, edges, below) - np.interp(first, edges, below)
+    return [float(x) for x in share.round(_SHARE_DIGITS)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
-from torchrec.distributed.planner.types import ShardingOption
+from torchrec.distributed.planner.types import ShardingOption, Storage
 
+from .alike_shards import copied
 from .records import optimizer_name, state_bytes_per_row
 
 _KERNELS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
@@ -53,8 +53,8 @@ def beside_tiers(option: ShardingOption) -> ShardingOption:
 
 def charged(option: ShardingOption) -> ShardingOption:
     """A copy whose storage leaves nothing out."""
-    result = copy.deepcopy(option)
+    result: ShardingOption = copied(option)
     for shard, missing_bytes in zip(result.shards, uncharged_bytes(option), strict=True):
-        shard.storage.ddr += missing_bytes
+        shard.storage = shard.storage + Storage(0, missing_bytes, 0)
     result.uncharged_bytes = [0] * option.num_shards
     return result

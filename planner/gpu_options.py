@@ -51,11 +51,11 @@ class OverDdr(HbmOption):
 
     place: ClassVar[str] = "in DDR"
 
-    def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
         return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, rows, batch)
 
-    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         return gpu_charges.home_bytes(self.shards[shard].size[0], self.record_bytes, checkpoints=self.model.checkpoints.keep > 0)
 
     def busy_of(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:
@@ -83,11 +83,11 @@ class OverSsd(HbmOption):
     def most_pool_rows(self, cache_rows: int) -> int:
         return cache_rows
 
-    def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
         return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, cache_rows, batch)
 
-    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         rows = self.shards[shard].size[0]
         index = charges.log_index_bytes(rows, self.record_bytes, snapshots=self.snapshots)
         return index + charges.cache_record_bytes(rows, self.record_bytes, cache_rows)
@@ -121,11 +121,11 @@ class UvmCached(HbmOption):
     def most_pool_rows(self, cache_rows: int) -> int:
         return self.shard_rows - 1  # TorchRec refuses a load factor of 1
 
-    def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         rows = self.shards[shard].size[0]
         return self.batch_bytes[shard] + gpu_charges.uvm_hbm_bytes(rows, self.weight_bytes, self.rowwise_bytes, pool_rows)
 
-    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
+    def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         return int(self.shards[shard].size[0]) * (self.record_bytes - self.rowwise_bytes)
 
     def busy_of(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:

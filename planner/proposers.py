@@ -29,7 +29,7 @@ class TieredProposer(Proposer):
     ``search`` finds, its shards already placed (``TieredPartitioner`` leaves them where they are).
 
     ``storage_reservation`` is the planner's: it knows what of each rank's memory is left for tables. ``search_seconds`` None: half a
-    second, and a twenty-fifth more a table.
+    second, and a fiftieth more a table.
     """
 
     def __init__(
@@ -125,10 +125,9 @@ class TieredProposer(Proposer):
             yield from self._without_tiers()
         if self._fits:
             return
-        start = self._by_room() if all(self._tables) else None
-        if all(self._tables) and (start is not None or len(self.capacity.storage) > 1):
-            seconds = 0.5 + 0.04 * len(self._tables) if self._search_seconds is None else self._search_seconds
-            self.result = search(self._tables, self.capacity, self._model, seconds, start)
+        if all(self._tables) and (len(self.capacity.storage) > 1 or self._by_room() is not None):
+            seconds = 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
+            self.result = search(self._tables, self.capacity, self._model, seconds, self._by_room)
         if self.result is not None:
             yield self.result.options
         elif (least := self._least_in_memory()) is not None:
@@ -142,7 +141,7 @@ class TieredProposer(Proposer):
                 proposer.feedback(*self._answer)
 
     def _least_in_memory(self) -> list[ShardingOption] | None:
-        """Every table in memory as it takes least: TorchRec's proposers, which look for speed, may pass over it, and beside tiers ids wait."""
+        """Every table in memory as it takes least: TorchRec's proposers, which look for speed, may pass over it; beside tiers ids wait."""
         if self.in_memory_short > 0:
             return None
         least = [min(map(charged, of_table), key=lambda o: o.total_storage.ddr) for of_table in self._placeable_stock]
@@ -155,9 +154,11 @@ class TieredProposer(Proposer):
     def _by_room(self) -> list[ShardingOption] | None:
         """The member of the footprint with most in memory that can be placed."""
         everything = sum(self.capacity.storage, Storage(0, 0, 0))
-        for total, member in zip(self.footprint.totals(), self.footprint.members(), strict=True):
+        totals = self.footprint.totals()
+        for staying, total in zip(reversed(range(len(totals))), totals, strict=True):
             if total.fits_in(everything):
                 try:
+                    member = self.footprint.member(staying)
                     place_by_room(member, self.capacity.storage)
                     return member
                 except NoRoomError:

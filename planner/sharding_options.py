@@ -6,7 +6,6 @@ What the ways have in common is here, without any cache. Two layouts extend it: 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from torchrec.distributed.planner.types import Perf, ShardingOption
 
 from ..parameter_sharding import TIERED_KERNEL
 from ..tiers import SsdHome, TierChain
+from .alike_shards import alike, copied, of_shards
 from .perf_model import Floats, PerfModel, ShardUse
 from .storage import TieredStorage
 
@@ -65,7 +65,7 @@ class TieredShardingOption(ShardingOption):
         fields of the layout's own.
         """
         option = cls.__new__(cls)
-        option.__dict__.update(copy.deepcopy(fused).__dict__)
+        option.__dict__.update(copied(fused).__dict__)
         option.__dict__.update(layout)
         option.compute_kernel = cls.kernel
         option.uncharged_bytes = [0] * option.num_shards
@@ -91,8 +91,8 @@ class TieredShardingOption(ShardingOption):
         """What one slot takes of the pool's memory."""
         raise NotImplementedError
 
-    def ddr_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
-        """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``."""
+    def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
+        """DDR of one shard, had it a pool of ``pool_rows`` and a cache of ``cache_rows``. Shapes: any → the same, or one number."""
         raise NotImplementedError
 
     def busy_of(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:
@@ -108,8 +108,8 @@ class TieredShardingOption(ShardingOption):
         and so a pool never looks better than memory."""
         raise NotImplementedError
 
-    def hbm_bytes(self, shard: int, pool_rows: int, cache_rows: int = 0) -> int:
-        """HBM of one shard, had it such a pool and cache."""
+    def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
+        """HBM of one shard, had it such a pool and cache. Shapes: any → the same, or one number."""
         return 0
 
     def ssd_bytes(self, shard: int) -> int:
@@ -139,8 +139,8 @@ class TieredShardingOption(ShardingOption):
         """Whether a cache of that size is better than none."""
         return True
 
-    def pmem_bytes_of(self, shard: int, cache_rows: int) -> int:
-        """PMem of one shard, had it a cache of ``cache_rows``."""
+    def pmem_bytes_of(self, shard: int, cache_rows: Any) -> Any:
+        """PMem of one shard, had it a cache of ``cache_rows``. Shapes: any → the same, or one number."""
         return 0
 
     # -- what all have in common
@@ -156,7 +156,7 @@ class TieredShardingOption(ShardingOption):
 
     def resized(self, pool_rows: int, cache_rows: int = 0) -> TieredShardingOption:
         """The same with pools of another size, kept between ``min_pool_rows`` and all rows of a shard, and with such caches."""
-        option = copy.deepcopy(self)
+        option: TieredShardingOption = copied(self)
         option._resize(*option.legal(max(self.min_pool_rows, min(pool_rows, self.shard_rows)), cache_rows))
         return option
 
@@ -167,17 +167,23 @@ class TieredShardingOption(ShardingOption):
     def hit_ratio(self) -> float:
         """Of the distinct rows of a batch, those in the pools when they are looked up; neighbours came along with reads of the SSD."""
         unique = sum(use.unique_rows for use in self.uses)
-        behind = self.pool_rows + self.cache_rows
-        missed = sum(float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(behind)) for use in self.uses)
+        behind, missed = self.pool_rows + self.cache_rows, 0.0
+        for kind in alike(self):
+            use = self.uses[kind[0]]
+            missed += len(kind) * float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(behind))
         return max(0.0, 1 - missed / unique) if unique else 1.0
 
     def _resize(self, pool_rows: int, cache_rows: int) -> None:
         self.pool_rows, self.cache_rows = pool_rows, cache_rows
-        for i, shard in enumerate(self.shards):
-            shard.storage = TieredStorage(
-                hbm=self.hbm_bytes(i, pool_rows, cache_rows),
-                ddr=self.ddr_bytes(i, pool_rows, cache_rows),
-                ssd=self.ssd_bytes(i),
-                pmem=self.pmem_bytes_of(i, cache_rows),
-            )
-            shard.perf = replace(self.compute[i], prefetch_compute=self.more_ms(i))
+        for shard, (storage, perf) in zip(self.shards, of_shards(self, self._costs), strict=True):
+            shard.storage, shard.perf = storage, perf
+
+    def _costs(self, shard: int) -> tuple[TieredStorage, Perf]:
+        sizes = self.pool_rows, self.cache_rows
+        storage = TieredStorage(
+            hbm=self.hbm_bytes(shard, *sizes),
+            ddr=self.ddr_bytes(shard, *sizes),
+            ssd=self.ssd_bytes(shard),
+            pmem=self.pmem_bytes_of(shard, self.cache_rows),
+        )
+        return storage, replace(self.compute[shard], prefetch_compute=self.more_ms(shard))
