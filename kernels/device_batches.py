@@ -37,9 +37,10 @@ from torch import Tensor
 from .. import errors
 from . import _core
 from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses, Turn
-from .device_fused import SEQUENCES, FusedDirectory
+from .device_fused import FusedDirectory
 from .device_ids import Batch
 from .device_planes import Planes, native_part
+from .device_sequences import SEQUENCES
 from .device_streams import Streams
 
 MOVE_ROWS = 65536
@@ -143,7 +144,7 @@ class DeviceBatches:
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
         was changed. What the reads of the batch before failed with.
         """
-        with self._lock, self._streams.on_directory():
+        with self._lock:
             self._let_go()
             self._finish_fill()
             self._announced.pop(announced, None)
@@ -152,19 +153,23 @@ class DeviceBatches:
                 seq = self._attempt(batch, hard, dirty, announced)
                 if not hard or self._look(seq):
                     return seq, self._held[seq].slots
-            self._look_at_all()
-            self._tell_but(0)
-            seq = self._last_seq = self._last_seq + 1
-            found = self.directory.lookup(batch, seq, dirty, announced)
-            self._attempts = True
-            if found.missing_count and not self._bring(found, seq, hard, dirty):
-                self.declined += 1
-                return None
-            self.batches += 1
-            self._sums[: len(self.tables)] += found.hits
-            self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
-            self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
-            return seq, found.slot
+            with self._streams.on_directory():
+                return self._begin_step_by_step(batch, hard, dirty, announced)
+
+    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> tuple[int, Tensor] | None:
+        self._look_at_all()
+        self._tell_but(0)
+        seq = self._last_seq = self._last_seq + 1
+        found = self.directory.lookup(batch, seq, dirty, announced)
+        self._attempts = True
+        if found.missing_count and not self._bring(found, seq, hard, dirty):
+            self.declined += 1
+            return None
+        self.batches += 1
+        self._sums[: len(self.tables)] += found.hits
+        self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
+        self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
+        return seq, found.slot
 
     def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> int:
         """Queues all that the batch needs."""
@@ -173,11 +178,7 @@ class DeviceBatches:
         seq = self._last_seq = self._last_seq + 1
         self._attempted.append(seq)
         turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
-        attempt = self.directory.attempt(batch, turn, self._exchange, self._told_last())
-        with self._streams.on_mover():
-            attempt.move()
-            if attempt.done is not None:
-                attempt.done.record(self._streams.mover)
+        attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._told_last())
         self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt)
         return seq
 
@@ -222,16 +223,16 @@ class DeviceBatches:
                 return 0
             self._last_announced = number
             self._announced[number], self._untold[number] = batch, self._streams.current()
-            if len(self._untold) > 1:
-                with self._streams.on_directory():
-                    self._tell_but(1)
+            self._tell_but(1)
             return number
 
     def _tell_but(self, last: int) -> None:
         """The directory hears of announced batches, but for so many of the last ones: the next attempt tells one at no cost."""
-        for number in list(self._untold)[: len(self._untold) - last]:
-            self._streams.wait_for_stream(self._untold.pop(number))
-            self.directory.announce(self._announced[number], number, True)
+        if len(self._untold) > last:
+            with self._streams.on_directory():
+                for number in list(self._untold)[: len(self._untold) - last]:
+                    self._streams.wait_for_stream(self._untold.pop(number))
+                    self.directory.announce(self._announced[number], number, True)
 
     def _told_last(self) -> tuple[Batch, int] | None:
         """The announced batch that is left to tell, for an attempt to do."""
@@ -416,6 +417,10 @@ class DeviceBatches:
         fill, self._fill = self._fill, None
         if fill is None:
             return
+        with self._streams.on_directory():
+            self._finish(fill)
+
+    def _finish(self, fill: _Fill) -> None:
         failed: list[int] = []
         cause: BaseException | None = None
         for volume, token, tables in fill.reads:
@@ -473,8 +478,7 @@ class DeviceBatches:
         with self._lock:
             try:
                 if self._fill is not None and self._fill.seq <= seq:
-                    with self._streams.on_directory():
-                        self._finish_fill()
+                    self._finish_fill()
             except BaseException:
                 self._held.pop(seq, None)
                 raise

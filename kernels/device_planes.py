@@ -105,12 +105,12 @@ class Planes:
 
     def exchange_by_kernel(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
         """The same, fused: what comes and what goes are on the bus at once."""
-        from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
+        from . import device_kernels_exchange as kernels  # needs Triton, which a CPU's PyTorch may lack
 
-        order = device_kernels.by_page(hosts, count, firsts[1], sum(self._host_places))
+        order = kernels.by_page(hosts, count, firsts[1], sum(self._host_places))
         for plane in self._planes:
             for layer in plane.layers:
-                device_kernels.exchange(
+                kernels.exchange(
                     plane.upper, plane.lower, order, slots, hosts, table, count, firsts, *layer.elements, layer.widest, layer.align
                 )
 

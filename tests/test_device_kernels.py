@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torchrec_mtrains.kernels import device_batches  # noqa: E402
 from torchrec_mtrains.kernels.deferred_init import UniformInit  # noqa: E402
-from torchrec_mtrains.kernels.device_fused import SEQUENCES, FusedDirectory  # noqa: E402
+from torchrec_mtrains.kernels.device_fused import FusedDirectory  # noqa: E402
 from torchrec_mtrains.kernels.device_planes import Planes  # noqa: E402
+from torchrec_mtrains.kernels.device_sequences import SEQUENCES  # noqa: E402
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE  # noqa: E402
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable  # noqa: E402
 

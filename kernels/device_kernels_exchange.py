@@ -1,0 +1,108 @@
+"""Kernels of an exchange of records between slots and host places, in the order of the host places' pages (``Planes``).
+
+Its launches:
+
+    count_pages   by record: its rank in its page
+    start_pages   where each page's begin
+    order_pages   the order
+    exchange      records, in rounds
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_kernels import CHUNK, scan_blocks
+from .device_sequences import BLOCK
+
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 8192, 22, 8
+"""Of a tile, how many are under way, and the warps of each: few programs, so that what trains beside them keeps its multiprocessors, with
+much on its way over the bus each. Of 22 combinations tried in a training step the best or nearly so (docs/gpu.md)."""
+
+EXCHANGE_ROWS, EXCHANGE_COLUMNS = 256, 512
+"""A tile has at most, so that narrow rows are shared between programs, and wide ones between tiles."""
+
+PAGES_POW2 = 12
+"""At most two to the power of this many *pages*: stretches of host places that are exchanged one after the other. With 5 GB of host
+places one is 2 MB, as the pages of memory are: in any other order translations of addresses take most of the time."""
+
+
+@triton.jit
+def _count_pages(hosts, first_host, count_in, counts, rank_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < tl.load(count_in)
+    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+    tl.store(rank_out + at, tl.atomic_add(counts + page, 1, mask=here), mask=here)
+
+
+@triton.jit
+def _start_pages(counts, starts, pages, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    scan_blocks(counts, starts, pages, CHUNK)
+
+
+@triton.jit
+def _order_pages(  # type: ignore[no-untyped-def]
+    hosts, first_host, count_in, starts, rank_in, order_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < tl.load(count_in)
+    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+    rank = tl.load(rank_in + at, mask=here, other=0)
+    tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
+
+
+def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int) -> Tensor:
+    """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,) → (n,) int32."""
+    shift, blocks = max(0, host_places.bit_length() - PAGES_POW2), triton.cdiv(hosts.numel(), BLOCK)
+    pages = (host_places >> shift) + 1
+    counts = hosts.new_zeros(pages, dtype=torch.int32)
+    starts, rank, order = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel(), hosts.numel()))
+    _count_pages[(blocks,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
+    _start_pages[(1,)](counts, starts, pages, CHUNK=CHUNK)
+    _order_pages[(blocks,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
+    return order
+
+
+@triton.jit
+def _exchange(  # type: ignore[no-untyped-def]
+    upper, lower, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    count = tl.load(count_in).to(tl.int32)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(0) * ROWS
+    while first < count:
+        here = first + tl.arange(0, ROWS) < count
+        at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
+        table = tl.load(tables + at, mask=here, other=0)
+        # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
+        width = tl.multiple_of(tl.load(widths + table), ALIGN)
+        up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
+        down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
+        up, down = tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN)
+        mask = here[:, None] & (column[None, :] < width[:, None])
+        up_at, down_at = upper + up[:, None] + column[None, :], lower + down[:, None] + column[None, :]
+        comes = tl.load(down_at, mask=mask)
+        goes = tl.load(up_at, mask=mask)
+        tl.store(down_at, goes, mask=mask)
+        tl.store(up_at, comes, mask=mask)
+        first += tl.num_programs(0) * ROWS
+
+
+def exchange(
+    upper: Tensor, lower: Tensor, order: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
+    upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
+) -> None:  # fmt: skip
+    """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; ``order``: of the rows."""
+    columns = min(triton.next_power_of_2(widest), EXCHANGE_COLUMNS)
+    rows = max(1, min(EXCHANGE_ROWS, EXCHANGE_ELEMENTS // columns))
+    grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
+    _exchange[grid](
+        upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
+        ALIGN=align, ROWS=rows, COLUMNS=columns, num_warps=EXCHANGE_WARPS,
+    )  # fmt: skip
