@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ from . import _core
 from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses, Turn
 from .device_fused import FusedDirectory
 from .device_ids import Batch
-from .device_planes import Planes, native_part
+from .device_planes import Moves, Planes, native_part
 from .device_sequences import SEQUENCES
 from .device_streams import Streams
 
@@ -73,6 +73,7 @@ class _Held:
     places: Tensor  # the same through the group
     ready: list[Any]  # events, or None
     attempt: Attempt | None = None  # that the host has not looked at
+    give_back: Callable[[], None] | None = None  # slots and places
     released: bool = False
 
 
@@ -179,7 +180,7 @@ class DeviceBatches:
         self._attempted.append(seq)
         turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
         attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._told_last())
-        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt)
+        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back)
         return seq
 
     def _look(self, seq: int) -> bool:
@@ -400,14 +401,13 @@ class DeviceBatches:
 
     def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Queues an exchange. Places are counted through the group."""
-        count = torch.full((1,), slots.numel(), dtype=_INT64, device=self._device)
+        moves = Moves(slots, hosts, table, torch.full((2,), slots.numel(), dtype=_INT64, device=self._device))
         with self._streams.on_mover():
-            self._exchange(slots, hosts, table, count)
-        self._streams.keep(self._streams.moves_now(), slots, hosts, table, count)
+            self._exchange(moves)
+        self._streams.keep(self._streams.moves_now(), moves)
 
-    def _exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor) -> None:
-        directory = self.directory
-        self._planes.exchange(slots, hosts, table, count, (directory._first_place[SLOT], directory._first_place[HOST]))
+    def _exchange(self, moves: Moves) -> None:
+        self._planes.exchange(moves, (self.directory._first_place[SLOT], self.directory._first_place[HOST]))
 
     def _finish_fill(self) -> None:
         """The host waits for the reads in flight, and queues their exchange. Rows that could not be read leave the pool again.
@@ -499,7 +499,10 @@ class DeviceBatches:
             self._look_without_asking(seq)
             self._failed.pop(seq, None)
             self._streams.moves_wait(event)
-            self._streams.keep(event, self._held.pop(seq, None))
+            if (held := self._held.pop(seq, None)) is None:
+                self._streams.keep(event)
+            else:
+                self._streams.keep(event, held, then=held.give_back)
         self._streams.let_go()
 
     def alive(self, seq: int) -> bool:

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from .. import errors
 from .device_ids import Batch, GroupIds, set_before, starts, told
+from .device_planes import Moves
 from .device_streams import Streams
 
 SLOT, HOST = 0, 1
@@ -101,10 +102,10 @@ class Attempt:
     slot: Tensor
     summary: Any  # numpy (n,) int64: bad ids, whether all fits, by table hits, misses and misses below, where features begin, and ``seq``
     done: Any = None  # an event behind the exchange of its records; None: there is nothing to wait for
+    give_back: Callable[[], None] | None = None  # place and slot, once nothing that is queued uses them
 
 
-Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Moves records: slots, host places, tables, and how many of them there are, which only the device knows. Shapes: (n,), (1,)."""
+Exchange = Callable[[Moves], None]
 
 
 @dataclass
@@ -245,7 +246,7 @@ class DeviceDirectory(GroupIds):
                     self.commit(misses, places, hosts, seq, dirty)
                     self.settle(found, misses)
                     with streams.on_mover():
-                        exchange(places, hosts, table, self._tensor([total]))
+                        exchange(Moves(places, hosts, table, self._tensor([total, batch.ids.numel()])))
                 else:
                     self.unclaim(misses)
             summary[1] = fits

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device_directory import BUCKETS, FAR_BATCHES, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange, Turn
+from .device_directory import BUCKETS, FAR_BATCHES, HOST, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange, Turn
 from .device_ids import Batch
+from .device_planes import Moves
 from .device_sequences import BATCH, BLOCK, GIVEN, Sequence, Sequences, capacity_for, captured
 from .device_streams import Streams, new_event
 
@@ -60,11 +61,22 @@ class _Scratch:
 class _Room:
     """What an attempt leaves for its exchange."""
 
-    slots: Tensor
-    hosts: Tensor
-    tables: Tensor
-    count: Tensor  # of these
+    moves: Moves
     done: Any  # an event behind the exchange; None without a device
+
+
+class _Out:
+    """Places and slots of a batch, in memory that is used again: to make it, and views of it, takes the host 0.03 ms."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._memory, self._count = torch.empty(2 * capacity, dtype=_INT64, device=device), -1
+        self.address = self._memory.data_ptr()
+
+    def views(self, count: int) -> tuple[Tensor, Tensor]:
+        """Shapes: (count,)."""
+        if count != self._count:
+            self._views, self._count = (self._memory[:count], self._memory[count : 2 * count]), count
+        return self._views
 
 
 def queue_room(slots: int) -> int:
@@ -83,6 +95,7 @@ class FusedDirectory(DeviceDirectory):
         self._queue_place = torch.empty(sum(rooms), dtype=_INT32, device=self.device)
         self._queue_stamp, self._queue_window = torch.empty(2, sum(rooms), dtype=_INT64, device=self.device).unbind(0)
         self._scratch: _Scratch | None = None
+        self._outs: dict[int, list[_Out]] = {}  # that are free, by capacity
         self._sequences = Sequences(2 + 3 * self.tables + self.features + 2, self._make_room, self.device)
 
     @property
@@ -101,8 +114,8 @@ class FusedDirectory(DeviceDirectory):
         if self._scratch is None or capacity > self._scratch.capacity:
             self._grow(capacity)
         sequence = self._sequences.next(capacity, ids, offsets)
-        out = torch.empty((2, count), dtype=_INT64, device=self.device)
-        place, slot = out.unbind(0)
+        out = self._out(capacity, streams)
+        place, slot = out.views(count)
         awaited: tuple[int, ...] = (0, 0, 0, 0, 0)
         if coming is not None:
             later, number = coming
@@ -111,17 +124,24 @@ class FusedDirectory(DeviceDirectory):
             else:
                 with streams.on_directory():
                     self.announce(later, number, True)
-        GIVEN.pack_into(sequence.as_given, 0, ids.data_ptr(), offsets.data_ptr(), out.data_ptr(), count, stride, *turn, *awaited)
+        GIVEN.pack_into(sequence.as_given, 0, ids.data_ptr(), offsets.data_ptr(), out.address, count, stride, *turn, *awaited)
         if sequence.replay is None:
             self._queue_launches(sequence, exchange, streams)
         else:
             streams.run(sequence.replay)
-        return Attempt(batch, turn.seq, place, slot, sequence.as_summary, sequence.room.done)
+        return Attempt(batch, turn.seq, place, slot, sequence.as_summary, sequence.room.done, partial(self._outs[capacity].append, out))
+
+    def _out(self, capacity: int, streams: Streams) -> _Out:
+        free = self._outs.setdefault(capacity, [])
+        if free:
+            return free.pop()
+        with streams.on_directory():  # whoever drops it leaves it to what comes there
+            return _Out(capacity, self.device)
 
     def _queue_launches(self, sequence: Sequence[_Room], exchange: Exchange, streams: Streams) -> None:
         """The first time one by one, since kernels are compiled then; the second time as the graphs that are replayed from then on."""
         room = sequence.room
-        move = partial(exchange, room.slots, room.hosts, room.tables, room.count)
+        move = partial(exchange, room.moves)
         with streams.on_directory():
             if self.device.type == "cuda" and sequence.has_run:
                 sequence.graphs = captured(partial(self._launch, sequence)), captured(move)
@@ -145,16 +165,17 @@ class FusedDirectory(DeviceDirectory):
         self._scratch = _Scratch(self, capacity)
 
     def _make_room(self, capacity: int) -> _Room:
-        slots, hosts, tables = torch.empty(3, min(capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
-        count = torch.zeros(1, dtype=_INT64, device=self.device)
-        return _Room(slots, hosts, tables, count, new_event() if self.device.type == "cuda" else None)
+        slots, hosts, tables, order = torch.empty(4, min(capacity, self.slots), dtype=_INT32, device=self.device).unbind(0)
+        count = torch.zeros(2, dtype=_INT64, device=self.device)
+        return _Room(Moves(slots, hosts, tables, count, order), new_event() if self.device.type == "cuda" else None)
 
     def _launch(self, sequence: Sequence[_Room]) -> None:
         from . import device_kernels_attempt as k  # needs Triton
         from . import device_kernels_queue as queue
         from .device_kernels import CHUNK, start
+        from .device_kernels_exchange import by_page
 
-        s, tables, room = self._scratch, self.tables, sequence.room
+        s, tables, moves = self._scratch, self.tables, sequence.room.moves
         assert s is not None
         features = self.features
         feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}
@@ -202,10 +223,12 @@ class FusedDirectory(DeviceDirectory):
         k._commit[by_position](
             s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
             self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
-            self.write_backs, room.slots, room.hosts, room.tables, room.count, sequence.summary[-1:], tables,
+            self.write_backs, moves.slots, moves.hosts, moves.tables, moves.count, sequence.summary[-1:], tables,
             TABLES_POW2=pow2["TABLES_POW2"], **by_block,
         )  # fmt: skip
-        k._settle[by_position](s.batch, room.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
+        k._settle[by_position](s.batch, moves.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
+        assert moves.order is not None
+        by_page(moves.hosts, moves.count, self._first_place[HOST], sum(self.sizes[HOST]), moves.order)
 
 
 def _pow2(count: int) -> int:

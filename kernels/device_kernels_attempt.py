@@ -265,6 +265,7 @@ def _commit(  # type: ignore[no-untyped-def]
         t = tl.arange(0, TABLES_POW2)
         total = tl.sum(tl.load(misses + t, mask=t < tables, other=0))
         tl.store(count_out, tl.where(fits & (missing > 0), total, 0))
+        tl.store(count_out + 1, tl.load(batch + COUNT))
         tl.store(seal, tl.load(batch + SEQ))  # behind the summary, which an earlier launch has written
     if missing > 0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -18,11 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_kernels import CHUNK, scan_blocks
+from .device_planes import Moves
 from .device_sequences import BLOCK
 
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 8192, 22, 8
-"""Of a tile, how many are under way, and the warps of each: few programs, so that what trains beside them keeps its multiprocessors, with
-much on its way over the bus each. Of 22 combinations tried in a training step the best or nearly so (docs/gpu.md)."""
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 2048, 54, 1
+"""Of a tile, how many are under way at most, and the warps of each. Few programs leave multiprocessors to what trains beside them, and
+what is under way delays whatever else goes over the bus, such as the commands of every kernel that is launched meanwhile."""
+
+FEWEST_PROGRAMS, WIDE_SHARE = 22, 16
+"""An exchange that is short against the step may take longer, so as to disturb it less: all programs take part when one in so many of the
+batch's ids misses, as many fewer as fewer miss, but so many at least. Tried in training steps (docs/gpu.md)."""
 
 EXCHANGE_ROWS, EXCHANGE_COLUMNS = 256, 512
 """A tile has at most, so that narrow rows are shared between programs, and wide ones between tiles."""
@@ -56,26 +61,29 @@ def _order_pages(  # type: ignore[no-untyped-def]
     tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
 
 
-def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int) -> Tensor:
-    """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,) → (n,) int32."""
+def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int, order: Tensor) -> None:
+    """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,), ``order`` (n,) int32."""
     shift, blocks = max(0, host_places.bit_length() - PAGES_POW2), triton.cdiv(hosts.numel(), BLOCK)
     pages = (host_places >> shift) + 1
     counts = hosts.new_zeros(pages, dtype=torch.int32)
-    starts, rank, order = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel(), hosts.numel()))
+    starts, rank = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel()))
     _count_pages[(blocks,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
     _start_pages[(1,)](counts, starts, pages, CHUNK=CHUNK)
     _order_pages[(blocks,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
-    return order
 
 
 @triton.jit
 def _exchange(  # type: ignore[no-untyped-def]
     upper, lower, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEWEST: tl.constexpr, WIDE_SHARE: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_in).to(tl.int32)
+    programs = tl.load(count_in) * WIDE_SHARE * tl.num_programs(0) // tl.maximum(tl.load(count_in + 1), 1)
+    programs = tl.minimum(tl.maximum(programs, FEWEST), tl.num_programs(0)).to(tl.int32)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(0) * ROWS
+    if tl.program_id(0) >= programs:
+        first = count
     while first < count:
         here = first + tl.arange(0, ROWS) < count
         at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
@@ -91,18 +99,18 @@ def _exchange(  # type: ignore[no-untyped-def]
         goes = tl.load(up_at, mask=mask)
         tl.store(down_at, goes, mask=mask)
         tl.store(up_at, comes, mask=mask)
-        first += tl.num_programs(0) * ROWS
+        first += programs * ROWS
 
 
 def exchange(
-    upper: Tensor, lower: Tensor, order: Tensor, slots: Tensor, hosts: Tensor, tables: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor],
-    upper_start: Tensor, lower_start: Tensor, widths: Tensor, widest: int, align: int,
+    upper: Tensor, lower: Tensor, moves: Moves, firsts: tuple[Tensor, Tensor], upper_start: Tensor, lower_start: Tensor, widths: Tensor,
+    widest: int, align: int,
 ) -> None:  # fmt: skip
-    """The first ``count`` rows of one plane's layer change places. Starts and widths are in elements, by table; ``order``: of the rows."""
+    """One plane's layer of some records changes places. Starts and widths are in elements, by table."""
     columns = min(triton.next_power_of_2(widest), EXCHANGE_COLUMNS)
     rows = max(1, min(EXCHANGE_ROWS, EXCHANGE_ELEMENTS // columns))
-    grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(slots.numel(), rows)), triton.cdiv(widest, columns))
+    grid: Any = (min(EXCHANGE_PROGRAMS, triton.cdiv(moves.slots.numel(), rows)), triton.cdiv(widest, columns))
     _exchange[grid](
-        upper, lower, order, slots, hosts, tables, *firsts, upper_start, lower_start, widths, count,
-        ALIGN=align, ROWS=rows, COLUMNS=columns, num_warps=EXCHANGE_WARPS,
+        upper, lower, moves.order, moves.slots, moves.hosts, moves.tables, *firsts, upper_start, lower_start, widths, moves.count,
+        ALIGN=align, ROWS=rows, COLUMNS=columns, FEWEST=FEWEST_PROGRAMS, WIDE_SHARE=WIDE_SHARE, num_warps=EXCHANGE_WARPS,
     )  # fmt: skip

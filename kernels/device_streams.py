@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -63,7 +63,7 @@ class Streams:
         self.mover: Any = None
         self._caller = -1  # the raw stream that the directory's has waited for last
         self._free: list[Any] = []
-        self._kept: deque[tuple[Any, Any]] = deque()
+        self._kept: deque[tuple[Any, Any, Callable[[], None] | None]] = deque()
         if device.type == "cuda":
             self.directory, self.mover = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
             self._calls, self._raw_directory, self._raw_mover = device_calls(), self.directory.cuda_stream, self.mover.cuda_stream
@@ -137,16 +137,19 @@ class Streams:
         """The mover's stream, after the current one."""
         return nullcontext() if self.mover is None else _On(self, self.mover)
 
-    def keep(self, event: Any, *what: Any) -> None:
-        """Keeps memory from being used anew before the event; cheaper than ``Tensor.record_stream``. The event is then used again."""
+    def keep(self, event: Any, what: Any = None, then: Callable[[], None] | None = None) -> None:
+        """Keeps memory from being used anew before the event; cheaper than ``Tensor.record_stream``. The event is then used again, and
+        ``then`` called."""
         if event is not None:
-            self._kept.append((event, what))
+            self._kept.append((event, what, then))
 
     def let_go(self) -> None:
         """Of what is kept no longer."""
         while self._kept and self._calls.done(self._kept[0][0].cuda_event):
-            event, _what = self._kept.popleft()
+            event, _what, then = self._kept.popleft()
             self._free.append(event)
+            if then is not None:
+                then()
 
     def moves_wait(self, event: Any) -> None:
         """Exchanges queued from now on come after the event."""
