@@ -16,8 +16,9 @@ with the host waiting for the counts of each. Where rows were below, so will be 
 
 Streams. The directory's operations run on a stream of their own, in the order of calls, after what the caller's stream had queued: the
 batch's ids are there. Exchanges run on a second one, the mover. They wait for the choice of places, and for the last use of what they
-overwrite: at a release the stream of the backward (or of the forward, without one) records an event, for which the next begin lets the
-mover wait; exchanges that were queued before do not. A forward waits for its own batch's slots and exchange. Before native code touches
+overwrite: at a release the stream of the backward (or of the forward, without one) records an event, for which a later begin lets the
+mover wait when it lets the ticket go; exchanges that were queued before do not. Large pools let tickets go a few batches later, so that
+exchanges wait for no backward that may still run. A forward waits for its own batch's slots and exchange. Before native code touches
 host places the host waits for the mover.
 """
 
@@ -45,6 +46,9 @@ from .device_streams import Streams
 
 MOVE_ROWS = 65536
 """Rows that a flush copies to host memory at a time; a guess."""
+
+MOST_LATE, BATCHES_PER_LATE, LATE_EVERY = 4, 4, 64
+"""Of tickets that are let go late: at most; one for a pool's room for the rows of so many batches; counted anew every so many batches."""
 
 _INT64 = torch.int64
 
@@ -123,6 +127,7 @@ class DeviceBatches:
         self._untold: dict[int, Any] = {}  # of those, which the directory does not know yet, and the stream that announced each
         self._last_seq = self._last_announced = 0
         self._attempts = True  # no row was below, lately
+        self._late = 0
         self._counts = [_Counts() for _ in tables]
         # The sums of all batches: as in an attempt's summary, hits, misses and misses below by table, and where features begin.
         self._sums = np.zeros(3 * len(tables) + len(table_of_feature) + 1, dtype=np.int64)
@@ -146,7 +151,7 @@ class DeviceBatches:
         was changed. What the reads of the batch before failed with.
         """
         with self._lock:
-            self._let_go()
+            self._let_go(self._late)
             self._finish_fill()
             self._announced.pop(announced, None)
             self._untold.pop(announced, None)
@@ -158,6 +163,7 @@ class DeviceBatches:
                 return self._begin_step_by_step(batch, hard, dirty, announced)
 
     def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> tuple[int, Tensor] | None:
+        self._let_go()
         self._look_at_all()
         self._tell_but(0)
         seq = self._last_seq = self._last_seq + 1
@@ -203,7 +209,14 @@ class DeviceBatches:
         self.attempted += 1
         self.batches += 1
         self._sums += attempt.summary[2:-1]
+        if self.batches % LATE_EVERY == 0:
+            self._late = self._late_releases()
         return True
+
+    def _late_releases(self) -> int:
+        """How many of the last released tickets the pools have room to keep a while: exchanges then need not wait for their backward."""
+        held = [t.pool_rows / max(1.0, self.rows_of_a_batch(i)) for i, t in enumerate(self.tables) if t.pool_rows < t.rows]
+        return min(MOST_LATE, int(min(held, default=0)) // BATCHES_PER_LATE)
 
     def _look_without_asking(self, seq: int) -> None:
         try:
@@ -493,8 +506,9 @@ class DeviceBatches:
             held.released = True
             self._released.append((seq, self._streams.now()))
 
-    def _let_go(self) -> None:
-        while self._released:
+    def _let_go(self, but: int = 0) -> None:
+        """Of released tickets, except for so many of the last ones."""
+        while len(self._released) > but:
             seq, event = self._released.popleft()
             self._look_without_asking(seq)
             self._failed.pop(seq, None)

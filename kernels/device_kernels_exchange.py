@@ -21,11 +21,11 @@ from .device_kernels import CHUNK, scan_blocks
 from .device_planes import Moves
 from .device_sequences import BLOCK
 
-EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 2048, 54, 1
+EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 4096, 33, 2
 """Of a tile, how many are under way at most, and the warps of each. Few programs leave multiprocessors to what trains beside them, and
 what is under way delays whatever else goes over the bus, such as the commands of every kernel that is launched meanwhile."""
 
-FEWEST_PROGRAMS, WIDE_SHARE = 22, 16
+FEWEST_PROGRAMS, WIDE_SHARE = 11, 16
 """An exchange that is short against the step may take longer, so as to disturb it less: all programs take part when one in so many of the
 batch's ids misses, as many fewer as fewer miss, but so many at least. Tried in training steps (docs/gpu.md)."""
 
