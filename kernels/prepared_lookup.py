@@ -85,9 +85,11 @@ class PreparedLookup:
             return output
         call.step = int(tbe.iter_cpu)
         call.counted = call.step - steps
-        if before is not None and call.counted == before.counted and call.counted in (0, 1):
+        counting = before is not None and call.counted == before.counted == 1 and call.step != before.step
+        if counting or (before is not None and call.counted == before.counted == 0):
+            assert before is not None
             changed = call.differences(before)
-            told = len(changed) == 1 and call.counted == 1 and call.tells_step_at(changed[0]) and before.tells_step_at(changed[0])
+            told = len(changed) == 1 and counting and call.tells_step_at(changed[0]) and before.tells_step_at(changed[0])
             if told or not changed:
                 self._take(call, changed[0] if told else None)
         return output
