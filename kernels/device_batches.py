@@ -16,8 +16,9 @@ with the host waiting for the counts of each. Where rows were below, so will be 
 
 Streams. The directory's operations run on a stream of their own, in the order of calls, after what the caller's stream had queued: the
 batch's ids are there. Exchanges run on a second one, the mover. They wait for the choice of places, and for the last use of what they
-overwrite: at a release the stream of the backward (or of the forward, without one) records an event, for which the next begin lets the
-mover wait; exchanges that were queued before do not. A forward waits for its own batch's slots and exchange. Before native code touches
+overwrite: at a release the stream of the backward (or of the forward, without one) records an event, for which a later begin lets the
+mover wait when it lets the ticket go; exchanges that were queued before do not. Large pools let tickets go a few batches later, so that
+exchanges wait for no backward that may still run. A forward waits for its own batch's slots and exchange. Before native code touches
 host places the host waits for the mover.
 """
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +38,17 @@ from torch import Tensor
 from .. import errors
 from . import _core
 from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses, Turn
-from .device_fused import SEQUENCES, FusedDirectory
+from .device_fused import FusedDirectory
 from .device_ids import Batch
-from .device_planes import Planes, native_part
+from .device_planes import Moves, Planes, native_part
+from .device_sequences import SEQUENCES
 from .device_streams import Streams
 
 MOVE_ROWS = 65536
 """Rows that a flush copies to host memory at a time; a guess."""
+
+MOST_LATE, BATCHES_PER_LATE, LATE_EVERY = 4, 4, 64
+"""Of tickets that are let go late: at most; one for a pool's room for the rows of so many batches; counted anew every so many batches."""
 
 _INT64 = torch.int64
 
@@ -72,6 +77,7 @@ class _Held:
     places: Tensor  # the same through the group
     ready: list[Any]  # events, or None
     attempt: Attempt | None = None  # that the host has not looked at
+    give_back: Callable[[], None] | None = None  # slots and places
     released: bool = False
 
 
@@ -121,6 +127,7 @@ class DeviceBatches:
         self._untold: dict[int, Any] = {}  # of those, which the directory does not know yet, and the stream that announced each
         self._last_seq = self._last_announced = 0
         self._attempts = True  # no row was below, lately
+        self._late = 0
         self._counts = [_Counts() for _ in tables]
         # The sums of all batches: as in an attempt's summary, hits, misses and misses below by table, and where features begin.
         self._sums = np.zeros(3 * len(tables) + len(table_of_feature) + 1, dtype=np.int64)
@@ -143,8 +150,8 @@ class DeviceBatches:
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
         was changed. What the reads of the batch before failed with.
         """
-        with self._lock, self._streams.on_directory():
-            self._let_go()
+        with self._lock:
+            self._let_go(self._late)
             self._finish_fill()
             self._announced.pop(announced, None)
             self._untold.pop(announced, None)
@@ -152,19 +159,24 @@ class DeviceBatches:
                 seq = self._attempt(batch, hard, dirty, announced)
                 if not hard or self._look(seq):
                     return seq, self._held[seq].slots
-            self._look_at_all()
-            self._tell_but(0)
-            seq = self._last_seq = self._last_seq + 1
-            found = self.directory.lookup(batch, seq, dirty, announced)
-            self._attempts = True
-            if found.missing_count and not self._bring(found, seq, hard, dirty):
-                self.declined += 1
-                return None
-            self.batches += 1
-            self._sums[: len(self.tables)] += found.hits
-            self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
-            self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
-            return seq, found.slot
+            with self._streams.on_directory():
+                return self._begin_step_by_step(batch, hard, dirty, announced)
+
+    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> tuple[int, Tensor] | None:
+        self._let_go()
+        self._look_at_all()
+        self._tell_but(0)
+        seq = self._last_seq = self._last_seq + 1
+        found = self.directory.lookup(batch, seq, dirty, announced)
+        self._attempts = True
+        if found.missing_count and not self._bring(found, seq, hard, dirty):
+            self.declined += 1
+            return None
+        self.batches += 1
+        self._sums[: len(self.tables)] += found.hits
+        self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
+        self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
+        return seq, found.slot
 
     def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> int:
         """Queues all that the batch needs."""
@@ -173,12 +185,8 @@ class DeviceBatches:
         seq = self._last_seq = self._last_seq + 1
         self._attempted.append(seq)
         turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
-        attempt = self.directory.attempt(batch, turn, self._exchange, self._told_last())
-        with self._streams.on_mover():
-            attempt.move()
-            if attempt.done is not None:
-                attempt.done.record(self._streams.mover)
-        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt)
+        attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._told_last())
+        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back)
         return seq
 
     def _look(self, seq: int) -> bool:
@@ -201,7 +209,14 @@ class DeviceBatches:
         self.attempted += 1
         self.batches += 1
         self._sums += attempt.summary[2:-1]
+        if self.batches % LATE_EVERY == 0:
+            self._late = self._late_releases()
         return True
+
+    def _late_releases(self) -> int:
+        """How many of the last released tickets the pools have room to keep a while: exchanges then need not wait for their backward."""
+        held = [t.pool_rows / max(1.0, self.rows_of_a_batch(i)) for i, t in enumerate(self.tables) if t.pool_rows < t.rows]
+        return min(MOST_LATE, int(min(held, default=0)) // BATCHES_PER_LATE)
 
     def _look_without_asking(self, seq: int) -> None:
         try:
@@ -222,16 +237,16 @@ class DeviceBatches:
                 return 0
             self._last_announced = number
             self._announced[number], self._untold[number] = batch, self._streams.current()
-            if len(self._untold) > 1:
-                with self._streams.on_directory():
-                    self._tell_but(1)
+            self._tell_but(1)
             return number
 
     def _tell_but(self, last: int) -> None:
         """The directory hears of announced batches, but for so many of the last ones: the next attempt tells one at no cost."""
-        for number in list(self._untold)[: len(self._untold) - last]:
-            self._streams.wait_for_stream(self._untold.pop(number))
-            self.directory.announce(self._announced[number], number, True)
+        if len(self._untold) > last:
+            with self._streams.on_directory():
+                for number in list(self._untold)[: len(self._untold) - last]:
+                    self._streams.wait_for_stream(self._untold.pop(number))
+                    self.directory.announce(self._announced[number], number, True)
 
     def _told_last(self) -> tuple[Batch, int] | None:
         """The announced batch that is left to tell, for an attempt to do."""
@@ -399,14 +414,13 @@ class DeviceBatches:
 
     def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Queues an exchange. Places are counted through the group."""
-        count = torch.full((1,), slots.numel(), dtype=_INT64, device=self._device)
+        moves = Moves(slots, hosts, table, torch.full((2,), slots.numel(), dtype=_INT64, device=self._device))
         with self._streams.on_mover():
-            self._exchange(slots, hosts, table, count)
-        self._streams.keep(self._streams.moves_now(), slots, hosts, table, count)
+            self._exchange(moves)
+        self._streams.keep(self._streams.moves_now(), moves)
 
-    def _exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor) -> None:
-        directory = self.directory
-        self._planes.exchange(slots, hosts, table, count, (directory._first_place[SLOT], directory._first_place[HOST]))
+    def _exchange(self, moves: Moves) -> None:
+        self._planes.exchange(moves, (self.directory._first_place[SLOT], self.directory._first_place[HOST]))
 
     def _finish_fill(self) -> None:
         """The host waits for the reads in flight, and queues their exchange. Rows that could not be read leave the pool again.
@@ -416,6 +430,10 @@ class DeviceBatches:
         fill, self._fill = self._fill, None
         if fill is None:
             return
+        with self._streams.on_directory():
+            self._finish(fill)
+
+    def _finish(self, fill: _Fill) -> None:
         failed: list[int] = []
         cause: BaseException | None = None
         for volume, token, tables in fill.reads:
@@ -473,8 +491,7 @@ class DeviceBatches:
         with self._lock:
             try:
                 if self._fill is not None and self._fill.seq <= seq:
-                    with self._streams.on_directory():
-                        self._finish_fill()
+                    self._finish_fill()
             except BaseException:
                 self._held.pop(seq, None)
                 raise
@@ -489,13 +506,17 @@ class DeviceBatches:
             held.released = True
             self._released.append((seq, self._streams.now()))
 
-    def _let_go(self) -> None:
-        while self._released:
+    def _let_go(self, but: int = 0) -> None:
+        """Of released tickets, except for so many of the last ones."""
+        while len(self._released) > but:
             seq, event = self._released.popleft()
             self._look_without_asking(seq)
             self._failed.pop(seq, None)
             self._streams.moves_wait(event)
-            self._streams.keep(event, self._held.pop(seq, None))
+            if (held := self._held.pop(seq, None)) is None:
+                self._streams.keep(event)
+            else:
+                self._streams.keep(event, held, then=held.give_back)
         self._streams.let_go()
 
     def alive(self, seq: int) -> bool:

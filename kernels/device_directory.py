@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +41,8 @@ from torch import Tensor
 
 from .. import errors
 from .device_ids import Batch, GroupIds, set_before, starts, told
+from .device_planes import Moves
+from .device_streams import Streams
 
 SLOT, HOST = 0, 1
 """The two kinds of places, and their queues."""
@@ -100,12 +101,11 @@ class Attempt:
     place: Tensor  # as in Lookup; if it fits, of every position the slot
     slot: Tensor
     summary: Any  # numpy (n,) int64: bad ids, whether all fits, by table hits, misses and misses below, where features begin, and ``seq``
-    move: Callable[[], None]  # queues the exchange of its records: once, in the order of attempts
-    done: Any = None  # an event to be recorded behind that; None: there is nothing to wait for
+    done: Any = None  # an event behind the exchange of its records; None: there is nothing to wait for
+    give_back: Callable[[], None] | None = None  # place and slot, once nothing that is queued uses them
 
 
-Exchange = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Moves records: slots, host places, tables, and how many of them there are, which only the device knows. Shapes: (n,), (1,)."""
+Exchange = Callable[[Moves], None]
 
 
 @dataclass
@@ -213,43 +213,45 @@ class DeviceDirectory(GroupIds):
         hits, begins = rest[: self.tables], rest[self.tables :]
         return Lookup(batch, place, slot, missing, missing_count, hits, self._lookups(batch.ids, begins, bad_count))
 
-    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, coming: tuple[Batch, int] | None = None) -> Attempt:
+    def attempt(self, batch: Batch, turn: Turn, exchange: Exchange, streams: Streams, coming: tuple[Batch, int] | None = None) -> Attempt:
         """All that a batch needs, if its rows are in places and enough slots may be taken. Raises nothing: ``outcome`` does.
 
         ``coming`` is announced before, with its number.
         """
-        if coming is not None:
-            self.announce(*coming, True)
-        seq, before, dirty, announced, first_announced = turn
-        summary = torch.zeros(2 + 3 * self.tables + self.features + 2, dtype=_INT64)
-        summary[2 + 3 * self.tables : -1] = self._begins(batch)
-        summary[-1] = seq
-        try:
-            found = self.lookup(batch, seq, dirty, announced)
-        except errors.MTrainsError:
-            summary[0] = 1
-            nothing = batch.ids.new_full((batch.ids.numel(),), -1, dtype=_INT64)
-            return Attempt(batch, seq, nothing, nothing, summary.numpy(), _nothing)
-        summary[2 : 2 + self.tables] = torch.tensor(found.hits)
-        fits, move = True, _nothing
-        if found.missing_count:
-            misses = self.claim(found, seq, stamps=False)
-            slots = self.choose(ATTEMPTS, misses.count, misses.most)
-            if (slots.available < misses.count).any():
-                self.refill(ATTEMPTS, misses.count.tolist(), seq, before, first_announced=first_announced)
+        with streams.on_directory():
+            if coming is not None:
+                self.announce(*coming, True)
+            seq, before, dirty, announced, first_announced = turn
+            summary = torch.zeros(2 + 3 * self.tables + self.features + 2, dtype=_INT64)
+            summary[2 + 3 * self.tables : -1] = self._begins(batch)
+            summary[-1] = seq
+            try:
+                found = self.lookup(batch, seq, dirty, announced)
+            except errors.MTrainsError:
+                summary[0] = 1
+                nothing = batch.ids.new_full((batch.ids.numel(),), -1, dtype=_INT64)
+                return Attempt(batch, seq, nothing, nothing, summary.numpy())
+            fits = True
+            if found.missing_count:
+                misses = self.claim(found, seq, stamps=False)
                 slots = self.choose(ATTEMPTS, misses.count, misses.most)
-            fits = bool((slots.available >= misses.count).all()) and not misses.below_count.any()
-            summary[2 + self.tables : 2 + 3 * self.tables] = torch.cat([misses.count, misses.below_count])
-            if fits:
-                total = int(misses.count.sum())
-                places, hosts, table = slots.places[:total], misses.was[:total], misses.table[:total]
-                self.commit(misses, places, hosts, seq, dirty)
-                self.settle(found, misses)
-                move = partial(exchange, places, hosts, table, self._tensor([total]))
-            else:
-                self.unclaim(misses)
-        summary[1] = fits
-        return Attempt(batch, seq, found.place, found.slot, summary.numpy(), move)
+                if (slots.available < misses.count).any():
+                    self.refill(ATTEMPTS, misses.count.tolist(), seq, before, first_announced=first_announced)
+                    slots = self.choose(ATTEMPTS, misses.count, misses.most)
+                fits = bool((slots.available >= misses.count).all()) and not misses.below_count.any()
+                summary[2 + self.tables : 2 + 3 * self.tables] = torch.cat([misses.count, misses.below_count])
+                if fits:
+                    total = int(misses.count.sum())
+                    places, hosts, table = slots.places[:total], misses.was[:total], misses.table[:total]
+                    self.commit(misses, places, hosts, seq, dirty)
+                    self.settle(found, misses)
+                    with streams.on_mover():
+                        exchange(Moves(places, hosts, table, self._tensor([total, batch.ids.numel()])))
+                else:
+                    self.unclaim(misses)
+            summary[1] = fits
+            summary[2 : 2 + self.tables] = torch.tensor(found.hits)
+            return Attempt(batch, seq, found.place, found.slot, summary.numpy())
 
     def outcome(self, attempt: Attempt) -> bool:
         """Whether an attempt's batch fits; the host waits until that is known, not for the exchange. Once for each, in their order.
@@ -477,7 +479,3 @@ def _next_use(window: Tensor, first: int) -> Tensor:
     turned = (window >> shift) | ((window << (WINDOW - shift)) & ((1 << WINDOW) - 1))
     lowest = turned & -turned
     return torch.frexp(lowest.double()).exponent.long() - 1
-
-
-def _nothing() -> None:
-    """What is left to do for an attempt without misses."""

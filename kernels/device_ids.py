@@ -5,7 +5,6 @@ Rows are numbered through the group, table by table; behind them comes a sink, w
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import errors
+from . import _core
 
-POLL_SECONDS, POLLS = 20e-6, 100
-"""Between looks at what the device has not told yet, after so many without a pause: a look-up takes it 0.1 ms, a pause as long."""
+WAIT_US = 50_000
+"""Of a wait for what the device has not told yet, before it is asked whether it failed."""
 
 _INT64 = torch.int64
 
@@ -93,12 +93,8 @@ class GroupIds:
 
 def told(summary: Any, seq: int, device: torch.device) -> Any:
     """Waits until a kernel has written a batch's number behind a summary in host memory. Raises: what failed on the device."""
-    looks = 0
-    while summary[-1] != seq:
-        looks += 1
-        if looks % POLLS == 0:
-            torch.cuda.current_stream(device).query()
-        time.sleep(0 if looks < POLLS else POLL_SECONDS)  # other threads may run meanwhile
+    while summary[-1] != seq and not _core.wait_for_number(summary.ctypes.data + summary.nbytes - summary.itemsize, seq, WAIT_US):
+        torch.cuda.current_stream(device).query()
     return summary
 
 

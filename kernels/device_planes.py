@@ -17,7 +17,7 @@ import mmap
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,20 @@ from . import _core
 
 _MAPPED = 2
 """CUDA's cudaHostRegisterMapped."""
+
+
+@dataclass
+class Moves:
+    """Records that change places: those in these slots and in these host places, both counted through the group.
+
+    Shapes: (n,); of these only the device knows how many there are.
+    """
+
+    slots: Tensor
+    hosts: Tensor
+    tables: Tensor
+    count: Tensor  # (2,): how many, and for a batch of how many ids
+    order: Tensor | None = None  # int32, by pages of host places; None: nobody has ordered them
 
 
 @dataclass
@@ -85,15 +99,12 @@ class Planes:
             layers.append(_Layer(upper, lower_start, width, columns[-1], elements, max(columns[-1]) * unit, align))
         return _Plane(whole.view(-1, unit), lower.view(-1, unit), layers)
 
-    def exchange(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
-        """Records change places: the first ``count`` of these slots and of these host places.
-
-        Shapes: (n,), places counted through the group, of which each table's begin at ``firsts``; count (1,).
-        """
-        if slots.device.type == "cuda":
-            self.exchange_by_kernel(slots, hosts, table, count, firsts)
+    def exchange(self, moves: Moves, firsts: tuple[Tensor, Tensor]) -> None:
+        """Records change places. ``firsts``: where each table's slots begin, and its host places."""
+        if moves.slots.device.type == "cuda":
+            self.exchange_by_kernel(moves, firsts)
             return
-        slots, hosts, table = (x[: int(count)].long() for x in (slots, hosts, table))
+        slots, hosts, table = (x[: int(moves.count[0])].long() for x in (moves.slots, moves.hosts, moves.tables))
         counts = torch.bincount(table, minlength=len(self._host_places)).tolist()
         slots, hosts = (places - first.index_select(0, table) for places, first in zip((slots, hosts), firsts, strict=True))
         for plane in self._planes:
@@ -103,16 +114,17 @@ class Planes:
                 plane.upper.index_copy_(0, up, comes)
                 plane.lower.index_copy_(0, down, goes)
 
-    def exchange_by_kernel(self, slots: Tensor, hosts: Tensor, table: Tensor, count: Tensor, firsts: tuple[Tensor, Tensor]) -> None:
+    def exchange_by_kernel(self, moves: Moves, firsts: tuple[Tensor, Tensor]) -> None:
         """The same, fused: what comes and what goes are on the bus at once."""
-        from . import device_kernels  # needs Triton, which a CPU's PyTorch may lack
+        from . import device_kernels_exchange as kernels  # needs Triton, which a CPU's PyTorch may lack
 
-        order = device_kernels.by_page(hosts, count, firsts[1], sum(self._host_places))
+        if moves.order is None:
+            order = moves.hosts.new_empty(moves.hosts.numel(), dtype=torch.int32)
+            kernels.by_page(moves.hosts, moves.count, firsts[1], sum(self._host_places), order)
+            moves = replace(moves, order=order)
         for plane in self._planes:
             for layer in plane.layers:
-                device_kernels.exchange(
-                    plane.upper, plane.lower, order, slots, hosts, table, count, firsts, *layer.elements, layer.widest, layer.align
-                )
+                kernels.exchange(plane.upper, plane.lower, moves, firsts, *layer.elements, layer.widest, layer.align)
 
     @property
     def host_bytes(self) -> int:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
-from .device_fused import SEQUENCES
 from .device_ids import Batch
 from .device_planes import native_part
+from .device_sequences import SEQUENCES
 from .device_stamps import Use, stamps_type
 
 MOVE_ROWS = 65536

@@ -5,22 +5,22 @@
 So ids are slots, and nothing is looked up, missed or evicted. A batch is *used*: its ids are checked, its rows stamped and counted, before
 those of the next. The host looks at the outcome later.
 
-``FusedStamps`` does it in Triton kernels (``device_kernels``), in a sequence that a CUDA device replays as one graph: what the host passes
-and reads is in memory that both see, of which there are ``SEQUENCES``; one is used again when the host has looked at what it told.
+``FusedStamps`` does it in Triton kernels, in a sequence (``device_sequences``) that a CUDA device replays as one graph.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence as Values
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device_fused import GIVEN, SEQUENCES, kernels
 from .device_ids import Batch, GroupIds, set_before, told
+from .device_sequences import BATCH, GIVEN, Sequence, Sequences, capacity_for, captured
+from .device_streams import device_calls
 
 _INT64 = torch.int64
 _UNUSED = (0,) * 7
@@ -41,7 +41,7 @@ class Stamps(GroupIds):
     BYTES_PER_SLOT = 8
 
     def __init__(
-        self, names: Sequence[str], rows: Sequence[int], slots: Sequence[int], table_of_feature: Sequence[int], device: torch.device
+        self, names: Values[str], rows: Values[int], slots: Values[int], table_of_feature: Values[int], device: torch.device
     ) -> None:
         super().__init__(names, rows, slots, table_of_feature, device)
         self.slots = sum(slots)
@@ -82,21 +82,11 @@ class Stamps(GroupIds):
 
 
 @dataclass
-class _Sequence:
-    """One sequence of launches for batches of up to ``capacity`` ids, and what the host gives it and reads from it."""
+class _Room:
+    """What the launches of a batch pass on."""
 
-    capacity: int
-    ids32: bool
-    offsets32: bool
-    given: Tensor
-    summary: Tensor
     batch: Tensor  # as given, on the device
     counters: Tensor  # bad ids, distinct rows by table
-    graph: Any = None
-    runs: int = 0
-
-    def __post_init__(self) -> None:
-        self.as_given, self.as_summary = self.given.numpy().data.cast("B"), self.summary.numpy()
 
 
 class FusedStamps(Stamps):
@@ -104,24 +94,32 @@ class FusedStamps(Stamps):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._sequences: dict[tuple[int, bool, bool], deque[_Sequence]] = {}  # by kind
+        self._sequences = Sequences(2 + self.tables + self.features + 2, self._make_room, self.device)
+        self._calls = device_calls() if self.device.type == "cuda" else None
         self._last_stream: Any = None
         self._last_raw_stream = -1  # of it; a number is quicker to look up
 
     def use(self, batch: Batch, seq: int, dirty: bool) -> Use:
         ids, offsets, stride = batch
         count = ids.numel()
-        sequence = self._next(count, ids.dtype is torch.int32, offsets.dtype is torch.int32)
+        sequence = self._sequences.next(capacity_for(count), ids, offsets)
         GIVEN.pack_into(sequence.as_given, 0, ids.data_ptr(), offsets.data_ptr(), 0, count, stride, seq, 0, dirty, *_UNUSED)
-        sequence.runs += 1
-        if self.device.type != "cuda" or sequence.runs == 1:  # in the first run kernels are compiled
+        if self._calls is None:
             self._launch(sequence)
+            return Use(batch, seq, sequence.as_summary)
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if stream != self._last_raw_stream:
+            self._change_stream()
+        if sequence.replay is not None:
+            self._calls.launch(sequence.replay, stream)
+        elif not sequence.has_run:  # kernels are compiled
+            self._launch(sequence)
+            sequence.has_run = True
         else:
-            if torch._C._cuda_getCurrentRawStream(self.device.index) != self._last_raw_stream:
-                self._change_stream()
-            if sequence.graph is None:
-                sequence.graph = self._captured(sequence)
-            sequence.graph.replay()
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                sequence.graphs = (captured(partial(self._launch, sequence)),)
+            sequence.replay = sequence.graphs[0].raw_cuda_graph_exec()
+            self._calls.launch(sequence.replay, stream)
         return Use(batch, seq, sequence.as_summary)
 
     def _change_stream(self) -> None:
@@ -131,32 +129,15 @@ class FusedStamps(Stamps):
             stream.wait_stream(self._last_stream)
         self._last_stream, self._last_raw_stream = stream, stream.cuda_stream
 
-    def _next(self, count: int, ids32: bool, offsets32: bool) -> _Sequence:
-        """The one whose last run was longest ago: whoever uses batches has looked at that one."""
-        capacity = max(kernels().BLOCK, 1 << max(0, count - 1).bit_length())
-        ring = self._sequences.setdefault((capacity, ids32, offsets32), deque())
-        if len(ring) < SEQUENCES:
-            on_gpu = self.device.type == "cuda"
-            sizes = (kernels().BATCH, 2 + self.tables + self.features + 2)
-            given, summary = (torch.zeros(n, dtype=_INT64, pin_memory=on_gpu) for n in sizes)
-            batch, counters = (torch.zeros(n, dtype=_INT64, device=self.device) for n in (kernels().BATCH, 1 + self.tables))
-            ring.append(_Sequence(capacity, ids32, offsets32, given, summary, batch, counters))
-        else:
-            ring.rotate(-1)
-        return ring[-1]
+    def _make_room(self, _capacity: int) -> _Room:
+        return _Room(*(torch.zeros(n, dtype=_INT64, device=self.device) for n in (BATCH, 1 + self.tables)))
 
-    def _captured(self, sequence: _Sequence) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):
-            graph.capture_begin(capture_error_mode="thread_local")
-            self._launch(sequence)
-            graph.capture_end()
-        return graph
+    def _launch(self, sequence: Sequence[_Room]) -> None:
+        from .device_kernels_stamps import use  # needs Triton, which a CPU's PyTorch may lack
 
-    def _launch(self, sequence: _Sequence) -> None:
-        kernels().use(
-            sequence.given, sequence.batch, sequence.counters, sequence.summary, self.stamp, self._feature_rows, self._feature_slot,
-            self._feature_table, self.tables, sequence.capacity, sequence.ids32, sequence.offsets32,
+        use(
+            sequence.given, sequence.room.batch, sequence.room.counters, sequence.summary, self.stamp, self._feature_rows,
+            self._feature_slot, self._feature_table, self.tables, sequence.capacity, sequence.ids32, sequence.offsets32,
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from .device_ids import Batch
 from .device_planes import Planes
 from .device_pool import DevicePool
 from .device_resident import ResidentPool, ResidentTable
+from .prepared_lookup import PreparedLookup
 from .tickets import Ids, Ticket
 from .tiered_tbe import STATES, BatchSizes, TieredTable, TieredTBE
 
@@ -69,6 +70,7 @@ class DeviceTBE(TieredTBE):
             device=self.device,
             **self._options,
         )
+        self._prepared_lookup = PreparedLookup(self.tbe)
         # ``data``: autograd does not count what is written through it between a forward and its backward, to other slots than theirs.
         self._parts = [[part.data for part in of_shard] for of_shard in self._pool_parts()]
 
@@ -135,6 +137,11 @@ class DeviceTBE(TieredTBE):
 
     def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
         return self._begun(ids, False, dirty, announced)
+
+    def _look_up(self, slots: Tensor, offsets: Tensor, weights: Any, features: Any, batch_sizes: Any) -> Tensor:
+        if weights is None and features is None and batch_sizes is None:
+            return self._prepared_lookup(slots, offsets)
+        return self.tbe(slots, offsets, weights, features, batch_sizes)
 
     def _begun(self, ids: Ids, hard: bool, dirty: bool, announced: int) -> Ticket | None:
         begun = self._pool.begin(ids.batch, hard, dirty, announced)

@@ -407,7 +407,7 @@ class TieredTBE(RowAccess, nn.Module):
                 raise
         self.__dict__["stall_seconds"] += time.perf_counter() - started  # past ``Module.__setattr__``, which takes microseconds
         try:
-            output = self.tbe(ticket.slots.long(), offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
+            output = self._look_up(ticket.slots.long(), offsets.long(), per_sample_weights, feature_requires_grad, batch_sizes)
         except BaseException:
             self._pool.release(ticket.seq)
             raise
@@ -416,6 +416,10 @@ class TieredTBE(RowAccess, nn.Module):
         else:
             self._release_after_backward(output.grad_fn, ticket)
         return output
+
+    def _look_up(self, slots: Tensor, offsets: Tensor, weights: Any, features: Any, batch_sizes: Any) -> Tensor:
+        """The stock forward, on slots."""
+        return self.tbe(slots, offsets, weights, features, batch_sizes)
 
     def _release_after_backward(self, node: Any, ticket: Ticket) -> None:
         pool, seq = self._pool, ticket.seq

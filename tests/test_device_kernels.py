@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torchrec_mtrains.kernels import device_batches  # noqa: E402
 from torchrec_mtrains.kernels.deferred_init import UniformInit  # noqa: E402
-from torchrec_mtrains.kernels.device_fused import SEQUENCES, FusedDirectory  # noqa: E402
-from torchrec_mtrains.kernels.device_planes import Planes  # noqa: E402
+from torchrec_mtrains.kernels.device_fused import FusedDirectory  # noqa: E402
+from torchrec_mtrains.kernels.device_planes import Moves, Planes  # noqa: E402
+from torchrec_mtrains.kernels.device_sequences import SEQUENCES  # noqa: E402
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE  # noqa: E402
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable  # noqa: E402
 
@@ -39,7 +40,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManage
             m.setattr(
                 Planes,
                 "exchange",
-                lambda self, slots, hosts, table, count, firsts: self.exchange_by_kernel(slots, hosts, table, count, firsts),
+                lambda self, moves, firsts: self.exchange_by_kernel(moves, firsts),
             )
             yield
 
@@ -147,9 +148,12 @@ def test_a_prefetched_batch_is_found_however_many_others_train_before_its_turn(f
     dims=st.lists(st.sampled_from([4, 8, 12, 32, 1028]), min_size=1, max_size=4),
     two_ranges=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16]),
+    ids=st.sampled_from([1, 100, 100_000]),  # of the batch: the fewer of them miss, the fewer programs there are
     seed=st.integers(0, 1000),
 )
-def test_an_exchange_moves_the_records_that_tensor_operations_do(dims: list[int], two_ranges: bool, dtype: torch.dtype, seed: int) -> None:
+def test_an_exchange_moves_the_records_that_tensor_operations_do(
+    dims: list[int], two_ranges: bool, dtype: torch.dtype, ids: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     shard_dims = [d for i, d in enumerate(dims) for d in ([d, 8] if two_ranges and i == 0 else [d])]
     table_of_shard = [i for i, _ in enumerate(dims) for _ in range(2 if two_ranges and i == 0 else 1)]
@@ -163,7 +167,7 @@ def test_an_exchange_moves_the_records_that_tensor_operations_do(dims: list[int]
     some = [(torch.randperm(slots, generator=generator)[:n], torch.randperm(places, generator=generator)[:n]) for n in counts]
     up = torch.cat([s for s, _ in some]) + firsts[0][table]
     down = torch.cat([h for _, h in some]) + firsts[1][table]
-    count = torch.tensor([up.numel()])
+    count = torch.tensor([up.numel(), ids])
     for by_kernel in (False, True):
         device = DEVICE if by_kernel else CPU
         parts = _views([weights.to(device, copy=True), states.to(device, copy=True)], shard_dims, slots)
@@ -171,10 +175,11 @@ def test_an_exchange_moves_the_records_that_tensor_operations_do(dims: list[int]
         for plane, lower in zip(planes._planes, lowers, strict=True):
             plane.lower.copy_(lower.view(plane.lower.shape))
         if by_kernel:
-            planes.exchange_by_kernel(*(t.to(device) for t in (up, down, table, count)), tuple(f.to(device) for f in firsts))
+            moves = Moves(*(t.to(device) for t in (up, down, table, count)))
+            planes.exchange_by_kernel(moves, (firsts[0].to(device), firsts[1].to(device)))
             torch.cuda.synchronize() if ON_GPU else None
         else:
-            planes.exchange(up, down, table, count, firsts)
+            planes.exchange(Moves(up, down, table, count), firsts)
         results.append([t.cpu() for p in planes._planes for t in (p.upper.clone(), p.lower.clone())])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 from torchrec_mtrains.kernels.device_ids import Batch
 from torchrec_mtrains.kernels.device_resident import ResidentPool
-from torchrec_mtrains.kernels.device_stamps import SEQUENCES, FusedStamps, Stamps
+from torchrec_mtrains.kernels.device_sequences import SEQUENCES
+from torchrec_mtrains.kernels.device_stamps import FusedStamps, Stamps
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable
 

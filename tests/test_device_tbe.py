@@ -10,6 +10,7 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from torchrec_mtrains.kernels import device_batches
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable
@@ -27,10 +28,10 @@ def folder() -> Iterator[str]:
         yield name
 
 
-def make(*below: Cache | Home) -> DeviceTBE:
+def make(*below: Cache | Home, pool_rows: int = POOL) -> DeviceTBE:
     init = UniformInit(0, -1, 1, columns=8)
     return DeviceTBE(
-        [TieredTable("t", ROWS, 8, TierChain(POOL, below), init=init)], [0], PoolingMode.SUM, SparseType.FP32,
+        [TieredTable("t", ROWS, 8, TierChain(pool_rows, below), init=init)], [0], PoolingMode.SUM, SparseType.FP32,
         EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, device=torch.device("cpu"), learning_rate=0.1, eps=1e-3,
     )  # fmt: skip
 
@@ -77,3 +78,27 @@ def test_rows_that_cannot_be_read_leave_the_pool_and_what_was_in_their_slots_is_
     for mine, before in zip(tbe.read_rows(0, 50, 10), values, strict=True):
         assert torch.equal(mine, before)
     train(tbe, 50)
+
+
+def test_large_pools_let_tickets_go_late_and_batches_that_need_their_slots_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_batches, "LATE_EVERY", 1)
+    tbe = make(DdrHome(), pool_rows=64)
+    values = {}
+    for i in range(40):  # rows of 2, so the pool has room for 32 batches
+        train(tbe, 2 * (i % 50), 2)
+        values[i] = len(tbe._pool._held)
+    assert values[0] == 1
+    assert values[39] == 1 + device_batches.MOST_LATE
+    kept = sorted(tbe._pool._held)
+    tbe._pool.check()
+    train(tbe, 30, 64)  # all slots: of those kept, too
+    assert all(seq not in tbe._pool._held for seq in kept)
+    assert tbe._pool.declined == 0
+    tbe.flush()
+    assert tbe._pool.outstanding == 0
+    stock = make(DdrHome(), pool_rows=ROWS)  # which evicts nothing
+    for i in range(40):
+        train(stock, 2 * (i % 50), 2)
+    train(stock, 30, 64)
+    for mine, theirs in zip(tbe.read_rows(0, 0, ROWS), stock.read_rows(0, 0, ROWS), strict=True):
+        assert torch.equal(mine, theirs)

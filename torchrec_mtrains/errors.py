@@ -61,3 +61,7 @@ class DamagedRecordError(VolumeError):
 
 class VolumeIoError(VolumeError, OSError):
     """The operating system refused or failed a read, a write, an fsync or a directory operation."""
+
+
+class DeviceError(MTrainsError, RuntimeError):
+    """The CUDA runtime refused a call: what is on the device is lost, and the process should begin anew from a checkpoint."""

@@ -17,6 +17,7 @@ enum class ErrorKind {
   kVolumeMismatch,
   kDamagedRecord,
   kVolumeIo,
+  kDevice,
 };
 
 class Error : public std::runtime_error {

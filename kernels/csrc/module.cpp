@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 void bind_caches(nb::module_& m);
+void bind_device(nb::module_& m);
 void bind_inspector(nb::module_& m);
 void bind_probes(nb::module_& m);
 void bind_profiler(nb::module_& m);
@@ -29,6 +30,7 @@ const char* class_name(mtrains::ErrorKind kind) {
     case K::kVolumeMismatch: return "VolumeMismatchError";
     case K::kDamagedRecord: return "DamagedRecordError";
     case K::kVolumeIo: return "VolumeIoError";
+    case K::kDevice: return "DeviceError";
   }
   return "MTrainsError";
 }
@@ -49,6 +51,7 @@ NB_MODULE(_core, m) {
   bind_caches(m);
   bind_slots(m);
   bind_trace(m);
+  bind_device(m);
   bind_inspector(m);
   bind_probes(m);
   bind_profiler(m);

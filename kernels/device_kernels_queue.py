@@ -1,0 +1,125 @@
+"""Kernels that make the queue of candidates of an attempt anew, where a table has too few: those of its slots that leave first.
+
+Its launches:
+
+    age         by slot: its bucket; how many are in each, by table
+    threshold   by table: the buckets that are taken whole, and how much of the next one
+    count_old   by block: how many are in those, and in that one
+    scan_old    by table: where each block's begin
+    queue       by slot: the queue
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device_kernels import BEFORE, FIRST, SEQ
+
+
+@triton.jit
+def _age(  # type: ignore[no-untyped-def]
+    batch, decided, first_slot, stamp, window, bucket_out, bins,
+    BUCKETS: tl.constexpr, FAR_BATCHES: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        here = place < end
+        if start + tl.program_id(1).to(tl.int64) * BLOCK < end:
+            stays: tl.constexpr = BUCKETS + WINDOW + 1
+            used, awaited = tl.load(stamp + place, mask=here, other=0), tl.load(window + place, mask=here, other=0)
+            age = tl.load(batch + SEQ) - (used >> 1)
+            far: tl.constexpr = BUCKETS // 2
+            age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
+            shift = tl.load(batch + FIRST) % WINDOW
+            mask: tl.constexpr = (1 << WINDOW) - 1
+            turned = (awaited >> shift) | ((awaited << (WINDOW - shift)) & mask)
+            lowest = (turned & (0 - turned)).to(tl.float32)  # a power of two: exact
+            next_use = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+            bucket = tl.where(awaited == 0, BUCKETS - age, (BUCKETS + WINDOW - next_use).to(tl.int64))
+            bucket = tl.where(used < 2 * tl.load(batch + BEFORE), bucket, stays)
+            bucket = tl.where(used < 0, 0, bucket)
+            bucket = tl.where(here, bucket, stays).to(tl.int32)
+            tl.store(bucket_out + place, bucket, mask=here)
+            counts = tl.histogram(bucket, 2 * BUCKETS)
+            b = tl.arange(0, 2 * BUCKETS)
+            tl.atomic_add(bins + table.to(tl.int64) * (2 * BUCKETS) + b, counts.to(tl.int64), mask=(counts > 0) & (b < stays))
+
+
+@triton.jit
+def _threshold(  # type: ignore[no-untyped-def]
+    decided, bins, misses, first_slot, queue_start, whole_out, rest_out, QUEUE_SHARE: tl.constexpr, STAYS: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    if tl.load(decided) != 0:
+        table = tl.program_id(0).to(tl.int64)
+        size = tl.load(first_slot + table + 1) - tl.load(first_slot + table)
+        room = tl.load(queue_start + table + 1) - tl.load(queue_start + table)
+        goal = tl.minimum(tl.maximum(tl.load(misses + table), tl.minimum(size, size // QUEUE_SHARE + 1)), room)
+        b = tl.arange(0, BINS)
+        up_to = tl.cumsum(tl.load(bins + table * BINS + b), 0)
+        fits = (up_to <= goal) & (b < STAYS)
+        tl.store(whole_out + table, tl.sum(fits.to(tl.int32)))
+        tl.store(rest_out + table, goal - tl.max(tl.where(fits, up_to, 0)))
+
+
+@triton.jit
+def _count_old(  # type: ignore[no-untyped-def]
+    decided, first_slot, bucket_in, whole_in, whole_counts, part_counts, STAYS: tl.constexpr, BLOCK: tl.constexpr
+):
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        bucket = tl.load(bucket_in + place, mask=place < end, other=STAYS)
+        whole = tl.load(whole_in + table)
+        block = table * tl.num_programs(1) + tl.program_id(1)
+        tl.store(whole_counts + block, tl.sum((bucket < whole).to(tl.int32)))
+        tl.store(part_counts + block, tl.sum(((bucket == whole) & (bucket < STAYS)).to(tl.int32)))
+
+
+@triton.jit
+def _scan_old(  # type: ignore[no-untyped-def]
+    decided, whole_counts, part_counts, rest_in, taken_starts, part_starts, queue_fill, available, blocks, CHUNK: tl.constexpr
+):
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        rest = tl.load(rest_in + table).to(tl.int32)
+        taken_before, part_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+        first = 0
+        while first < blocks:
+            i = first + tl.arange(0, CHUNK)
+            at = table * blocks + i
+            whole, part = tl.load(whole_counts + at, mask=i < blocks, other=0), tl.load(part_counts + at, mask=i < blocks, other=0)
+            part_start = part_before + tl.cumsum(part, 0) - part
+            taken = whole + tl.minimum(tl.maximum(rest - part_start, 0), part)
+            tl.store(part_starts + at, part_start, mask=i < blocks)
+            tl.store(taken_starts + at, taken_before + tl.cumsum(taken, 0) - taken, mask=i < blocks)
+            taken_before += tl.sum(taken)
+            part_before += tl.sum(part)
+            first += CHUNK
+        tl.store(queue_fill + table, taken_before.to(tl.int64))
+        tl.store(available + table, taken_before.to(tl.int64))
+
+
+@triton.jit
+def _queue(  # type: ignore[no-untyped-def]
+    decided, first_slot, bucket_in, whole_in, rest_in, taken_starts, part_starts, queue_start, stamp, window, queue_place, queue_stamp,
+    queue_window, STAYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(decided) != 0:
+        table = tl.program_id(0)
+        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        bucket = tl.load(bucket_in + place, mask=place < end, other=STAYS)
+        whole = tl.load(whole_in + table)
+        block = table * tl.num_programs(1) + tl.program_id(1)
+        part = (bucket == whole) & (bucket < STAYS)
+        rank = tl.load(part_starts + block) + tl.cumsum(part.to(tl.int32), 0) - 1
+        taken = (bucket < whole) | (part & (rank < tl.load(rest_in + table)))
+        q = tl.load(queue_start + table) + tl.load(taken_starts + block) + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(queue_place + q, place.to(tl.int32), mask=taken)
+        tl.store(queue_stamp + q, tl.load(stamp + place, mask=taken, other=0), mask=taken)
+        tl.store(queue_window + q, tl.load(window + place, mask=taken, other=0), mask=taken)
