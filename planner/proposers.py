@@ -142,7 +142,7 @@ class TieredProposer(Proposer):
                 proposer.feedback(*self._answer)
 
     def _least_in_memory(self) -> list[ShardingOption] | None:
-        """Every table in memory as it takes least: TorchRec's proposers, which look for speed, may pass over it, and beside tiers ids wait."""
+        """Every table in memory as it takes least: TorchRec's proposers, which look for speed, may pass over it."""
         if self.in_memory_short > 0:
             return None
         least = [min(map(charged, of_table), key=lambda o: o.total_storage.ddr) for of_table in self._placeable_stock]
