@@ -126,9 +126,9 @@ def test_ranks_of_a_host_wait_for_its_devices_and_not_for_each_others_processors
 
 def test_a_cache_reads_its_hits_and_writes_every_victim() -> None:
     machine, what = hardware(), use()
-    (busy,) = PerfModel(machine).tiered(what, 2_000, 5_000)
+    (busy,) = PerfModel(machine).tiered(what, IN_FLIGHT, 5_000)
     assert machine.pmem is not None
-    missed, cold = float(what.misses(2_000)), float(what.misses(7_000))
+    missed, cold = float(what.misses(IN_FLIGHT)), float(what.misses(IN_FLIGHT + 5_000))
     moved_s = (missed - cold) / machine.pmem.read_bytes_per_s + missed / machine.pmem.write_bytes_per_s
     assert busy[PMEM] == pytest.approx(1e3 * 132 * moved_s)
     assert RESOURCES[PMEM] == "pmem"
