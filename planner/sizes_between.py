@@ -3,11 +3,13 @@
 ``sizes_in_place.best_shares`` mixes the offered sizes of a table; a mixture of pools, and of caches, of one way above the SSD is a pool and
 a cache, which misses no more than the mixture does. Not so across ways, nor with and without a cache, whose index is there or is not: of
 these the largest share decides, or, where those do not fit together, the plan; a second program mixes what is left. Ids that wait take more
-memory for the mixed pool than for the pools of the mixture: what a rank lacks for that, its mixed pools give back.
+memory for the mixed pool than for the pools of the mixture, and caches take whole pages: what a rank lacks, pools and caches there give
+back.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,7 +23,7 @@ from .sizes_in_place import best_shares
 
 _SHARE = 1e-6  # of a table: less is rounding
 _WHOLE = 1e-3  # of a row: less is missing by rounding
-_SPARE = 1e-5  # of a rank's memory, for whole pages of caches and the program's own tolerance
+_SPARE = 1e-5  # of a rank's memory: the program's own tolerance
 
 Plan = list[tuple[ShardingOption, Sizes]]
 
@@ -56,12 +58,15 @@ def _of_these_kinds(offered: Candidates, ranks: Ranks, rank_of: Ints, kinds: Int
         held[_places(rank)] += memory_of(option, [sizes])[0]
     for table in sorted(range(choices.tables), key=lambda t: -found[t][1].pool_rows):
         option, sizes = found[table]
-        lacking = (held - ranks.capacity)[_places(rank_of[table])].max(axis=0)
-        if isinstance(option, TieredShardingOption) and (short := lacking[TIERS.index(option.pool_tier)]) > 0:
-            least = min(offered.sizes[i].pool_rows for i in parts[table])
-            pool = max(least, sizes.pool_rows - int(-(-short // option.slot_bytes)))
-            found[table] = option, Sizes(*option.legal(pool, sizes.cache_rows))
-            held[_places(rank_of[table])] += (memory_of(option, [found[table][1]]) - memory_of(option, [sizes]))[0]
+        where = _places(rank_of[table])
+        lacking = dict(zip(TIERS, np.maximum(0.0, (held - ranks.capacity)[where].max(axis=0)), strict=True))
+        if not isinstance(option, TieredShardingOption) or not (lacking[option.pool_tier] or lacking[option.cache_tier]):
+            continue
+        least = min(offered.sizes[i].pool_rows for i in parts[table])
+        pool = max(least, sizes.pool_rows - math.ceil(lacking[option.pool_tier] / option.slot_bytes))
+        cache = max(0, sizes.cache_rows - math.ceil(lacking[option.cache_tier] / option.record_bytes))
+        found[table] = option, Sizes(*option.legal(pool, cache if option.worth(cache) else 0))
+        held[where] += (memory_of(option, [found[table][1]]) - memory_of(option, [sizes]))[0]
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchrec_mtrains.planner import TableAccess, assumed_access
-from torchrec_mtrains.planner.neighbours import misses_and_reads
+from torchrec_mtrains.planner.neighbours import curve_over_ssd, misses_and_reads
 
 from torchrec_mtrains.data import SyntheticConfig, SyntheticSource
 from torchrec_mtrains.job_model import ModelOptions
@@ -53,3 +54,13 @@ def test_a_job_with_lookahead_misses_what_is_predicted_and_less_than_its_pools_a
     missed, read = (sum(step.tiers[name] for step in counted) / unique for name in ("misses", "read_ios"))
     assert abs(predicted - missed) < 0.03 < alone - missed
     assert abs(reads - read) < 0.03
+
+
+def test_rows_that_a_profile_saw_for_the_first_time_have_records_in_a_job_that_goes_on() -> None:
+    seen = replace(TABLE, used_rows=20_000)
+    size = next(rows for rows in seen.miss_curve.pool_rows if rows >= seen.used_rows)
+    alone = seen.miss_curve_for(1000, 16).misses(size)
+    assert 0 < alone < seen.rows
+    assert misses_and_reads(seen, size, 1000, 30, 16) == pytest.approx((alone, 0.0))
+    assert curve_over_ssd(seen, 1000, 30, 16).misses(size) < 0.98 * alone
+    assert curve_over_ssd(seen, 1000, 1, 16).misses(size) == pytest.approx(alone)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchrec_mtrains.planner import HardwareProfile, TieredTopology, assumed_access
 from torchrec_mtrains.planner.assumed_hardware import assumed_hardware
 from torchrec_mtrains.planner.charges import block_bytes
-from torchrec_mtrains.planner.perf_model import CPU, PMEM, RESOURCES, SSD, TIERS, PerfModel, ShardUse
+from torchrec_mtrains.planner.perf_model import _NOT_OVERLAPPED, CPU, PMEM, RESOURCES, SSD, TIERS, PerfModel, ShardUse
 
 from torchrec_mtrains.errors import ConfigurationError
 
@@ -82,19 +82,27 @@ def test_reads_take_the_devices_rate_and_misses_their_processor_time() -> None:
 
 def test_with_no_core_to_spare_prefetching_takes_the_training_threads_time() -> None:
     busy, spare = (PerfModel(hardware(cores=cores)).tiered(use(), IN_FLIGHT)[0] for cores in (2, 3))
-    assert busy[CPU] == pytest.approx(spare[CPU] + spare[TIERS] + spare[SSD] / 2)
+    assert busy[CPU] == pytest.approx(spare[CPU] + spare[TIERS] + _NOT_OVERLAPPED * spare[SSD])
     assert busy[TIERS] == 0 < spare[TIERS]
 
 
 @pytest.mark.parametrize("cores", [2, 3])
-def test_what_a_pool_without_room_for_the_batches_in_flight_misses_is_waited_for(cores: int) -> None:
+def test_what_a_pool_without_room_for_the_batches_in_flight_misses_is_begun_again_and_waited_for(cores: int) -> None:
     model, what = PerfModel(hardware(cores=cores)), use()
     assert what.rows_in_flight < IN_FLIGHT
     small, large = model.tiered(what, [int(what.rows_in_flight) - 1, int(what.rows_in_flight) + 1])
-    hidden = 0.5 if cores == 2 else 0.0
-    assert small[SSD] == pytest.approx(large[SSD], rel=0.01)
-    assert small[CPU] - large[CPU] == pytest.approx((1 - hidden) * small[SSD] + large[TIERS], rel=0.02)
+    tiers = PerfModel(hardware(cores=3)).tiered(what, int(what.rows_in_flight) + 1)[0][TIERS]
+    hidden = _NOT_OVERLAPPED * large[SSD] + tiers if cores == 2 else 0.0
+    assert small[SSD] == pytest.approx(1.5 * large[SSD], rel=0.01)
+    assert small[CPU] - large[CPU] == pytest.approx(1.5 * (large[SSD] + tiers) - hidden, rel=0.02)
     assert small[TIERS] == 0
+
+
+def test_batches_in_flight_that_share_rows_need_less_room() -> None:
+    what = replace(use(), in_flight=3_000.0)
+    assert what.rows_in_flight == pytest.approx(3_300)
+    assert PerfModel(hardware()).begun(what, [3_200, 3_400]).tolist() == [1.5, 1.0]
+    assert PerfModel(hardware(), prefetched=False).begun(what, 3_200) == 1
 
 
 def test_the_shards_of_a_table_together_do_what_the_table_does() -> None:
@@ -118,9 +126,9 @@ def test_ranks_of_a_host_wait_for_its_devices_and_not_for_each_others_processors
 
 def test_a_cache_reads_its_hits_and_writes_every_victim() -> None:
     machine, what = hardware(), use()
-    (busy,) = PerfModel(machine).tiered(what, 2_000, 5_000)
+    (busy,) = PerfModel(machine).tiered(what, IN_FLIGHT, 5_000)
     assert machine.pmem is not None
-    missed, cold = float(what.misses(2_000)), float(what.misses(7_000))
+    missed, cold = float(what.misses(IN_FLIGHT)), float(what.misses(IN_FLIGHT + 5_000))
     moved_s = (missed - cold) / machine.pmem.read_bytes_per_s + missed / machine.pmem.write_bytes_per_s
     assert busy[PMEM] == pytest.approx(1e3 * 132 * moved_s)
     assert RESOURCES[PMEM] == "pmem"
