@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(she
 TORCH_INDEX_URL ?=
 # More arguments for pytest, such as PYTEST_ARGS="-k planner -x".
 PYTEST_ARGS ?=
+# Processes that share out the test files: one a core, at most 4; 0 is pytest's own process alone, as on one core and for --pdb.
+TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$(( n < 2 ? 0 : n > 4 ? 4 : n )))
 # Kills of make soak, those of earlier starts included.
 SOAK_KILLS ?= 1000
 
@@ -14,6 +16,9 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CORE_SOURCES := pyproject.toml $(sort $(wildcard kernels/csrc/*.*))
+PYTEST := PYTHONSAFEPATH=1 $(BIN)/pytest
+# A file's tests stay in one process: they share its ranks, and what they write into build/.
+PYTEST_SHARED := $(PYTEST) -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 comma := ,
 BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
@@ -22,7 +27,7 @@ BENCHMARKS := $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 .PHONY: help setup demo test lint format bench soak torchrec-versions torchrec-harness wheel clean native-test sanitize fuzz
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 20
 
 setup: $(STAMPS)/core  ## Make .venv: the pinned CPU stack, the tools, the project (editable) and its native core
 
@@ -34,7 +39,7 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/cpu: requirements/cpu.txt requirements/torchrec.txt $(STAMPS)/venv
-	@echo "setup: torch, fbgemm-gpu-cpu and torchrec (about 1 GB on disk)"
+	@echo "setup: torch, fbgemm-gpu-cpu and torchrec (about 1 GB on disk; the longest step, a minute or more)"
 	@if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install --index-url "$(TORCH_INDEX_URL)" "$$(grep '^torch==' requirements/cpu.txt)"; fi
 	@$(PIP) install -r requirements/cpu.txt
 	@$(PIP) install --no-deps -r requirements/torchrec.txt
@@ -65,12 +70,13 @@ demo: setup  ## Train tables 15 times their memory budget from an SSD, then ml-1
 	@$(BIN)/mtrains demo
 
 test: lint  ## Run the lint and the whole test suite, except what is marked slow
-	@PYTHONSAFEPATH=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST_SHARED) -m "not slow" $(PYTEST_ARGS)
 
-soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earlier soak stopped; then the slow tests
+soak: setup  ## Kill a training job SOAK_KILLS times (1000), go on where an earlier soak stopped; then the slow tests, and all properties on new examples
 	@$(BIN)/python tests/soak/soak.py --ranks 1 --kills $(SOAK_KILLS)
 	@$(BIN)/python tests/soak/soak.py --ranks 2 --kills $$(( $(SOAK_KILLS) / 4 ))
-	@PYTHONSAFEPATH=1 $(BIN)/pytest -m slow $(PYTEST_ARGS)
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
+	@$(PYTEST_SHARED) -m "not slow" --hypothesis-profile=default $(PYTEST_ARGS)
 
 # Each release goes before the one in .venv on Python's path; all of them run on the torch and fbgemm of .venv.
 TORCHREC_VERSIONS := 1.6.1 1.8.0 1.9.2
@@ -79,12 +85,12 @@ TORCHREC_TESTS := $(addprefix tests/test_,$(addsuffix .py,collections equality_d
 torchrec-versions: setup  ## Run the tests that meet TorchRec on several releases of it, and write the table in docs/torchrec.md
 	@mkdir -p build; failed=0; for v in $(TORCHREC_VERSIONS); do echo "== torchrec $$v"; \
 	  test -d build/torchrec-$$v || $(PIP) install --no-deps --target build/torchrec-$$v torchrec==$$v || exit 1; \
-	  PYTHONPATH=$(CURDIR)/build/torchrec-$$v PYTHONSAFEPATH=1 $(BIN)/pytest $(TORCHREC_TESTS) -q -m "not slow" \
+	  PYTHONPATH=$(CURDIR)/build/torchrec-$$v $(PYTEST_SHARED) $(TORCHREC_TESTS) -q -m "not slow" \
 	    --junitxml=build/torchrec-$$v.xml $(PYTEST_ARGS) || failed=1; \
 	done; $(BIN)/python tests/torchrec_tables.py versions $(TORCHREC_VERSIONS:%=build/torchrec-%.xml); exit $$failed
 
 torchrec-harness: setup  ## Run TorchRec's own tests on tiered tables, and write their tables in docs/torchrec.md
-	@mkdir -p build; PYTHONSAFEPATH=1 $(BIN)/pytest tests/test_torchrec_harness.py -q --junitxml=build/torchrec-harness.xml $(PYTEST_ARGS); \
+	@mkdir -p build; $(PYTEST) tests/test_torchrec_harness.py -q --junitxml=build/torchrec-harness.xml $(PYTEST_ARGS); \
 	  failed=$$?; $(BIN)/python tests/torchrec_tables.py harness build/torchrec-harness.xml; exit $$failed
 
 bench: setup  ## Run every benchmark in benchmarks/

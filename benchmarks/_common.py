@@ -33,6 +33,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
+        "libgomp_spins": os.environ.get("GOMP_SPINCOUNT", "its own number"),
         **packages,
     }
 

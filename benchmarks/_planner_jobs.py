@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedTensor
 from torchrec_mtrains.planner import AccessProfile
 
 from _common import ZipfIds, median
@@ -111,12 +112,12 @@ class Job:
         return AccessProfile(tables, "zipf", "")
 
     def dense_ms(self, width: int, batch: Batch, steps: int) -> float:
-        """A training step of the model without its tables, on constant pooled rows, timed alone: what a user would time. The least of
-        ``_DENSE_ROUNDS`` medians: what else runs on the machine is not the model's."""
+        """A training step of the model around its tables, which give constant pooled rows, timed alone: what a user would time. The least
+        of ``_DENSE_ROUNDS`` medians: what else runs on the machine is not the model's."""
         options: ModelOptions = self.shape.model_options
         model = build_model(self.shape.tables, DENSE_FEATURES, options)
         model.model.over_arch = Tops(self.shape.top_inputs, {"top": width})
-        model.model.sparse_arch = _ConstantRows(self.batch_size, len(self.tables), self.dim)
+        model.model.sparse_arch.embedding_bag_collection = _ConstantRows(self.batch_size, [t.feature for t in self.shape.tables], self.dim)
         optimizer = dense_optimizer(model, options)  # type: ignore[arg-type]
         medians = []
         for _ in range(_DENSE_ROUNDS):
@@ -133,11 +134,12 @@ class Job:
 
 
 class _ConstantRows(nn.Module):
-    """Pooled rows of every table that no table was asked for. Shape (batch, tables, dim)."""
+    """Pooled rows of every table that no table was asked for: (batch, tables × dim)."""
 
-    def __init__(self, batch_size: int, tables: int, dim: int) -> None:
+    def __init__(self, batch_size: int, features: list[str], dim: int) -> None:
         super().__init__()
-        self.rows = torch.rand(batch_size, tables, dim).requires_grad_()
+        self.features, self.dim = features, dim
+        self.rows = torch.rand(batch_size, len(features) * dim).requires_grad_()
 
-    def forward(self, _features: Any) -> torch.Tensor:
-        return self.rows * 1.0
+    def forward(self, _features: Any) -> KeyedTensor:
+        return KeyedTensor(self.features, [self.dim] * len(self.features), self.rows * 1.0)

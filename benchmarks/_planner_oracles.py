@@ -1,6 +1,6 @@
 """Placements that are known to be best, for cases small enough: every plan tried, and the full integer program on HiGHS.
 
-``measure`` holds the search against both, on cases that seeds 0, 1, 2, … draw.
+``measure`` holds the search against both, on cases that seeds 0, 1, 2, … draw; a range of them may be run by itself.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -126,18 +128,18 @@ def integer_program(choices: Choices, ranks: Ranks, time_limit_s: float = 60.0) 
     return objective_ms(choices, ranks, plan)
 
 
-def measure(cases: int, programs: int) -> list[dict[str, Any]]:
-    """A line a case: the step of the search's plan, of the best of all, and its bound. ``programs``: of the cases, those that are solved as
-    integer programs as well."""
-    lines = []
-    for seed in range(cases):
-        choices, ranks = small_case(seed)
-        found = solve(choices, ranks, _SEARCH_SECONDS)
-        line = {"seed": seed, "found_ms": found.objective_ms, "best_ms": brute_force(choices, ranks), "bound_ms": found.relaxation.bound_ms}
-        if seed < programs:
-            line["program_ms"] = integer_program(choices, ranks)
-        lines.append(line)
-    return lines
+def measure(seeds: range, program_every: int, processes: int | None = None) -> list[dict[str, Any]]:
+    """A line a case: the step of the search's plan, of the best of all, and its bound. Every so many cases one is solved as an integer
+    program as well. Work of the search is counted, so that ``processes`` side by side (None: one a core) find what one would."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_line, seeds, [seed % program_every == 0 for seed in seeds]))
+
+
+def _line(seed: int, program: bool) -> dict[str, Any]:
+    choices, ranks = small_case(seed)
+    found = solve(choices, ranks, _SEARCH_SECONDS)
+    line = {"seed": seed, "found_ms": found.objective_ms, "best_ms": brute_force(choices, ranks), "bound_ms": found.relaxation.bound_ms}
+    return line | ({"program_ms": integer_program(choices, ranks)} if program else {})
 
 
 def figures(lines: list[dict[str, Any]]) -> list[Figure]:

@@ -21,7 +21,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,15 @@ class _Predicted:
 
 
 def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, lookahead: int, dense_ms: float) -> _Predicted:
-    """The model's step of one rank, and the misses of its pools, less those that neighbours spare, ÷ unique rows."""
+    """The model's step of one rank, and the misses of its pools, less those that neighbours spare, ÷ unique rows. Where so few batches
+    use fewer rows than a pool or cache holds, what they miss is what they use for the first time. Where a pool has no room for what is
+    prefetched, batches are begun anew, and no table's neighbours are of use."""
     model = PerfModel(hardware, dense_ms=dense_ms)
     busy, missed, unique = model.base_ms.copy(), 0.0, 0.0
     per_block = records_per_block(c.job.record_bytes)
-    for table, pool_rows, cache_rows in zip(access.tables.values(), c.pool_rows, c.cache_rows, strict=True):
+    in_flight = [table.unique_rows((1 + PREFETCHED) * c.job.batch_size) for table in access.tables.values()]
+    uses = []
+    for table, rows in zip(access.tables.values(), in_flight, strict=True):
         use = ShardUse(
             rows=table.rows,
             lookups=table.lookups_per_batch,
@@ -160,23 +164,29 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
             curve=table.miss_curve_for(c.job.batch_size, lookahead),
             ssd_curve=curve_over_ssd(table, c.job.batch_size, per_block, lookahead),
             table_rows=table.rows,
+            in_flight=rows,
         )
-        busy += model.tiered(use, pool_rows, cache_rows)[0]
-        behind = pool_rows + cache_rows
-        missed += float(use.misses(pool_rows) - use.misses(behind) + use.reads(behind))
+        uses.append(use)
+    crowded = any(model.begun(use, pool) > 1 for use, pool in zip(uses, c.pool_rows, strict=True))
+    for table, use, pool_rows, cache_rows in zip(access.tables.values(), uses, c.pool_rows, c.cache_rows, strict=True):
+        use = replace(use, ssd_curve=None) if crowded else use
+        pool, behind = (rows if rows == table.rows else min(rows, table.used_rows) for rows in (pool_rows, pool_rows + cache_rows))
+        busy += model.tiered(use, pool, behind - pool)[0]
+        missed += float(model.begun(use, pool) * (use.misses(pool) - use.misses(behind) + use.reads(behind)))
         unique += table.unique_rows_per_batch
     step = model.predict(busy[None])
     return _Predicted(step.step_ms, missed / unique, step.bottleneck, step.busy_ms[0].tolist())
 
 
-def _trained(side: Side, batches: Batches, size: Size, c: Configuration) -> dict[str, dict[str, float]]:
+def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, float]]:
+    """``unique_rows``: of a batch; the pools' own count has those twice that were begun twice."""
     processor = Processor()
     side.run(batches, WARM_TOP, 0, size.warm(c), processor)
     found = {}
     for top in c.widths:
         done = side.run(batches, top, size.steps, size.uncounted, processor)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
-        ratio = per_step["misses"] / per_step["unique_rows"]
+        ratio = per_step["misses"] / unique_rows
         found[top] = {"step_ms": 1e3 * statistics.median(done.seconds), "miss_ratio": ratio, **per_step}
     return found
 
@@ -205,7 +215,7 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     put_every_row(side)
     if c.pool_share == 1:
         fill_pools(side)
-    trained = _trained(side, batches, size, c)
+    trained = _trained(side, batches, size, c, sum(t.unique_rows_per_batch for t in access.tables.values()))
     side.close()
     lines = []
     held = zip(access.tables.values(), pool, cache, strict=True)

@@ -34,6 +34,8 @@ POOL_SHARE = 0.1
 PLANNED_SHARES, PLANNED_SHARES_OF_TINY = (0.15, 0.25), (1.6, 1.6)
 """Of the tables' bytes, that the planner has of HBM and of DDR. Of tiny tables, a batch uses most rows."""
 PARTS = ("bits", "resume", "scaling", "ssd")
+PROBE, QUICK_PROBE = {}, {"gigabytes": 1 / 64, "seconds": 0.05}
+"""How the SSD is measured: at the sizes of ``_gpu_machine``, or just so that it runs."""
 
 
 def same_bits(ranks: Ranks, shape: Shape, world: int, count: int, folder: str) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def same_bits(ranks: Ranks, shape: Shape, world: int, count: int, folder: str) -
     return found
 
 
-def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kills: int) -> dict[str, Any]:
+def kill_and_resume(ranks: Ranks, shape: Shape, world: int, count: int, folder: str, most_kills: int) -> dict[str, Any]:
     """A job killed at instants after its first checkpoint until it is done: its losses beside those of one that was not."""
     every, random_ = max(2, count // 6), random.Random(1)
     with tempfile.TemporaryDirectory(dir=folder) as inside:
@@ -57,13 +59,12 @@ def kill_and_resume(shape: Shape, world: int, count: int, folder: str, most_kill
         for ssd in ssds:
             ssd.mkdir()
         tiers = [Tiers(POOL_SHARE, (SsdHome((str(ssd),), capacity_bytes=2 << 30),)) for ssd in ssds]
-        with Ranks(world) as ranks:
-            whole = ranks.run(world, job, shape, "row_wise", tiers[0], count, count + 1, f"{inside}/none", within_s=300)
+        whole = ranks.run(world, job, shape, "row_wise", tiers[0], count, count + 1, f"{inside}/none", within_s=300)
         kills, done, checkpoint = 0, None, Path(inside) / "checkpoint"
         while done is None:
             kill = once_there(checkpoint / "LATEST", random_.random() * 2) if kills < most_kills else None
-            with Ranks(world) as ranks:
-                done = ranks.run(world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), within_s=300, kill_when=kill)
+            with Ranks(world) as mortal:
+                done = mortal.run(world, job, shape, "row_wise", tiers[1], count, every, str(checkpoint), within_s=300, kill_when=kill)
             kills += done is None
         assert whole
         equal = all(whole[r][step] == loss for r in range(world) for step, loss in done[r].items())
@@ -82,16 +83,17 @@ def scaling(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, ba
             print(f"{name}, {size} ranks: {of['ms']:.2f} ms a step of {size * shape.batch_size:,} samples", flush=True)
 
 
-def device_of_machine(folder: str, reads: dict[str, Any], world: int) -> HardwareProfile:
+def device_of_machine(reads: dict[str, Any], writes_per_s: float, world: int) -> HardwareProfile:
     """The machine that planners take when nobody calibrated one, with the SSD that was measured."""
     points = [DevicePoint(4096, depth, 1.0, reads[f"reads_per_s_at_depth_{depth}"]) for depth in (1, 16, 64, 128, 256)]
-    ssd = BlockDeviceProfile("measured", (*points, DevicePoint(LOG_WRITE_BYTES, 8, 0.0, ssd_writes(folder))), "ssd_reads, ssd_writes")
+    ssd = BlockDeviceProfile("measured", (*points, DevicePoint(LOG_WRITE_BYTES, 8, 0.0, writes_per_s)), "ssd_reads, ssd_writes")
     return replace(hardware_profiles()["h200"], cores=os.cpu_count() or world, ssd=ssd)
 
 
 def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, batches: int, folder: str) -> dict[str, Any]:
     """Ours with the host's SSD below the pools of all ranks, stock FUSED beside, and what that device can do."""
-    reads = ssd_reads(folder)
+    probe = QUICK_PROBE if shape == TINY else PROBE
+    reads = ssd_reads(folder, **probe)
     fused = ranks.run(world, steps, shape, "table_wise", None, warm_up, count, batches, within_s=90)
     assert fused
     with tempfile.TemporaryDirectory(dir=folder) as inside:
@@ -100,7 +102,7 @@ def on_ssd(ranks: Ranks, shape: Shape, world: int, warm_up: int, count: int, bat
         by_rank = ranks.run(world, steps, shape, "table_wise", Tiers(POOL_SHARE, (home,)), warm_up, count, batches, within_s=150)
         assert by_rank
         hbm, ddr = (int(share * table_bytes) for share in (PLANNED_SHARES_OF_TINY if shape == TINY else PLANNED_SHARES))
-        budget = Budget(hbm, ddr, home, device_of_machine(folder, reads, world))
+        budget = Budget(hbm, ddr, home, device_of_machine(reads, ssd_writes(folder, **probe), world))
         planned = ranks.run(world, steps, shape, "", budget, warm_up, count, batches, within_s=150)
         assert planned
     ios = sum(r["read_ios_per_step"] for r in by_rank)
@@ -174,9 +176,9 @@ def measure(args: argparse.Namespace, results: dict[str, Any]) -> None:
             scaling(ranks, large, args.ranks, warm_up, timed, batches, results.setdefault("scaling", {}))
         if "ssd" in args.parts:
             results["ssd"] = on_ssd(ranks, TINY if args.quick else ON_SSD, args.ranks, warm_up // 5, timed // 10, batches, args.folder)
-    if "resume" in args.parts:
-        results["resume"] = kill_and_resume(small, args.ranks, 10 * count, args.folder, 1 if args.quick else 3)
-        print(results["resume"], flush=True)
+        if "resume" in args.parts:
+            results["resume"] = kill_and_resume(ranks, small, args.ranks, 10 * count, args.folder, 1 if args.quick else 3)
+            print(results["resume"], flush=True)
 
 
 if __name__ == "__main__":

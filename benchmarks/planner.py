@@ -91,7 +91,8 @@ def _statistics(run: _Run) -> tuple[Any, list[Figure]]:
 
 
 def _oracles(run: _Run) -> tuple[Any, list[Figure]]:
-    found = _planner_oracles.measure(cases=4, programs=2) if run.args.quick else _planner_oracles.measure(cases=240, programs=40)
+    seeds, every = (range(4), 2) if run.args.quick else (range(*run.args.oracle_seeds), 6)
+    found = _planner_oracles.measure(seeds, every)
     return found, _planner_oracles.figures(found)
 
 
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="+", help="of placement, by number; all if left out")
     parser.add_argument("--held-out", type=int, default=24, help="configurations of held_out")
     parser.add_argument("--held-out-seed", type=int, default=_planner_predictions.HELD_OUT_SEED, help="what draws them")
+    parser.add_argument("--oracle-seeds", type=int, nargs=2, default=(0, 240), metavar=("FIRST", "END"), help="cases of oracles")
     parser.add_argument("--movielens", type=Path, help="u.data of ml-100k, for two more traces of curves")
     parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")
     args = parser.parse_args()

@@ -7,6 +7,11 @@ announced batches cost), steps (8 alike tables), criteo (26 tables of Criteo's c
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from torchrec_mtrains.spinning import spin_briefly
+
+spin_briefly()  # before torch comes in
+
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +74,7 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
         dense = (*(Dense(f"{ms} ms", ms, cores) for ms in (5, 40, 120)), Dense(SPARE_CORE, 120, max(1, cores - 1)))
         still = Part("zipf 1.05", args.warm, tuple(d.name for d in dense))
         parts = (still, *(Part(name, args.warm // 4, ("40 ms",)) for name in ("zipf 1.05, drifting", "zipf 0.9", "zipf 0.9, drifting")))
-        turns = Turns(args.rounds, args.steps, uncounted=4, probe_seconds=1.0)
+        turns = Turns(args.rounds, args.steps, uncounted=2, probe_seconds=0.5)
         of_section = {
             "steps": dict(dense=dense, parts=parts),
             "criteo": dict(dense=dense[1:3], parts=(Part("zipf 1.05", args.warm, ("40 ms", "120 ms")),)),
@@ -89,8 +94,8 @@ def main() -> None:
     parser.add_argument("--miss-tables", type=int, default=1, help="of the 8 alike tables those whose misses are counted")
     parser.add_argument("--miss-batches", nargs=3, type=int, default=[2000, 600, 400], help="before those counted, these, after them")
     parser.add_argument("--warm", type=int, default=400, help="batches that pools see before training; a quarter before each later trace")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=16, help="of each side's turn")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8, help="of each side's turn")
     parser.add_argument("--traces", nargs="+", help="traces whose misses are counted; all without")
     parser.add_argument("--movielens", type=Path, default=Path(".cache/movielens"), help="where ml-100k is, or is downloaded to")
     parser.add_argument("--no-movielens", action="store_true", help="leave the real trace out")

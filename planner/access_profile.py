@@ -16,7 +16,6 @@ A table has a curve for each of several lookahead windows, of one set of sizes; 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,8 +28,9 @@ from torchrec.distributed.types import CacheStatistics
 
 from ..errors import ConfigurationError
 from ..lookahead import useful_batches
+from .profile_files import ProfileFormat
 
-FORMAT_VERSION = 1
+_FILES = ProfileFormat("access profile", 1, "mtrains profile")
 
 
 def _require(good: bool, what: str) -> None:
@@ -236,45 +236,24 @@ class AccessProfile:
         return self.tables[name]
 
     def save(self, path: str | Path) -> None:
-        """As JSON.
+        """Writes JSON, whole or not at all.
 
         Raises: ConfigurationError when the file cannot be written.
         """
-        content = {
-            "format_version": FORMAT_VERSION,
-            "source": self.source,
-            "date": self.date,
-            "tables": [asdict(table) for table in self.tables.values()],
-        }
-        try:
-            Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise ConfigurationError(f"access profile {path}: {e.strerror}; name another file") from e
+        _FILES.save(path, {"source": self.source, "date": self.date, "tables": [asdict(table) for table in self.tables.values()]})
 
     @classmethod
     def load(cls, path: str | Path) -> AccessProfile:
         """What ``save`` wrote.
 
-        Raises: ConfigurationError for a file that is none, or of a newer version.
+        Raises: ConfigurationError for what is no profile, or one of a newer version.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ConfigurationError(f"access profile {path}: {e}; make one with mtrains profile") from e
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if not isinstance(version, int) or version < 1:
-            raise ConfigurationError(f"access profile {path}: no format_version, so it is no access profile; make one with mtrains profile")
-        if version > FORMAT_VERSION:
-            raise ConfigurationError(
-                f"access profile {path}: format version {version}, and this release reads up to {FORMAT_VERSION}; make it anew, or upgrade"
-            )
-        try:
-            tables = [_table(of_table) for of_table in content["tables"]]
-            return cls({t.name: t for t in tables}, content["source"], content["date"])
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise ConfigurationError(
-                f"access profile {path}: {e!r} is missing or of another type; make it anew with mtrains profile"
-            ) from e
+        return _FILES.load(path, _profile)
+
+
+def _profile(read: dict[str, Any]) -> AccessProfile:
+    tables = [_table(of_table) for of_table in read["tables"]]
+    return AccessProfile({t.name: t for t in tables}, read["source"], read["date"])
 
 
 def _tuples(value: Any) -> Any:

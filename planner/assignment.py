@@ -10,17 +10,16 @@ another linear program. No re-placement that raises the cost is ever made; a res
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array, hstack
 
 from .budget import Budget
-from .choices import Assignment, Choices, Floats, Ints, Load, Ranks, objective_ms
+from .choices import Assignment, Choices, Floats, Ints, Load, Ranks, fitting, objective_ms
 from .relaxation import Relaxation, relax
+from .sizes_in_place import best_shares, rows_of_program
 
 _MEAN = 0.05  # weight of the mean step beside the slowest
 _WORK = 1e-4  # weight of all busy time: prefers the plan that does less
@@ -61,9 +60,14 @@ def solve(choices: Choices, ranks: Ranks, seconds: float = 5.0, start: Assignmen
     """
     budget = Budget(seconds)
     relaxation = relax(choices, ranks, budget.deadline_s)
-    search = _Search(choices, ranks, relaxation, budget)
-    search.begin(search.rounded(budget.part(_ROUNDING)) if start is None else start)
-    best = search.search(budget)
+    which = fitting(choices, ranks) if start is None else np.union1d(fitting(choices, ranks), start.candidate)
+    search = _Search(choices.take(which), ranks, replace(relaxation, share=relaxation.share[which]), budget)
+    if start is None:
+        search.begin(search.rounded(budget.part(_ROUNDING)))
+    else:
+        search.begin(Assignment(np.searchsorted(which, start.candidate), start.rank))
+    found = search.search(budget)
+    best = Assignment(which[found.candidate], found.rank)
     return Solution(best, objective_ms(choices, ranks, best), relaxation)
 
 
@@ -181,33 +185,10 @@ class _Search:
         """Other sizes of all tables, each on the ranks where it is: a program as the relaxation's, with every rank's memory for itself;
         of its solution the largest shares."""
         c, ranks = self._choices, self._ranks
-        mine = self._shortlist()
-        rank_of, spread = self._rank[c.table[mine]], c.spread[mine]
-        held_by = spread[:, None] | (rank_of[:, None] == np.arange(ranks.count))  # (candidates, ranks)
-        hosts = np.eye(ranks.hosts)[ranks.host_of]  # (ranks, hosts)
-        memory = [held_by * (c.memory[mine, i] / self._unit[i])[:, None] for i in range(c.memory.shape[1])]
-        busy = [(held_by @ hosts if ranks.shared[i] else held_by) * c.busy[mine, i][:, None] for i in range(c.busy.shape[1])]
-        base = [
-            np.bincount(ranks.host_of) * x if shared else np.full(ranks.count, x)
-            for x, shared in zip(ranks.base_busy_ms, ranks.shared, strict=True)
-        ]
-        room, base_ms = (ranks.capacity / self._unit).T.ravel(), np.concatenate(base)
-        rows = csr_array(np.concatenate([*memory, *busy], axis=1).T)
-        slowest = csr_array(np.concatenate([np.zeros(len(room)), -np.ones(len(base_ms))])[:, None])
-        solved = linprog(
-            np.concatenate([[1.0], _WORK * c.busy[mine].sum(axis=1)]),
-            A_ub=hstack([slowest, rows]).tocsr(),
-            b_ub=np.concatenate([room, -base_ms]),
-            A_eq=csr_array((np.ones(len(mine)), (c.table[mine], 1 + np.arange(len(mine)))), shape=(c.tables, 1 + len(mine))),
-            b_eq=np.ones(c.tables),
-            method="highs",
-            options={"time_limit": self._budget.time_left_s},
-        )
-        self._budget.spend(_PLACES_A_ROW * (c.tables + len(room) + len(base_ms)))
-        if solved.status != 0:  # out of time
+        share = best_shares(c, ranks, self._rank, self._shortlist(), self._budget.time_left_s)
+        self._budget.spend(_PLACES_A_ROW * rows_of_program(ranks, c.tables, c.memory.shape[1], c.busy.shape[1]))
+        if share is None:
             return
-        share = np.zeros(len(c.table))
-        share[mine] = solved.x[1:]
         for table in range(c.tables):
             first = self._starts[table]
             self._take(table)

@@ -9,7 +9,7 @@ import time
 
 UNITS_PER_S = 1000.0
 _UNITS_PER_TRY, _UNITS_PER_PLACE = 0.1, 0.00015  # 107, 136 and 170 µs were measured for 5, 52 and 425 places
-_LAST_RESORT = 4.0  # times the nominal time
+_LAST_RESORT, _LEAST_S = 4.0, 2.0  # times the nominal time, and in any case: a process's first search loads its solver, too
 
 
 class Budget:
@@ -17,7 +17,7 @@ class Budget:
 
     def __init__(self, seconds: float, whole: Budget | None = None) -> None:
         self._left, self._whole = seconds * UNITS_PER_S, whole
-        self.deadline_s: float = whole.deadline_s if whole else time.perf_counter() + _LAST_RESORT * seconds
+        self.deadline_s: float = whole.deadline_s if whole else time.perf_counter() + max(_LEAST_S, _LAST_RESORT * seconds)
 
     def part(self, share: float) -> Budget:
         """So much of what is left."""

@@ -9,7 +9,6 @@ A shard on every rank is charged and timed on all of them like the largest and t
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from torchrec.distributed.planner.types import PartitionByType, ShardingOption, Storage
 
+from .alike_shards import alike, copied, of_shards
 from .choices import Choices, Floats, Ints
 from .estimators import uncharged_bytes
 from .perf_model import PerfModel, ShardUse
@@ -50,9 +50,7 @@ class Candidates:
         result = []
         for at, on in zip(candidate, rank, strict=True):
             option, sizes = self.options[at], self.sizes[at]
-            option = (
-                option.resized(sizes.pool_rows, sizes.cache_rows) if isinstance(option, TieredShardingOption) else copy.deepcopy(option)
-            )
+            option = option.resized(sizes.pool_rows, sizes.cache_rows) if isinstance(option, TieredShardingOption) else copied(option)
             for i, shard in enumerate(option.shards):
                 shard.rank = i if on < 0 else int(on)
             result.append(option)
@@ -65,9 +63,10 @@ def candidates(
     pmem: bool,
     around: Sequence[Sizes | None] | None = None,
     finer: float = 1.0,
+    also: Sequence[Sizes] | None = None,
 ) -> Candidates:
     """``tables``: the options of each. ``around``: sizes of each table's pool and cache in a plan, round which
-    the grid is finer by so much."""
+    the grid is finer by so much. ``also``: further sizes of each, as they are."""
     options: list[ShardingOption] = []
     sizes: list[Sizes] = []
     table: list[int] = []
@@ -78,17 +77,15 @@ def candidates(
         for option in of_table:
             everywhere = is_spread(option)
             if isinstance(option, TieredShardingOption):
-                found = _grid(option, pmem, around[t] if around else None, finer)
-                of_memory, of_busy = _tiered(option, found)
+                found = _grid(option, pmem, around[t] if around else None, finer, also[t] if also else Sizes())
             else:
                 found = [Sizes()]
-                of_memory, of_busy = _in_memory(option, model)
             options += [option] * len(found)
             sizes += found
             table += [t] * len(found)
             spread += [everywhere] * len(found)
-            memory.append(of_memory)
-            busy.append(of_busy)
+            memory.append(memory_of(option, found))
+            busy.append(_busy(option, model, found))
     return Candidates(options, sizes, Choices(np.array(table), np.array(spread), np.concatenate(memory), np.concatenate(busy)))
 
 
@@ -108,32 +105,45 @@ def busiest(option: ShardingOption) -> ShardUse:
     return max(uses, key=lambda use: use.lookups)
 
 
-def _in_memory(option: ShardingOption, model: PerfModel) -> tuple[Floats, Floats]:
-    ddr = [shard.storage.ddr + missing for shard, missing in zip(option.shards, uncharged_bytes(option), strict=True)]
-    hbm = [shard.storage.hbm for shard in option.shards]
+def busy_of_shards(option: ShardingOption, model: PerfModel) -> list[Floats]:
+    """What a step keeps each resource busy for every shard. Shapes: (resources,)."""
+    if isinstance(option, TieredShardingOption):
+        return of_shards(option, option.busy_ms)
+    return of_shards(option, lambda i: model.in_memory(option.uses[i]))
+
+
+def memory_of(option: ShardingOption, sizes: Sequence[Sizes]) -> Floats:
+    """Bytes of the largest shard in every tier, by sizes; of a table on one rank, of all its shards. Shape (sizes, tiers)."""
+    memory = np.zeros((len(sizes), len(TIERS)))
+    if not isinstance(option, TieredShardingOption):
+        together = max if is_spread(option) else sum
+        ddr = (shard.storage.ddr + missing for shard, missing in zip(option.shards, uncharged_bytes(option), strict=True))
+        memory[:, TIERS.index("ddr")] = together(ddr)
+        memory[:, TIERS.index("hbm")] = together(shard.storage.hbm for shard in option.shards)
+        return memory
+    pool, cache = _columns(sizes)
+    for kind in alike(option):  # which takes most depends on the sizes: one of more rows, or one of more lookups
+        i = kind[0]
+        ddr, hbm = (bytes_of(i, pool, cache) for bytes_of in (option.ddr_bytes, option.hbm_bytes))
+        for tier, of_tier in enumerate((ddr, option.pmem_bytes_of(i, cache), option.shards[i].storage.ssd, hbm)):
+            np.maximum(memory[:, tier], of_tier, out=memory[:, tier])
+    return memory
+
+
+def _busy(option: ShardingOption, model: PerfModel, sizes: Sequence[Sizes]) -> Floats:
+    """Shape (sizes, resources)."""
+    if isinstance(option, TieredShardingOption):
+        return option.busy_of(busiest(option), *_columns(sizes))
     if is_spread(option):
-        return np.array([[max(ddr), 0.0, 0.0, max(hbm)]]), model.in_memory(busiest(option))[None]
-    return np.array([[sum(ddr), 0.0, 0.0, sum(hbm)]]), np.sum([model.in_memory(use) for use in option.uses], axis=0, keepdims=True)
+        return model.in_memory(busiest(option))[None]
+    return np.sum(busy_of_shards(option, model), axis=0, keepdims=True)
 
 
-def _tiered(option: TieredShardingOption, sizes: Sequence[Sizes]) -> tuple[Floats, Floats]:
-    pool, cache = (np.array(column) for column in zip(*((s.pool_rows, s.cache_rows) for s in sizes), strict=True))
-    ssd, longest = max(shard.storage.ssd for shard in option.shards), max(range(option.num_shards), key=lambda i: option.shards[i].size[0])
-    # Which shard takes most depends on the sizes: one of more rows, or one of more lookups. Alike are those that take the same.
-    kinds = list({(option.shards[i].size[0], use.lookups, use.unique_rows): i for i, use in enumerate(option.uses)}.values())
-    memory = [
-        (
-            max(option.ddr_bytes(i, p, c) for i in kinds),
-            option.pmem_bytes_of(longest, c),
-            ssd,
-            max(option.hbm_bytes(i, p, c) for i in kinds),
-        )
-        for p, c in zip(pool.tolist(), cache.tolist(), strict=True)
-    ]
-    return np.array(memory, np.float64), option.busy_of(busiest(option), pool, cache)
+def _columns(sizes: Sequence[Sizes]) -> tuple[Ints, Ints]:
+    return np.array([s.pool_rows for s in sizes]), np.array([s.cache_rows for s in sizes])
 
 
-def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer: float) -> list[Sizes]:
+def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer: float, also: Sizes) -> list[Sizes]:
     rows, least = option.shard_rows, option.min_pool_rows
     first = max(least, math.ceil(max(use.rows_in_flight for use in option.uses)))
     step = (rows / first) ** (1 / (POOLS - 1))
@@ -146,6 +156,8 @@ def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer:
         near_pools = {min(rows, max(least, round(p))) for p in beside}
         caches = {0, *(round(around.cache_rows * f) for f in (1.0, *(1 + _FINER * finer)))} if cached else {0}
         near = {Sizes(*option.legal(p, c)) for p in near_pools for c in caches}
+    if also.pool_rows:
+        near.add(Sizes(*option.legal(min(rows, max(least, also.pool_rows)), also.cache_rows if cached else 0)))
     grid = {Sizes(*option.legal(p, int((rows - p) * share))) for p in pools for share in shares} | near
     return sorted((s for s in grid if option.worth(s.cache_rows)), key=lambda s: (s.pool_rows, s.cache_rows))
 

@@ -8,20 +8,27 @@
     SsdHome      ddr   8 × rows, and what a snapshot needs   ssd    blocks of records × (1 ÷ fill + what checkpoints hold), and snapshots
     PmemHome     ddr   the same                              pmem   the same
     DdrHome      ddr   rows × (record + 1)
-    batches      ddr   ids of those that wait in the pipeline: 3, and the lookahead window
 
 A pool or cache has no more rows than its shard. A volume of less capacity than ``SNAPSHOT_AFTER_BYTES`` has no snapshots, and one without
-checkpoints has none. tests/test_planner_charges.py holds every line against what was allocated.
+checkpoints has none. Ids of batches that wait are in ``waiting_ids.py``.
+tests/test_planner_charges.py holds every line against what was allocated.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from ..lookahead import MOST_BATCHES, POOLS_OF_BATCHES
+import numpy as np
+from numpy.typing import NDArray
+
 from ..tiers import Cache, DdrCache, DdrHome, Home, PmemCache, PmemHome, TierChain
 from .checkpoint_schedule import CheckpointSchedule
+
+Size = TypeVar("Size", int, NDArray[np.int64])
+"""One number, or one for each of several."""
 
 INDEX_BYTES_PER_ROW = 8
 """A log's map from a row to its place: one 64-bit word a row (kernels/csrc/log_volume.h)."""
@@ -42,12 +49,6 @@ PRESENT_BYTES_PER_ROW = 1
 SLOT_NUMBER_BYTES = 8
 """A batch's ids are turned into slot numbers of int64 (kernels/tiered_tbe.py)."""
 
-ID_BYTES, BAG_BYTES = 8, 12
-"""An id, and what is held of a bag of ids: its length (int32) and its offset (int64)."""
-
-BATCHES_WAITING = 3
-"""Batches beside the one that trains and those of the window: prefetched ones and one that arrives (torchrec_mtrains/train_pipeline.py)."""
-
 SNAPSHOT_AFTER_BYTES = 8 << 30
 """A volume writes its index beside the log when opening would replay more (kernels/csrc/log_volume.h)."""
 
@@ -58,9 +59,10 @@ CHANGED_ENTRY_BYTES = 48
 """Of a row put while a snapshot is written, until it is: a node of a std::map. A device that takes 8 bytes a row of snapshot takes no more
 than as many bytes of records meanwhile, so that no more than 8 × rows ÷ record rows change."""
 
-VOLUME_BYTES = 5 * (128 << 10)
-"""Segments that a volume keeps to itself: those that its streams fill, and that cleaning needs. The smallest ones there are: of volumes
-with larger ones ``CheckpointSchedule.fill`` leaves as much (kernels/csrc/log_format.h; docs/checkpoints.md, "How much room")."""
+LEAST_SEGMENT_BYTES = 128 << 10
+BLOCKS_PER_SEGMENT = 8
+SEGMENTS_PER_VOLUME = 16
+"""Segments of a log are no smaller, nor than so many of its blocks, and a volume has at least so many (kernels/csrc/log_volume.cpp)."""
 
 RECORD_HEADER_BYTES = 24
 RECORD_ALIGNMENT_BYTES = 8
@@ -86,19 +88,19 @@ def slot_bytes(record_bytes: int) -> int:
     return record_bytes + DIRECTORY_BYTES_PER_SLOT + PIN_BYTES_PER_SLOT
 
 
-def pool_bytes(rows: int, record_bytes: int, pool_rows: int) -> int:
-    """DDR of a slot pool and its directory."""
-    return rows * DIRECTORY_BYTES_PER_ROW + min(pool_rows, rows) * slot_bytes(record_bytes)
+def pool_bytes(rows: int, record_bytes: int, pool_rows: Size) -> Size:
+    """DDR of a slot pool and its directory. Shapes: any → the same."""
+    return rows * DIRECTORY_BYTES_PER_ROW + least(pool_rows, rows) * slot_bytes(record_bytes)
 
 
-def cache_index_bytes(rows: int, cache_rows: int) -> int:
-    """DDR that a cache takes beside its records, wherever they are."""
-    return rows * DIRECTORY_BYTES_PER_ROW + min(cache_rows, rows) * DIRECTORY_BYTES_PER_SLOT
+def cache_index_bytes(rows: int, cache_rows: Size) -> Size:
+    """DDR that a cache takes beside its records, wherever they are. Shapes: any → the same."""
+    return rows * DIRECTORY_BYTES_PER_ROW + least(cache_rows, rows) * DIRECTORY_BYTES_PER_SLOT
 
 
-def cache_record_bytes(rows: int, record_bytes: int, cache_rows: int) -> int:
-    """What the records of a cache take of its device."""
-    return _up(min(cache_rows, rows) * record_bytes, PAGE_BYTES)
+def cache_record_bytes(rows: int, record_bytes: int, cache_rows: Size) -> Size:
+    """What the records of a cache take of its device. Shapes: any → the same."""
+    return _up(least(cache_rows, rows) * record_bytes, PAGE_BYTES)
 
 
 def block_bytes(record_bytes: int) -> int:
@@ -121,6 +123,37 @@ def live_bytes(rows: int, record_bytes: int) -> int:
     return -(-rows // records_per_block(record_bytes)) * block
 
 
+def least_segment_bytes(block_sizes: Collection[int]) -> int:
+    """The segments of the smallest volume that has tables with such blocks."""
+    segment = LEAST_SEGMENT_BYTES
+    while segment < PAGE_BYTES + BLOCKS_PER_SEGMENT * max(block_sizes):
+        segment *= 2
+    return segment
+
+
+def volume_bytes(block_sizes: Collection[int], keep: int) -> int:
+    """Segments that a volume keeps to itself: two streams a block size fill one each, and what cleaning turns over, a segment a stream and
+    one more, is held back by every kept checkpoint (docs/checkpoints.md, "How much room"). Of volumes with larger segments
+    ``CheckpointSchedule.fill`` leaves as much."""
+    streams = 2 * len(set(block_sizes))
+    return (streams + (keep + 1) * (streams + 1)) * least_segment_bytes(block_sizes)
+
+
+def least_volume_bytes(block_sizes: Collection[int]) -> int:
+    """The smallest volume that such tables may be in."""
+    return SEGMENTS_PER_VOLUME * least_segment_bytes(block_sizes)
+
+
+def bytes_for_tables(capacity_bytes: int, block_sizes: Collection[int], keep: int) -> int:
+    """What a volume of such a capacity has for its tables."""
+    return 0 if capacity_bytes < least_volume_bytes(block_sizes) else max(0, capacity_bytes - volume_bytes(block_sizes, keep))
+
+
+def capacity_for(table_bytes: int, block_sizes: Collection[int], keep: int) -> int:
+    """The capacity of the smallest volume that has so much for its tables."""
+    return max(least_volume_bytes(block_sizes), table_bytes + volume_bytes(block_sizes, keep))
+
+
 def _stride(record_bytes: int) -> int:
     return _up(record_bytes + RECORD_HEADER_BYTES, RECORD_ALIGNMENT_BYTES)
 
@@ -140,28 +173,6 @@ def log_index_bytes(rows: int, record_bytes: int, *, snapshots: bool) -> int:
 def has_snapshots(home: Home, checkpoints: CheckpointSchedule) -> bool:
     """Whether a volume of that capacity ever writes its index beside the log."""
     return not isinstance(home, DdrHome) and checkpoints.keep > 0 and home.capacity_bytes > SNAPSHOT_AFTER_BYTES
-
-
-def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> int:
-    """DDR of the ids that wait for a shard with such a pool, of so many lookups in so many bags a batch.
-
-    The window is that of a pipeline left its own choice (``lookahead.useful_batches``) whose largest pool this is; another table's pool
-    that holds more batches makes it longer. On several ranks a batch is held twice: as it was read, and as it came from all ranks. Never
-    less for a larger pool.
-    """
-    window = min(float(MOST_BATCHES), 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0))
-    return math.ceil(_batch_waiting_bytes(lookups, bags, world_size) * (BATCHES_WAITING + window))
-
-
-def _batch_waiting_bytes(lookups: float, bags: float, world_size: int) -> float:
-    return (1 if world_size == 1 else 2) * (ID_BYTES * lookups + BAG_BYTES * bags)
-
-
-def waiting_bytes_per_slot(lookups: float, bags: float, unique_rows: float, pool_rows: int, world_size: int) -> float:
-    """By how much ``waiting_bytes`` grows with a slot more, and no more than that with any further one."""
-    if 1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0) >= MOST_BATCHES:
-        return 0.0
-    return _batch_waiting_bytes(lookups, bags, world_size) * POOLS_OF_BATCHES / max(unique_rows, 1.0)
 
 
 def chain_bytes(
@@ -194,5 +205,10 @@ def _home(home: Home, rows: int, record_bytes: int, lookups: float, checkpoints:
     return TierBytes(ddr=index, pmem=log) if isinstance(home, PmemHome) else TierBytes(ddr=index, ssd=log)
 
 
-def _up(value: int, multiple: int) -> int:
+def _up(value: Size, multiple: int) -> Size:
     return -(-value // multiple) * multiple
+
+
+def least(value: Any, most: Any) -> Any:
+    """The lesser. Shapes: value any → the same."""
+    return np.minimum(value, most) if isinstance(value, np.ndarray) else min(value, most)

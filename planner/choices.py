@@ -118,6 +118,13 @@ class Load:
         return bool((self.memory <= self._ranks.capacity).all())
 
 
+def fitting(choices: Choices, ranks: Ranks) -> Ints:
+    """The candidates whose shard some rank can hold, and all of a table that has none. Shape (fitting,)."""
+    fits = (choices.memory <= ranks.capacity.max(axis=0)).all(axis=1)
+    some = np.logical_or.reduceat(fits, choices.starts[:-1])
+    return np.flatnonzero(fits | ~some[choices.table])
+
+
 def objective_ms(choices: Choices, ranks: Ranks, assignment: Assignment) -> float:
     """The step of the slowest rank; infinite where a rank's memory is exceeded."""
     load = Load.of(choices, ranks, assignment)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,25 +23,29 @@ from ..errors import ConfigurationError
 from ..parameter_sharding import TIERED_KERNEL
 from ..torchrec_hooks import sharders_for_estimators
 from .access_profile import AccessProfile, MissCurve, TableAccess
+from .alike_shards import copied, one_of_each_size
 from .assumed_access import assumed_access
 from .assumed_hardware import assumed_hardware
 from .charges import has_snapshots, records_per_block
+from .ddr_options import DdrOption
 from .estimators import TieredStorageEstimator
 from .neighbours import curve_over_ssd
-from .perf_model import PerfModel, ShardUse
+from .perf_model import PREFETCH_DEPTH, PerfModel, ShardUse
 from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
+from .waiting_ids import WaitingIds
 
 FUSED = EmbeddingComputeKernel.FUSED.value
 _READ_AND_WRITTEN = 3  # of every row by a dense update: the gradient, and read and written by the optimizer
+_SHARE_DIGITS = 12  # beyond, shards alike differ by rounding
 ROW_WISE, TABLE_WISE = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value
 
 
 class TieredEnumerator(EmbeddingEnumerator):
     """Options in memory are TorchRec's. Above an SSD: table-wise, and row-wise where there are several ranks or constraints ask, with
     the smallest legal pool. Every option has ``uses``: what a step does to each of its shards, by ``access``, or by a popularity law
-    (``assumed_access``).
+    (``assumed_access``); and ``waiting_bytes``: ids that wait for each of them in a plan with tiers, of the ``waiting_ids`` that there are.
 
     Tiered are tables of ``EmbeddingBagCollection``s and ``EmbeddingCollection``s in FP32 or FP16, of a dimension divisible by 4,
     trained by SGD, Adagrad or row-wise Adagrad, unless their constraints leave ``customized_kernel`` out.
@@ -67,6 +70,7 @@ class TieredEnumerator(EmbeddingEnumerator):
         self._access = access
         self._plain_storage = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
         self._row_wise_by_us: set[str] = set()
+        self.waiting_ids = WaitingIds()
         self._used: dict[str, TableAccess] = {}
         self._curves: dict[tuple[str, int], MissCurve] = {}
 
@@ -76,7 +80,16 @@ class TieredEnumerator(EmbeddingEnumerator):
         stock = super().enumerate(module, sharders)
         for option in stock:
             option.uses = self._uses(option)
-        tiered = self._tiered(stock) if self._has_tiers else []
+        templates = {option.fqn: option for option in stock}
+        self.waiting_ids = WaitingIds()
+        if self._has_tiers and self._model.prefetched:
+            of_tables = [(self._lookups(t), self._bags(t)) for t in templates.values()]
+            self.waiting_ids = WaitingIds.of(of_tables, self._world_size, self._model.lookahead_bytes)
+        tiered = self._tiered(templates) if self._has_tiers else []
+        if not tiered:
+            self.waiting_ids = WaitingIds()
+        for option in stock:
+            option.waiting_bytes = self._waiting_bytes(option, option.uses)
         options = [o for o in stock if not self._is_stand_in(o)] + tiered
         for name in {o.fqn for o in stock} - {o.fqn for o in options}:
             raise ConfigurationError(
@@ -85,6 +98,11 @@ class TieredEnumerator(EmbeddingEnumerator):
                 "has fewer rows than there are ranks). Relax its ParameterConstraints"
             )
         return options
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """As TorchRec does it, once for shards of a size."""
+        with one_of_each_size(sharding_options):
+            super().populate_estimates(sharding_options)
 
     @property
     def _has_tiers(self) -> bool:
@@ -114,14 +132,14 @@ class TieredEnumerator(EmbeddingEnumerator):
 
     # -- options above an SSD
 
-    def _tiered(self, stock: Iterable[ShardingOption]) -> list[TieredShardingOption]:
-        templates = {option.fqn: option for option in stock}
+    def _tiered(self, templates: Mapping[str, ShardingOption]) -> list[TieredShardingOption]:
         fused = [f for t in templates.values() if self._may_be_tiered(t) for f in self._fused(t)]
         self.populate_estimates(fused)
         perfs = [[shard.perf for shard in option.shards] for option in fused]
         for option in fused:  # storage of the table and its batch alone, no optimizer state
             option._tensor = torch.empty(option.tensor.shape, dtype=option.tensor.dtype, device="meta")
-        self._plain_storage.estimate(fused, sharders_for_estimators(self))
+        with one_of_each_size(fused):
+            self._plain_storage.estimate(fused, sharders_for_estimators(self))
         for option, perf in zip(fused, perfs, strict=True):
             for shard, of_shard in zip(option.shards, perf, strict=True):
                 shard.perf = of_shard
@@ -158,7 +176,7 @@ class TieredEnumerator(EmbeddingEnumerator):
             )
             if any(rows == 0 for rows, _ in sizes):
                 continue  # fewer rows than ranks
-            option = copy.deepcopy(template)
+            option = copied(template)
             option.sharding_type, option.compute_kernel = sharding_type, FUSED
             option.partition_by = get_partition_by_type(sharding_type)
             option.shards = [Shard(size=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)]
@@ -168,20 +186,26 @@ class TieredEnumerator(EmbeddingEnumerator):
     def _below(self, fused: ShardingOption, template: ShardingOption) -> Sequence[TieredShardingOption]:
         """The ways below memory of a table so sharded."""
         fused._tensor = template.tensor
-        state = self._state_bytes(template)
+        state, uses = self._state_bytes(template), self._uses(fused, above_ssd=True)
         assert state is not None
         return [
-            TieredShardingOption.of(
+            DdrOption.above(
                 fused,
-                optimizer_state_bytes=state,
+                state_bytes=state,
                 min_pool_rows=self._least_pool(template),
-                uses=self._uses(fused, above_ssd=True),
+                uses=uses,
+                waiting_bytes=self._waiting_bytes(fused, uses),
                 model=self._model,
-                bags=self._bags(template),
-                world_size=self._world_size,
                 snapshots=self._snapshots,
             )
         ]
+
+    def _waiting_bytes(self, option: ShardingOption, uses: Sequence[ShardUse]) -> list[int]:
+        """Ids that wait for each shard."""
+        bags = self._bags(option)
+        if option.sharding_type == ShardingType.DATA_PARALLEL.value:
+            bags /= self._world_size
+        return [self.waiting_ids.of_shard(use.lookups, bags) for use in uses]
 
     @property
     def _snapshots(self) -> bool:
@@ -203,27 +227,33 @@ class TieredEnumerator(EmbeddingEnumerator):
         curve = self._curve(option, access, 1)
         ssd_curve = self._curve(option, access, records_per_block(columns * weight_bytes + state)) if above_ssd else None
         copies = option.sharding_type == ShardingType.DATA_PARALLEL.value
-        uses = []
+        uses: list[ShardUse] = []
+        of_kind: dict[tuple[float, ...], ShardUse] = {}
         for shard, share in zip(option.shards, _shares(option, access), strict=True):
+            comms_ms = shard.perf.fwd_comms + shard.perf.bwd_comms
+            kind = (*shard.size, share, comms_ms)
+            if kind in of_kind:
+                uses.append(of_kind[kind])
+                continue
             width, update_ms = shard.size[1] * weight_bytes, 0.0
             if copies:  # each rank looks up its own part of the batch, and updates every row
                 update_bytes = _READ_AND_WRITTEN * rows * (width + state)
                 update_ms = 1e3 * update_bytes / self._model.memory_bytes_per_s
-            uses.append(
-                ShardUse(
-                    rows=shard.size[0],
-                    lookups=lookups * share,
-                    unique_rows=access.unique_rows(self._batch_size) if copies else unique * share,
-                    weight_bytes=width,
-                    record_bytes=width + state * shard.size[1] // columns,
-                    curve=curve,
-                    table_rows=rows,
-                    share=share,
-                    ssd_curve=ssd_curve,
-                    comms_ms=shard.perf.fwd_comms + shard.perf.bwd_comms,
-                    compute_ms=update_ms,
-                )
+            of_kind[kind] = ShardUse(
+                rows=shard.size[0],
+                lookups=lookups * share,
+                unique_rows=access.unique_rows(self._batch_size) if copies else unique * share,
+                weight_bytes=width,
+                record_bytes=width + state * shard.size[1] // columns,
+                curve=curve,
+                table_rows=rows,
+                share=share,
+                ssd_curve=ssd_curve,
+                comms_ms=comms_ms,
+                compute_ms=update_ms,
+                in_flight=access.unique_rows((1 + PREFETCH_DEPTH) * samples) * share,
             )
+            uses.append(of_kind[kind])
         return uses
 
     def _curve(self, option: ShardingOption, access: TableAccess, records: int) -> MissCurve:
@@ -285,4 +315,5 @@ def _shares(option: ShardingOption, access: TableAccess) -> list[float]:
     edges = np.linspace(0, option.tensor.shape[0], len(below))
     first = np.array([shard.offset[0] for shard in option.shards], np.float64)
     last = first + np.array([shard.size[0] for shard in option.shards], np.float64)
-    return [float(x) for x in np.interp(last, edges, below) - np.interp(first, edges, below)]
+    share = np.interp(last, edges, below) - np.interp(first, edges, below)
+    return [float(x) for x in share.round(_SHARE_DIGITS)]

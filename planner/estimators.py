@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
-from torchrec.distributed.planner.types import ShardingOption
+from torchrec.distributed.planner.types import ShardingOption, Storage
 
+from .alike_shards import copied
 from .records import optimizer_name, state_bytes_per_row
 
 _KERNELS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
@@ -42,10 +42,19 @@ def uncharged_bytes(option: ShardingOption) -> list[int]:
     return getattr(option, "uncharged_bytes", None) or [0] * option.num_shards
 
 
+def beside_tiers(option: ShardingOption) -> ShardingOption:
+    """A copy as it is in a plan with tiers: ids of batches that wait for the others wait for this table too (``waiting_ids.py``)."""
+    result = charged(option)
+    for shard, waiting_bytes in zip(result.shards, getattr(option, "waiting_bytes", None) or [0] * option.num_shards, strict=True):
+        tier = "hbm" if shard.storage.hbm else "ddr"
+        setattr(shard.storage, tier, getattr(shard.storage, tier) + waiting_bytes)
+    return result
+
+
 def charged(option: ShardingOption) -> ShardingOption:
     """A copy whose storage leaves nothing out."""
-    result = copy.deepcopy(option)
+    result: ShardingOption = copied(option)
     for shard, missing_bytes in zip(result.shards, uncharged_bytes(option), strict=True):
-        shard.storage.ddr += missing_bytes
+        shard.storage = shard.storage + Storage(0, missing_bytes, 0)
     result.uncharged_bytes = [0] * option.num_shards
     return result

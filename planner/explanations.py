@@ -11,6 +11,7 @@ from torchrec.distributed.planner.types import ShardingOption
 
 from ..errors import ConfigurationError
 from ..sizes import show_bytes
+from .candidates import busy_of_shards
 from .estimators import uncharged_bytes
 from .footprint import Table
 from .perf_model import RESOURCES, Floats, PerfModel, StepPrediction
@@ -127,9 +128,7 @@ def _memory(option: ShardingOption) -> int:
 
 def _busy(option: ShardingOption, model: PerfModel) -> Floats:
     """Of all shards together. Shape (resources,)."""
-    if isinstance(option, TieredShardingOption):
-        return np.asarray(sum(option.busy_ms(i) for i in range(option.num_shards)))
-    return np.asarray(sum(model.in_memory(use) for use in option.uses))
+    return np.sum(busy_of_shards(option, model), axis=0)
 
 
 def _signed(size: int) -> str:

@@ -11,9 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from . import charges
+from .alike_shards import alike
 from .estimators import uncharged_bytes
 from .perf_model import Floats
 from .sharding_options import TieredShardingOption
@@ -30,6 +32,12 @@ class _Growing:
     pool_rows: int
     cache_rows: int
     price: Floats
+    kinds: list[list[int]]  # of shards: those alike
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the shards, in their order."""
+        return [shard.rank for shard in self.option.shards]
 
     @property
     def room(self) -> int:
@@ -39,27 +47,31 @@ class _Growing:
     def gain(self, more_pool: int, more_cache: int) -> float:
         """Priced time that so many more rows save, on all ranks."""
         sizes = [self.pool_rows, self.pool_rows + more_pool], [self.cache_rows, self.cache_rows + more_cache]
-        return sum(float(now - then) for use in self.option.uses for now, then in [self.option.busy_of(use, *sizes) @ self.price])
+        saved = 0.0
+        for kind in self.kinds:
+            now, then = self.option.busy_of(self.option.uses[kind[0]], *sizes) @ self.price
+            saved += len(kind) * float(now - then)
+        return saved
 
 
 def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes: int, busy_price: Floats) -> list[ShardingOption]:
     """The placed plan with larger pools and caches. Shape: busy_price (resources,)."""
-    free = {tier: [float(getattr(storage, tier)) for storage in capacity] for tier in ("ddr", "hbm")}
-    free["pmem"] = [float(pmem_bytes)] * len(capacity)
+    free = {tier: np.array([float(getattr(storage, tier)) for storage in capacity]) for tier in ("ddr", "hbm")}
+    free["pmem"] = np.full(len(capacity), float(pmem_bytes))
     for option in plan:
         for i, (shard, missing) in enumerate(zip(option.shards, uncharged_bytes(option), strict=True)):
             free["ddr"][shard.rank] -= shard.storage.ddr + missing
             free["hbm"][shard.rank] -= shard.storage.hbm
             if isinstance(option, TieredShardingOption):
                 free["pmem"][shard.rank] -= option.pmem_bytes_of(i, option.cache_rows)
-    tables = [_Growing(o, o.pool_rows, o.cache_rows, busy_price + _ANY_WORK) for o in plan if isinstance(o, TieredShardingOption)]
+    price = busy_price + _ANY_WORK
+    tables = [_Growing(o, o.pool_rows, o.cache_rows, price, alike(o)) for o in plan if isinstance(o, TieredShardingOption)]
 
     def left(t: _Growing, tier: str) -> float:
-        return min(free[tier][s.rank] for s in t.option.shards)
+        return float(free[tier][t.ranks].min())
 
     def take(t: _Growing, tier: str, bytes_: int) -> None:
-        for s in t.option.shards:
-            free[tier][s.rank] -= bytes_
+        np.subtract.at(free[tier], t.ranks, bytes_)
 
     def more_cache(t: _Growing, share: float) -> int:
         if not t.cache_rows:
@@ -75,13 +87,14 @@ def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes
 
     def more_pool(t: _Growing, share: float) -> int:
         most = min(t.room, t.option.most_pool_rows(t.cache_rows) - t.pool_rows)
-        return min(most, t.option.more_slots(t.pool_rows, share * left(t, t.option.pool_tier)))
+        return min(most, t.option.more_slots(share * left(t, t.option.pool_tier)))
 
     def grow_pool(t: _Growing, rows: int) -> None:
         grown = t.pool_rows + rows
-        for i, s in enumerate(t.option.shards):
-            for tier, bytes_of in (("ddr", t.option.ddr_bytes), ("hbm", t.option.hbm_bytes)):
-                free[tier][s.rank] -= bytes_of(i, grown, t.cache_rows) - bytes_of(i, t.pool_rows, t.cache_rows)
+        for tier, bytes_of in (("ddr", t.option.ddr_bytes), ("hbm", t.option.hbm_bytes)):
+            for kind in t.kinds:
+                more = bytes_of(kind[0], grown, t.cache_rows) - bytes_of(kind[0], t.pool_rows, t.cache_rows)
+                np.subtract.at(free[tier], [t.option.shards[i].rank for i in kind], more)
         t.pool_rows = grown
 
     _pour(tables, more_cache, grow_cache, lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes))

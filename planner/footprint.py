@@ -9,7 +9,7 @@ member fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,12 +62,8 @@ class Footprint:
         """So many of the tables that have a choice stay in memory."""
         return [table.option(stays=self._position.get(i, math.inf) < staying) for i, table in enumerate(self.tables)]
 
-    def members(self) -> Iterator[list[ShardingOption]]:
-        """From all in memory to none."""
-        return (self.member(staying) for staying in range(len(self._position), -1, -1))
-
     def totals(self) -> list[Storage]:
-        """Storage of all shards of each of the ``members``, in their order."""
+        """Storage of all shards of each member, from that in which all stay in memory to that in which none does."""
         order = sorted(self._position, key=self._position.__getitem__)
         total = sum((table.option(stays=True).total_storage for table in self.tables), Storage(0, 0, 0))
         result = [total]

@@ -33,10 +33,10 @@ def slot_bytes(record_bytes: int) -> int:
     return record_bytes + DIRECTORY_BYTES_PER_PLACE + SCRATCH_BYTES_PER_SLOT
 
 
-def pool_bytes(rows: int, record_bytes: int, pool_rows: int, host_places: int, largest_batch: float) -> int:
-    """HBM of a pool, its directory and the scratch of its batches."""
-    directory = rows * DIRECTORY_BYTES_PER_ROW + min(rows, host_places) * DIRECTORY_BYTES_PER_PLACE
-    return directory + min(rows, pool_rows) * slot_bytes(record_bytes) + 2 * SCRATCH_BYTES_PER_ID * math.ceil(largest_batch)
+def pool_bytes(rows: int, record_bytes: int, pool_rows: charges.Size, host_places: charges.Size, largest_batch: float) -> charges.Size:
+    """HBM of a pool, its directory and the scratch of its batches. Shapes: any → the same."""
+    directory = rows * DIRECTORY_BYTES_PER_ROW + charges.least(host_places, rows) * DIRECTORY_BYTES_PER_PLACE
+    return directory + charges.least(pool_rows, rows) * slot_bytes(record_bytes) + 2 * SCRATCH_BYTES_PER_ID * math.ceil(largest_batch)
 
 
 def home_bytes(rows: int, record_bytes: int, *, checkpoints: bool) -> int:
@@ -49,7 +49,7 @@ def uvm_slot_bytes(weight_bytes: int) -> int:
     return weight_bytes + UVM_BYTES_PER_CACHED_ROW
 
 
-def uvm_hbm_bytes(rows: int, weight_bytes: int, rowwise_bytes: int, cached_rows: int) -> int:
-    """HBM of a table in UVM caching; FBGEMM may make a set more of a load factor."""
-    sets = -(-min(rows, cached_rows) // UVM_SET_ROWS) + 1
+def uvm_hbm_bytes(rows: int, weight_bytes: int, rowwise_bytes: int, cached_rows: charges.Size) -> charges.Size:
+    """HBM of a table in UVM caching; FBGEMM may make a set more of a load factor. Shapes: any → the same."""
+    sets = -(-charges.least(cached_rows, rows) // UVM_SET_ROWS) + 1
     return rows * (UVM_BYTES_PER_ROW + rowwise_bytes) + sets * UVM_SET_ROWS * uvm_slot_bytes(weight_bytes)

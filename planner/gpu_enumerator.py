@@ -100,6 +100,7 @@ class GpuEnumerator(TieredEnumerator):
             kind.above(
                 fused,
                 state_bytes=state or 0,
+                waiting_bytes=self._waiting_bytes(fused, uses),
                 rowwise_bytes=rowwise_bytes_per_row(self._optimizer(template)),
                 min_pool_rows=least,
                 uses=uses,

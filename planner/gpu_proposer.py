@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from torchrec.distributed.planner.types import ShardingOption, Storage
+from torchrec.distributed.planner.types import ShardingOption
 
 from .assignment import solve
 from .candidates import TIERS, candidates
@@ -26,12 +26,11 @@ class GpuProposer(TieredProposer):
     """``TieredProposer`` where tables train in HBM."""
 
     def _in_turn(self) -> Iterator[list[ShardingOption]]:
-        everything = sum(self.capacity.storage, Storage(0, 0, 0))
-        if all(self.stock) and sum(min(o.total_storage.hbm for o in of_table) for of_table in self.stock) <= everything.hbm:
+        if all(self.stock) and sum(min(o.total_storage.hbm for o in of_table) for of_table in self.stock) <= self._in_memory_bytes:
             yield from self._without_tiers()
         if self._fits or not all(self._tables):
             return
-        seconds = 0.5 + 0.04 * len(self._tables) if self._search_seconds is None else self._search_seconds
+        seconds = 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
         self.result = search(self._tables, self.capacity, self._model, seconds)
         if self.result is not None:
             yield self.result.options
@@ -46,14 +45,14 @@ class GpuProposer(TieredProposer):
             for tier, more in least.items():
                 if more > 0:
                     what = f"table {name!r} needs {have[tier] + more} bytes on one rank, the largest has {have[tier]}"
-                    return _error(tier, more, what)
+                    return self._error(tier, more, what)
         offered, ranks = candidates(self._tables, self._model, False), self.capacity.ranks(self._model)
         closest = solve(offered.choices, ranks, _SHORTAGE_SECONDS).assignment
         excess = Load.of(offered.choices, ranks, closest).excess().max(axis=0)
         at = int(np.argmax(excess / np.maximum(1.0, ranks.capacity.max(axis=0))))
         what = f"of what was tried, it is least over the memory of a rank, {int(ranks.capacity[:, at].max())}"
-        return _error(TIERS[at], max(1, int(np.ceil(excess[at]))), what)
+        return self._error(TIERS[at], max(1, int(np.ceil(excess[at]))), what)
 
-
-def _error(tier: str, short: int, what: str) -> InsufficientStorageError:
-    return InsufficientStorageError(f"no plan: {tier} is {short} bytes short: {what}. {_ADVICE[tier]}", tier, short)
+    def _error(self, tier: str, short: int, what: str) -> InsufficientStorageError:
+        short = self.capacity_short(short) if tier == "ssd" else short
+        return InsufficientStorageError(f"no plan: {tier} is {short} bytes short: {what}. {_ADVICE[tier]}", tier, short)

@@ -12,23 +12,23 @@ host share; kernel costs are processor time, so more of them in a second than se
 What always holds: every number is finite and positive (shares are between 0 and 1, and costs may be 0). Rates never fall as the queue
 gets deeper, operations a second never rise with the block, whatever noise the points have.
 
-The file is JSON: the fields below under their names, and ``format_version``. A newer version than ``FORMAT_VERSION`` is refused.
+``profile_files.py`` says what the file is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
+from .profile_files import ProfileFormat
 
-FORMAT_VERSION = 1
+_FILES = ProfileFormat("hardware profile", 1, "mtrains calibrate")
 
 
 def _require(ok: bool, what: str, rule: str, got: object) -> None:
@@ -235,7 +235,6 @@ class HardwareProfile:
     pmem: MemoryProfile | None = None
     ssd: BlockDeviceProfile | None = None
     source: str = ""
-    format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
         _require_numbers(self, ("cores",))
@@ -245,44 +244,22 @@ class HardwareProfile:
 
         Raises: ConfigurationError when the file cannot be written.
         """
-        path = Path(path)
-        written = path.with_name(path.name + ".new")
-        try:
-            written.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            written.replace(path)
-        except OSError as e:
-            raise ConfigurationError(f"cannot write the hardware profile '{path}': {e.strerror}; name another file") from e
+        _FILES.save(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> HardwareProfile:
         """Raises: ConfigurationError for what is no profile, or one of a newer version."""
-        try:
-            read = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ConfigurationError(f"cannot read the hardware profile '{path}': {e}; make one with `mtrains calibrate -o {path}`") from e
-        version = read.get("format_version") if isinstance(read, dict) else None
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise ConfigurationError(
-                f"hardware profile '{path}': format_version must be 1 to {FORMAT_VERSION}, got {version!r}; "
-                "update this package, or make the profile again with `mtrains calibrate`"
-            )
-        try:
-            return _profile(cls, read)
-        except (TypeError, KeyError, AttributeError, ValueError) as e:
-            raise ConfigurationError(
-                f"hardware profile '{path}' lacks fields of format {FORMAT_VERSION} or has others: {e!r}; "
-                "make it again with `mtrains calibrate`"
-            ) from e
+        return _FILES.load(path, _profile)
 
 
-def _profile(cls: type[HardwareProfile], read: dict[str, Any]) -> HardwareProfile:
+def _profile(read: dict[str, Any]) -> HardwareProfile:
     def memory(of: dict[str, Any] | None) -> MemoryProfile | None:
         return (
             None if of is None else MemoryProfile(**of | {"random_read_rows_per_s": tuple((b, r) for b, r in of["random_read_rows_per_s"])})
         )
 
     ssd, pcie, kernel = read["ssd"], read["pcie"], read["kernel"]
-    return cls(
+    return HardwareProfile(
         **read
         | {name: memory(read[name]) for name in ("ddr", "hbm", "pmem")}
         | {

@@ -5,8 +5,8 @@ A step is training of one batch and, beside it, prefetching of later ones::
     cpu     the training thread: dense compute, lookups and updates of the stock TBE, communication, overhead of modules
     tiers   the threads that prefetch: directory, misses, reads, write-backs. Where torch's threads take all cores, this is time of the
             training thread, and counted there: a copy ends when its slowest thread does. So is half of the SSD's time, which
-            then waits for a core to be driven by. Where a pool cannot hold the rows of all batches in flight, nothing is
-            prefetched into it, and all of this is the training thread's
+            then waits for a core to be driven by. Where a pool cannot hold the rows of all batches in flight, what is prefetched
+            into it gives way and is done again, and all of this is the training thread's
     ddr     bytes of rows, read and written                                  ┐
     pmem    records that caches give (hits) and take (every victim)          │ devices, shared by the ranks of a host
     ssd     reads of single records at the device's rate, and the log's      │
@@ -22,6 +22,7 @@ is cheap anyway, and prefetched), and bandwidth that differs by the order of acc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigurationError
+from ..lookahead import LOOKAHEAD_BYTES
 from . import charges
 from .access_profile import MissCurve
 from .checkpoint_schedule import CheckpointSchedule
@@ -46,6 +48,10 @@ PREFETCH_DEPTH = 2  # of ``TieredTrainPipeline``, left its own choice
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
 _NOT_OVERLAPPED = 0.5  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
+_BEGUN_WITHOUT_ROOM = (
+    1.5  # times that a batch is, where of two prefetched ones the second gives way: counted, in six jobs (docs/calibrate.md)
+)
+_MORE_THAN_IN_FLIGHT = 1.1  # a batch's rows differ, and neighbours take slots
 _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forward, and read and written by the optimizer
 
 
@@ -55,7 +61,8 @@ class ShardUse:
 
     ``curve``: of the whole table, which has ``table_rows``; the shard has ``share`` of its uses. ``ssd_curve``: what of it is read from
     an SSD, where rows that come along with neighbours need no read of their own (``neighbours.py``); None: all. ``comms_ms``: what the
-    shard's communication takes its rank. ``compute_ms``: what else the training thread does for it.
+    shard's communication takes its rank. ``compute_ms``: what else the training thread does for it. ``in_flight``: distinct rows of the
+    batch that trains and those prefetched; left out, as if they had none in common.
     """
 
     rows: int
@@ -69,11 +76,12 @@ class ShardUse:
     ssd_curve: MissCurve | None = None
     comms_ms: float = 0.0
     compute_ms: float = 0.0
+    in_flight: float = math.inf
 
     @property
     def rows_in_flight(self) -> float:
-        """Rows of the batch that trains and of those prefetched, at most: a pool of fewer has no room to prefetch."""
-        return min(float(self.rows), (1 + PREFETCH_DEPTH) * self.unique_rows)
+        """Rows of the batch that trains and of those prefetched: a pool of fewer, or of hardly more, has no room to prefetch."""
+        return min(float(self.rows), (1 + PREFETCH_DEPTH) * self.unique_rows, _MORE_THAN_IN_FLIGHT * self.in_flight)
 
     def __deepcopy__(self, memo: Any) -> ShardUse:
         return self  # options are copied often, and this never changes
@@ -125,13 +133,15 @@ class StepPrediction:
 
 @dataclass(frozen=True)
 class PerfModel:
-    """A machine, and how ``ranks_per_host`` ranks train on it. ``dense_ms``: a step's compute outside the tables."""
+    """A machine, and how ``ranks_per_host`` ranks train on it. ``dense_ms``: a step's compute outside the tables. ``lookahead_bytes``: the
+    pipeline's."""
 
     hardware: HardwareProfile
     ranks_per_host: int = 1
     dense_ms: float = 0.0
     prefetched: bool = True
     checkpoints: CheckpointSchedule = field(default_factory=CheckpointSchedule)
+    lookahead_bytes: int = LOOKAHEAD_BYTES
 
     def __deepcopy__(self, memo: Any) -> PerfModel:
         return self
@@ -166,6 +176,10 @@ class PerfModel:
         """Whether prefetching has a core beside torch's threads."""
         return self.hardware.cores / self.ranks_per_host - self._threads >= 1
 
+    def begun(self, use: ShardUse, pool_rows: Any) -> Floats:
+        """How often a batch is looked up, by the size of its pool. Shapes: any → the same."""
+        return np.where(self.prefetched & (np.asarray(pool_rows) < use.rows_in_flight), _BEGUN_WITHOUT_ROOM, 1.0)
+
     def in_memory(self, use: ShardUse) -> Floats:
         """Busy times of a shard that is whole in memory. Shape (resources,)."""
         return self._stock(use)
@@ -179,10 +193,12 @@ class PerfModel:
         hits = np.where(cache > 0, missed - cold, 0.0)
         kernel, busy = self.hardware.kernel, np.tile(self._stock(use), (len(pool), 1))
         busy[:, CPU] += kernel.step_overhead_us_per_table * 1e-3
-        ns = use.lookups * kernel.cpu_ns_per_lookup + missed * kernel.cpu_ns_per_miss
+        again = self.begun(use, pool)
+        no_room = again > 1
+        missed, cold, written, hits = again * missed, again * cold, again * written, again * hits
+        ns = again * use.lookups * kernel.cpu_ns_per_lookup + missed * kernel.cpu_ns_per_miss
         ns = ns + cold * self._measured("cpu_ns_per_io", cold) + written * self._measured("cpu_ns_per_write_back", written)
         ns = ns + hits * self._measured("cpu_ns_per_cache_hit", hits)
-        no_room = self.prefetched & (pool < use.rows_in_flight)
         aside = ~no_room & self.core_to_spare
         busy[:, TIERS] += np.where(aside, ns * 1e-6, 0.0)
         busy[:, CPU] += np.where(aside, 0.0, ns * 1e-6)

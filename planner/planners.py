@@ -22,6 +22,7 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from ..errors import ConfigurationError
+from ..lookahead import LOOKAHEAD_BYTES
 from .access_profile import AccessProfile
 from .assumed_hardware import assumed_hardware
 from .chains import with_chains
@@ -48,7 +49,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
 
     Arguments are ``EmbeddingShardingPlanner``'s, and these. ``hardware``: the machine, as ``mtrains calibrate`` measured it; left out, an
     assumed one. ``access``: how the tables are used, as ``mtrains profile`` measured it; left out, Zipf's law. ``dense_ms``: a step's
-    compute outside the tables. ``prefetched``: whether rows of coming batches are fetched meanwhile. ``checkpoints``: how often training
+    compute outside the tables. ``prefetched``: whether rows of coming batches are fetched meanwhile. ``lookahead_bytes``: the
+    pipeline's. ``checkpoints``: how often training
     commits one. ``search_seconds``: about how long to look for a plan with tiers.
     Defaults of our own: ``storage_reservation`` keeps nothing from the tables (``DdrStorageReservation(ddr_bytes)`` keeps some for the
     dense model); ``proposer`` is the list of TorchRec proposers to ask for a plan without tiers; ``stats`` logs the plan as ``describe``
@@ -67,6 +69,7 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         access: AccessProfile | None = None,
         dense_ms: float = 0.0,
         prefetched: bool = True,
+        lookahead_bytes: int = LOOKAHEAD_BYTES,
         checkpoints: CheckpointSchedule | None = None,
         search_seconds: float | None = None,
         storage_reservation: StorageReservation | None = None,
@@ -83,7 +86,12 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
         reservation = storage_reservation or DdrStorageReservation()
         on_gpu = topology.compute_device == "cuda"
         self._model = (GpuPerfModel if on_gpu else PerfModel)(
-            hardware or assumed_hardware(topology), topology.ranks_per_host, dense_ms, prefetched, checkpoints or CheckpointSchedule()
+            hardware or assumed_hardware(topology),
+            topology.ranks_per_host,
+            dense_ms,
+            prefetched,
+            checkpoints or CheckpointSchedule(),
+            lookahead_bytes,
         )
         self._tiered_proposer = (GpuProposer if on_gpu else TieredProposer)(
             reservation,
@@ -202,8 +210,8 @@ class TieredShardingPlanner(EmbeddingShardingPlanner):
             return error
         if isinstance(proposer, GpuProposer):
             return proposer.shortage()
-        missing = self._topology.missing_of_volume
-        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage, missing) or error
+        short = proposer.capacity_short, proposer.in_memory_short
+        return shortage(proposer.footprint, proposer.stock, proposer.capacity.storage, *short) or error
 
 
 def _sendable(error: Exception) -> Exception:

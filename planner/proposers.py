@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -9,15 +11,17 @@ from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchPro
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, StorageReservation, Topology
 
 from ..errors import ConfigurationError
+from . import charges
 from .candidates import placeable
 from .enumerators import FUSED, ROW_WISE, TABLE_WISE
-from .estimators import charged
+from .estimators import beside_tiers, charged
 from .footprint import Footprint, Table
 from .partitioners import NoRoomError, place_by_room
 from .perf_model import PerfModel
 from .search import Capacity, SearchResult, search
 from .sharding_options import TieredShardingOption
 from .storage import bytes_in
+from .waiting_ids import WaitingIds
 
 
 class TieredProposer(Proposer):
@@ -25,7 +29,7 @@ class TieredProposer(Proposer):
     ``search`` finds, its shards already placed (``TieredPartitioner`` leaves them where they are).
 
     ``storage_reservation`` is the planner's: it knows what of each rank's memory is left for tables. ``search_seconds`` None: half a
-    second, and a twenty-fifth more a table.
+    second, and a fiftieth more a table.
     """
 
     def __init__(
@@ -52,16 +56,21 @@ class TieredProposer(Proposer):
                 "TieredProposer: its storage_reservation has reserved nothing yet; give the planner the same one as the proposer, so that "
                 "both know what is left for tables"
             )
-        storage = [device.storage for device in reserved.devices]
+        self._ssd, self._blocks = getattr(reserved, "ssd", None), _block_sizes(search_space)
+        storage = [copy.copy(device.storage) for device in reserved.devices]
+        self._whole = [copy.copy(s) for s in storage]
+        self._in_memory_bytes = sum(s.hbm if s.hbm else s.ddr for s in storage)
+        waiting = getattr(enumerator, "waiting_ids", WaitingIds())
+        for of_rank in storage:
+            of_rank.ssd = max(0, of_rank.ssd - self._kept_by_volume)
+            of_rank.ddr = max(0, of_rank.ddr - waiting.of_rank)
         self.capacity = Capacity(storage, min(bytes_in(s, "pmem") for s in storage))
         options: dict[str, list[ShardingOption]] = defaultdict(list)
         for option in search_space:
             options[option.fqn].append(option)
         self.first_options = [of_table[0] for of_table in options.values()]
         self.stock = [_in_memory(of_table) for of_table in options.values()]
-        ways = [
-            [o if isinstance(o, TieredShardingOption) else charged(o) for o in of_table if placeable(o)] for of_table in options.values()
-        ]
+        ways = [[_beside_tiers(o) for o in of_table if placeable(o)] for of_table in options.values()]
         self._ways, self._names = ways, [of_table[0].name for of_table in options.values()]
         self._tables = [[o for o in of_table if self._fits_a_rank(o)] for of_table in ways]
         self.footprint = Footprint([self._table(of_table[0].name, mine) for of_table, mine in zip(options.values(), ways, strict=True)])
@@ -83,19 +92,46 @@ class TieredProposer(Proposer):
         self._answer = (partitionable, plan, perf_rating, storage_constraint)
         self._fits |= partitionable
 
+    @property
+    def in_memory_short(self) -> float:
+        """DDR that is short for a plan without tiers, in which nothing waits: at least so much of all ranks together."""
+        if not all(self._placeable_stock):
+            return math.inf
+        least = sum(min(charged(o).total_storage.ddr for o in of_table) for of_table in self._placeable_stock)
+        return least - sum(storage.ddr for storage in self._whole)
+
+    @property
+    def _placeable_stock(self) -> list[list[ShardingOption]]:
+        return [[o for o in of_table if placeable(o)] for of_table in self.stock]
+
+    def capacity_short(self, short_bytes: int) -> int:
+        """By how much ``capacity_bytes`` of the SSD is short where its tables are by so much."""
+        if self._ssd is None or not self._blocks:
+            return short_bytes
+        capacity, keep = self._ssd.capacity_bytes, self._model.checkpoints.keep
+        have = charges.bytes_for_tables(capacity, self._blocks, keep)
+        return charges.capacity_for(have + short_bytes, self._blocks, keep) - capacity
+
+    @property
+    def _kept_by_volume(self) -> int:
+        """What a volume with blocks of all these sizes and checkpoints keeps to itself beyond one that the topology knows of."""
+        if self._ssd is None or not self._blocks:
+            return 0
+        known = charges.bytes_for_tables(self._ssd.capacity_bytes, {charges.PAGE_BYTES}, keep=0)
+        return known - charges.bytes_for_tables(self._ssd.capacity_bytes, self._blocks, self._model.checkpoints.keep)
+
     def _in_turn(self) -> Iterator[list[ShardingOption]]:
-        everything = sum(self.capacity.storage, Storage(0, 0, 0))
-        if all(self.stock) and sum(min(o.total_storage.ddr for o in of_table) for of_table in self.stock) <= everything.ddr:
+        if all(self.stock) and sum(min(o.total_storage.ddr for o in of_table) for of_table in self.stock) <= self._in_memory_bytes:
             yield from self._without_tiers()
-        if self._fits or not all(self._tables):
+        if self._fits:
             return
-        start = self._by_room()
-        if start is None and len(self.capacity.storage) == 1:
-            return
-        seconds = 0.5 + 0.04 * len(self._tables) if self._search_seconds is None else self._search_seconds
-        self.result = search(self._tables, self.capacity, self._model, seconds, start)
+        if all(self._tables) and (len(self.capacity.storage) > 1 or self._by_room() is not None):
+            seconds = 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
+            self.result = search(self._tables, self.capacity, self._model, seconds, self._by_room)
         if self.result is not None:
             yield self.result.options
+        elif (least := self._least_in_memory()) is not None:
+            yield least
 
     def _without_tiers(self) -> Iterator[list[ShardingOption]]:
         for proposer in self._in_memory:
@@ -104,12 +140,25 @@ class TieredProposer(Proposer):
                 yield proposal
                 proposer.feedback(*self._answer)
 
+    def _least_in_memory(self) -> list[ShardingOption] | None:
+        """Every table in memory as it takes least: TorchRec's proposers, which look for speed, may pass over it; beside tiers ids wait."""
+        if self.in_memory_short > 0:
+            return None
+        least = [min(map(charged, of_table), key=lambda o: o.total_storage.ddr) for of_table in self._placeable_stock]
+        try:
+            place_by_room(least, self._whole)
+        except NoRoomError:
+            return None
+        return least
+
     def _by_room(self) -> list[ShardingOption] | None:
         """The member of the footprint with most in memory that can be placed."""
         everything = sum(self.capacity.storage, Storage(0, 0, 0))
-        for total, member in zip(self.footprint.totals(), self.footprint.members(), strict=True):
+        totals = self.footprint.totals()
+        for staying, total in zip(reversed(range(len(totals))), totals, strict=True):
             if total.fits_in(everything):
                 try:
+                    member = self.footprint.member(staying)
                     place_by_room(member, self.capacity.storage)
                     return member
                 except NoRoomError:
@@ -136,6 +185,15 @@ class TieredProposer(Proposer):
             min(fused, key=lambda o: (o.total_storage.ddr, o.sharding_type != TABLE_WISE, o.total_perf), default=None),
             min(tiered, key=worse, default=None),
         )
+
+
+def _block_sizes(options: Sequence[ShardingOption]) -> set[int]:
+    """Of the logs of all tables that may be above an SSD."""
+    return {charges.block_bytes(o.record_bytes) for o in options if isinstance(o, TieredShardingOption) and o.total_storage.ssd}
+
+
+def _beside_tiers(option: ShardingOption) -> ShardingOption:
+    return option if isinstance(option, TieredShardingOption) else beside_tiers(option)
 
 
 def _in_memory(options: Sequence[ShardingOption]) -> list[ShardingOption]:

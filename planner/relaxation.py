@@ -7,10 +7,11 @@ One variable a candidate, the share of its table that is kept that way, and z, t
              mean busy time of a resource                       ≤ z    (a shared one: of all ranks of a host, mean over hosts)
              the busiest resource of a table's own shard        ≤ z    (rows added for tables that break it)
 
-Every plan meets these rows with shares of 0 and 1, so no plan's step is below z. Few columns matter: HiGHS solves the program with
-some of the candidates, its dual values price all others, and each table's cheapest ones join, until none is cheaper. Any
-non-negative dual values prove a bound (weak duality), so that stopping early costs tightness and not truth. Rounds are counted; time
-is a last resort: cut short before its first round is solved, the relaxation is the candidates of least memory, without a bound.
+Candidates that no rank can hold are left out. Every plan meets these rows with shares of 0 and 1, so no plan's step is below z. Few
+columns matter: HiGHS solves the program with some of the candidates, its dual values price all others, and each table's cheapest ones
+join, until none is cheaper. Any non-negative dual values prove a bound (weak duality), so that stopping early costs tightness and not
+truth. Rounds are counted; time is a last resort: cut short before its first round is solved, the relaxation is the candidates of least
+memory, without a bound.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_array, hstack, vstack
 
-from .choices import Choices, Floats, Ints, Ranks
+from .choices import Choices, Floats, Ints, Ranks, fitting
 
 _FIRST_PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 1e6)  # of all memory, in steps of the fastest candidates
 _NEIGHBOUR_PRICES = (1.0, 0.7, 1.4)  # pricing memory a little lower and higher as well halves the rounds
@@ -48,7 +49,8 @@ class Relaxation:
 
 def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf")) -> Relaxation:
     """Solves the relaxation, as closely as ``deadline_s`` (of ``time.perf_counter``) allows."""
-    program = _Program(choices, ranks)
+    which = fitting(choices, ranks)
+    program = _Program(choices.take(which), ranks)
     columns = program.first_columns()
     now = best = program.unsolved()
     for _ in range(_MOST_ROUNDS):
@@ -64,7 +66,9 @@ def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf")) -> R
         if time.perf_counter() > deadline_s:
             break
         columns = np.union1d(columns, fresh)
-    return Relaxation(best.bound_ms, now.share, best.memory_price, best.busy_price, now.excess)
+    share = np.zeros(len(choices.table))
+    share[which] = now.share
+    return Relaxation(best.bound_ms, share, best.memory_price, best.busy_price, now.excess)
 
 
 class _Program:

@@ -10,19 +10,20 @@ runs twice: with every rank charged for it, and with all tables above the SSD, w
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
 from .assignment import solve
-from .candidates import TIERS, Candidates, Sizes, candidates, ranks_memory
-from .choices import Assignment, Choices, Ints, Ranks
+from .candidates import TIERS, Candidates, Sizes, busy_of_shards, candidates, ranks_memory
+from .choices import Assignment, Choices, Ints, Ranks, objective_ms
 from .filling import fill
 from .perf_model import CPU, SHARED, PerfModel, StepPrediction
 from .relaxation import relax
 from .sharding_options import TieredShardingOption
+from .sizes_between import sizes_between
 
 _FINER = (1.0, 0.25)  # of a step of the grid, in the rounds after the first
 _FULL = 1e-6  # of a capacity: what the relaxation may lack by rounding
@@ -75,16 +76,16 @@ def search(
     capacity: Capacity,
     model: PerfModel,
     seconds: float,
-    start: Sequence[ShardingOption] | None = None,
+    start: Callable[[], Sequence[ShardingOption] | None] = lambda: None,
 ) -> SearchResult | None:
-    """The best plan found in about so many seconds; None where none was found to fit. ``tables``: the options of each. ``start``: a plan of
-    some of them, with smallest pools, that is known to fit; where the candidates, which charge a rank for the largest shard of a table,
-    leave no other, it is the plan."""
+    """The best plan found in about so many seconds; None where none was found to fit. ``tables``: the options of each. ``start`` finds a
+    plan of some of them, with smallest pools, that is known to fit; it is asked where the candidates, which charge a rank for the largest
+    shard of a table, leave no other."""
     began = time.perf_counter()
     above = [[o for o in of_table if isinstance(o, TieredShardingOption)] for of_table in tables]
     passes = [(tables, model.stock_group_ms, start)]
     if model.stock_group_ms and all(above):
-        passes.append((above, 0.0, None))
+        passes.append((above, 0.0, lambda: None))
     plans = [_plan(ways, capacity, model, more_ms, seconds / len(passes), known) for ways, more_ms, known in passes]
     steps = [float("inf") if plan is None else predicted(plan, model, len(capacity.storage)).step_ms for plan in plans]
     best = plans[int(np.argmin(steps))]
@@ -97,7 +98,7 @@ def _plan(
     model: PerfModel,
     more_ms: float,
     seconds: float,
-    start: Sequence[ShardingOption] | None,
+    start: Callable[[], Sequence[ShardingOption] | None],
 ) -> list[ShardingOption] | None:
     """The best plan found. ``more_ms``: of every rank's training thread, whatever the plan."""
     ranks = capacity.ranks(model)
@@ -105,17 +106,20 @@ def _plan(
     pmem = capacity.pmem_bytes > 0
     offered = candidates(tables, model, pmem)
     solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds)
-    if not np.isfinite(solution.objective_ms) and start is not None:
-        solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds, _found(offered, start))
     if not np.isfinite(solution.objective_ms):
-        if start is None:
+        known = start()
+        if known is None:
             return None
-        return fill(start, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms)
+        solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds, _found(offered, known))
+        if not np.isfinite(solution.objective_ms):
+            return fill(known, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms)
     for finer in _FINER:
         chosen = [(offered.options[i], offered.sizes[i]) for i in solution.assignment.candidate]
-        offered = candidates(tables, model, pmem, [sizes for _, sizes in chosen], finer)
-        before = Assignment(_indices(offered, chosen), solution.assignment.rank)
-        solution = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, before)
+        between = sizes_between(offered, ranks, solution.assignment)
+        offered = candidates(tables, model, pmem, [sizes for _, sizes in between or chosen], finer, [sizes for _, sizes in chosen])
+        starts = [Assignment(_indices(offered, plan), solution.assignment.rank) for plan in (chosen, between) if plan]
+        steps = [objective_ms(offered.choices, ranks, start) for start in starts]
+        solution = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, starts[int(np.argmin(steps))])
     placed = offered.placed(solution.assignment.candidate, solution.assignment.rank)
     return fill(placed, capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
 
@@ -135,8 +139,8 @@ def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: i
     busy = np.tile(model.base_of(tiered=bool(tiered)), (world_size, 1))
     busy[sorted(tiered & stock), CPU] += model.stock_group_ms
     for option in options:
-        for i, shard in enumerate(option.shards):
-            busy[shard.rank] += option.busy_ms(i) if isinstance(option, TieredShardingOption) else model.in_memory(option.uses[i])
+        for shard, busy_ms in zip(option.shards, busy_of_shards(option, model), strict=True):
+            busy[shard.rank] += busy_ms
     return model.predict(busy)
 
 

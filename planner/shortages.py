@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torchrec.distributed.planner.types import ShardingOption, Storage
 
@@ -20,18 +20,28 @@ _ADVICE = {
 
 
 def shortage(
-    footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage], missing_of_volume: int = 0
+    footprint: Footprint,
+    stock: Sequence[Sequence[ShardingOption]],
+    capacity: Sequence[Storage],
+    capacity_short: Callable[[int], int],
+    in_memory_short: float,
 ) -> InsufficientStorageError | None:
     """The error to raise when no member of the footprint fitted; None where bytes are not the reason.
 
-    ``stock`` holds each table's options in memory, also those that no rank can hold. ``missing_of_volume``: what a rank's SSD lacks of the
-    bytes that a volume takes without any row (``TieredTopology.missing_of_volume``).
+    ``stock`` holds each table's options in memory, also those that no rank can hold. ``capacity_short``: by how much the
+    capacity of an SSD is short where its tables are by so much (``TieredProposer.capacity_short``).
+    ``in_memory_short``: DDR that is short for a plan without tiers (``TieredProposer.in_memory_short``).
     """
     found = _shortage(footprint, stock, capacity)
-    if found is None or found[0] != "ssd" or not missing_of_volume:
-        return None if found is None else _error(*found)
+    if found is None:
+        return None
     tier, short, what = found
-    return _error(tier, short + missing_of_volume, f"{what}, and the volume itself {missing_of_volume} more than there are")
+    if tier == "ddr":
+        if 0 < in_memory_short < short:
+            short, what = int(in_memory_short), "in memory, where no ids of coming batches wait beside them, the tables need so much more"
+        return _error(tier, short, what)
+    more = capacity_short(short) - short
+    return _error(tier, short + more, f"{what}, and the volume itself {more} more than there are" if more else what)
 
 
 def _shortage(footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], capacity: Sequence[Storage]) -> tuple[str, int, str] | None:

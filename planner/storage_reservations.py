@@ -28,8 +28,9 @@ class DdrStorageReservation(FixedPercentageStorageReservation):
         for device in reserved.devices:
             if device.storage.ddr <= self._ddr_bytes:
                 raise ConfigurationError(
-                    f"of a DDR budget of {device.storage.ddr} bytes, {self._ddr_bytes} are reserved: nothing is left for tables. "
-                    "Raise ddr_budget_bytes or reserve less"
+                    f"of a DDR budget of {device.storage.ddr:,} bytes a rank, {self._ddr_bytes:,} are reserved for what is no table "
+                    "(batches, a volume's buffers): nothing is left for tables. Raise ddr_budget_bytes (--ddr-budget), take smaller "
+                    "batches, or reserve less"
                 )
             device.storage.ddr -= self._ddr_bytes
         self._last_reserved_topology = reserved

@@ -11,7 +11,7 @@ from torchrec.distributed.planner.types import Topology
 
 from ..errors import ConfigurationError, UnsupportedError
 from ..tiers import SsdHome
-from .charges import VOLUME_BYTES
+from .charges import PAGE_BYTES, bytes_for_tables
 from .storage import TieredStorage
 
 
@@ -32,8 +32,8 @@ class TieredTopology(Topology):
     ``pmem`` is for caches in front of the SSD. With ``compute_device="cuda"`` each has a GPU, with ``hbm_budget_bytes`` for tables, pools
     and caches, and the DDR is host memory below them.
 
-    ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what the volume does not keep to itself
-    (``charges.VOLUME_BYTES``). Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
+    ``capacity_bytes`` are per rank, as everywhere; of the SSD's, tables get what a volume of small records without checkpoints does not
+    keep to itself (``charges.volume_bytes``). Without ``ssd`` no table goes below DDR. ``topology_kwargs`` are TorchRec's
     (bandwidths in bytes/ms, ``pod_size``, ...).
 
     Raises: UnsupportedError for another compute device, or PMem below a GPU; ConfigurationError for a budget that is not positive, that is
@@ -72,19 +72,16 @@ class TieredTopology(Topology):
             compute_device=compute_device,
             hbm_cap=hbm_budget_bytes,
             ddr_cap=ddr_budget_bytes,
-            ssd_cap=max(0, ssd.capacity_bytes - VOLUME_BYTES) if ssd else 0,
+            ssd_cap=bytes_for_tables(ssd.capacity_bytes, {PAGE_BYTES}, keep=0) if ssd else 0,
             local_world_size=local_world_size,
             **topology_kwargs,
         )
         self.ssd, self.pmem = ssd, pmem
         for device in self.devices:
             of_rank = device.storage
-            device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, of_rank.ssd, pmem.capacity_bytes if pmem else 0)
-
-    @property
-    def missing_of_volume(self) -> int:
-        """Bytes that a rank's SSD has less than a volume takes without any row."""
-        return max(0, VOLUME_BYTES - self.ssd.capacity_bytes) if self.ssd else 0
+            # TorchRec 1.6 takes an ssd_cap of 0 for none said, and puts 2 TiB there: more than the SSD has.
+            ssd_bytes = of_rank.ssd if ssd and of_rank.ssd <= ssd.capacity_bytes else 0
+            device.storage = TieredStorage(of_rank.hbm, of_rank.ddr, ssd_bytes, pmem.capacity_bytes if pmem else 0)
 
     def _hash(self) -> int:
         return int(hashlib.sha256(repr((super()._hash(), self.ssd, self.pmem)).encode()).hexdigest(), 16)

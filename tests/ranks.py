@@ -1,4 +1,8 @@
-"""A few gloo ranks that live through a whole test module, so that each example costs no process start."""
+"""A few gloo ranks that live through a whole test module, so that each example costs no process start.
+
+They are forked by a server process that has imported what they need and has done nothing else: importing it takes seconds of processor time
+in each of them otherwise. What the server was started with is not theirs: they get the environment of their own start.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,14 @@ import torch.multiprocessing as mp
 ANSWER_TIMEOUT_S = 120  # guess: far above the longest example
 GRACE_S = 5  # guess: how long the other ranks may take to fail once one has
 
+FORKING = mp.get_context("forkserver")
+FORKING.set_forkserver_preload(["hypothesis", "pytest", "torchrec_mtrains.train"])
 
-def _serve(rank: int, world_size: int, local_world_size: int, store: str, tasks: Any, answers: Any) -> None:
+
+def _serve(rank: int, world_size: int, environment: dict[str, str], store: str, tasks: Any, answers: Any) -> None:
     torch.set_num_threads(1)
-    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
+    os.environ.clear()
+    os.environ.update(environment)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=ANSWER_TIMEOUT_S)
     )
@@ -50,14 +58,14 @@ class Ranks:
         self._processes: list[Any] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        environment = {**os.environ, "LOCAL_WORLD_SIZE": str(self.local_world_size)}
         self._folder = Path(tempfile.mkdtemp())
-        self._answers = context.Queue()
-        self._tasks = [context.Queue() for _ in range(self.world_size)]
+        self._answers = FORKING.Queue()
+        self._tasks = [FORKING.Queue() for _ in range(self.world_size)]
         self._processes = [
-            context.Process(
+            FORKING.Process(
                 target=_serve,
-                args=(r, self.world_size, self.local_world_size, str(self._folder / "store"), self._tasks[r], self._answers),
+                args=(r, self.world_size, environment, str(self._folder / "store"), self._tasks[r], self._answers),
                 daemon=True,
             )
             for r in range(self.world_size)

@@ -141,14 +141,14 @@ def test_files_that_are_no_profiles_are_refused(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     without = {name: value for name, value in content["tables"][0].items() if name != "drift"}
     for text, rule in (
-        ("{", "make one with mtrains profile"),
-        ("[1]", "no format_version"),
-        (json.dumps({**content, "format_version": 99}), "format version 99, and this release reads up to 1"),
+        ("{", "make one with `mtrains profile`"),
+        ("[1]", "format_version must be 1 to 1, got None"),
+        (json.dumps({**content, "format_version": 99}), "format_version must be 1 to 1, got 99"),
         (json.dumps({**content, "tables": [without]}), "drift"),
         (json.dumps({"format_version": 1}), "tables"),
-        (json.dumps({**content, "format_version": 0}), "no access profile"),
-        (json.dumps({**content, "tables": [[1]]}), "of another type"),
-        (json.dumps({**content, "tables": [{**content["tables"][0], "miss_curves": [3]}]}), "of another type"),
+        (json.dumps({**content, "format_version": 0}), "got 0"),
+        (json.dumps({**content, "tables": [[1]]}), "lacks fields"),
+        (json.dumps({**content, "tables": [{**content["tables"][0], "miss_curves": [3]}]}), "lacks fields"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigurationError, match=rule):

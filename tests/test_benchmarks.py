@@ -35,7 +35,8 @@ def run(script: str, folder: Path, *more: str) -> dict[str, Any]:
 
 
 NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-OTHERS = sorted(p.name for p in BENCHMARKS.glob("[!_]*.py") if p.name not in ("store.py", "train.py"))
+WITH_TESTS_OF_THEIR_OWN = ("planner.py", "store.py", "train.py")
+OTHERS = sorted(p.name for p in BENCHMARKS.glob("[!_]*.py") if p.name not in WITH_TESTS_OF_THEIR_OWN)
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=NEEDS_A_GPU if s == "gpu.py" else ()) for s in OTHERS])

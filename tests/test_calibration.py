@@ -39,6 +39,11 @@ def folders(tmp_path: Path) -> tuple[str, str, str]:
     return str(paths[0]), str(paths[1]), str(paths[2])
 
 
+def test_memory_has_rates_on_a_machine_too_busy_to_start_a_thread_in_time() -> None:
+    probe = _core.probe_memory("", 1 << 20, 4, (64,), 1e-9, seed=0)
+    assert min(probe.read_bytes_per_s, probe.write_bytes_per_s, *probe.rows_per_s, probe.latency_ns) > 0
+
+
 def test_every_tier_with_a_path_is_measured_and_nothing_stays(tmp_path: Path) -> None:
     first, second, pmem = folders(tmp_path)
     said: list[str] = []

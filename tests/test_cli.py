@@ -131,6 +131,26 @@ def test_an_ssd_path_that_cannot_be_written_is_named(ssd):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["train", *SMALL, "--in-memory", "--steps", "2"], "--report"),
+        (["train", *SMALL, "--in-memory", "--steps", "2"], "--checkpoint"),
+        (["plan", *SMALL, "--in-memory"], "--picture"),
+        (["profile", *SMALL[1:8], "--batches", "2"], "--output"),
+        (["profile", *SMALL[1:8], "--batches", "2"], "--report"),
+        (["calibrate", "--quick"], "--output"),
+        (["demo", "--skip-movielens", "--steps", "1"], "--out"),
+    ],
+)
+def test_a_place_for_results_that_cannot_be_written_is_refused_before_the_work(command, option, tmp_path):
+    (tmp_path / "file").touch()
+    result = run(*command, option, tmp_path / "file" / "new" / "result")
+    assert result.exit_code == 2
+    assert f"Error: {option} {tmp_path}/file/new/result: Not a directory; name a f" in " ".join(result.output.split())
+    assert len(result.output.splitlines()) < 4, "nothing was planned, trained or measured before"
+
+
 def test_a_store_of_another_shape_is_refused_and_kept(ssd, tmp_path):
     options = [*SMALL, *POOLS, "--ssd", ssd, "--checkpoint", tmp_path / "c"]
     assert run("train", *options, "--steps", 3).exit_code == 0

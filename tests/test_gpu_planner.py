@@ -201,7 +201,7 @@ def test_ours_takes_large_batches_and_uvm_caching_pools_too_small_for_one() -> N
         record = 256 + state_bytes(case, "t0")
         assert planner(case, 1_000_000 * record).plan(case.model(), case.sharders()).plan["ebc"]["t0"].compute_kernel == OURS
         case.extra = {"t0": {"min_pool_rows": 900_000}}
-        tight = planner(case, 250_000 * record).plan(case.model(), case.sharders()).plan["ebc"]["t0"]
+        tight = planner(case, 330_000 * record).plan(case.model(), case.sharders()).plan["ebc"]["t0"]
         assert tight.compute_kernel == UVM
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from torchrec_mtrains.planner import CheckpointSchedule, PlanSummary, TieredShardingPlanner, chain_bytes
-from torchrec_mtrains.planner.charges import waiting_bytes
 from torchrec_mtrains.planner.explanations import draw
 from torchrec_mtrains.planner.perf_model import RESOURCES
 
@@ -52,8 +51,8 @@ def test_the_bytes_of_every_tier_are_those_of_the_chains_and_batches(pmem: int |
             chain_bytes(sharding.tiers, rows=rows, record_bytes=record, lookups=lookups, checkpoints=schedule)
             for _, rows in shards(SMALL, row["table"], sharding)
         ]
-        waiting = waiting_bytes(lookups, 64, option.uses[0].unique_rows, sharding.tiers.pool_rows, 1)
-        assert row["ddr_bytes"] == sum(cost.ddr for cost in costs) + sum(option.batch_bytes) + waiting
+        assert row["ddr_bytes"] == sum(cost.ddr for cost in costs) + sum(option.batch_bytes)
+        assert sum(option.batch_bytes) > planner._enumerator.waiting_ids.of_shard(lookups, 64) > 0
         assert row["pmem_bytes"] == sum(cost.pmem for cost in costs)
         assert row["ssd_bytes"] == sum(cost.ssd for cost in costs)
         assert all(n > 0 for n in option.batch_bytes)
@@ -103,7 +102,8 @@ def test_the_bound_with_other_memory_is_the_bound_of_a_plan_that_has_it(large: A
     planner, _, summary = large
     result = planner.search_result
     assert result is not None
-    assert result.bound_with("ddr", 8 * GIB) == pytest.approx(result.bound_ms)
+    waiting_bytes = planner._enumerator.waiting_ids.of_rank  # of every rank's memory, whatever the plan
+    assert result.bound_with("ddr", 8 * GIB - waiting_bytes) == pytest.approx(result.bound_ms)
     assert summary.bound_ms == result.bound_ms <= summary.step_ms
     bounds = [result.bound_with("ddr", gib * GIB) for gib in (2, 4, 8, 16, 64)]
     assert all(b is not None for b in bounds)
@@ -117,15 +117,17 @@ def test_the_bound_with_other_memory_is_the_bound_of_a_plan_that_has_it(large: A
 
 
 def test_the_steps_by_memory_have_the_plans_own_memory_among_them(large: Any) -> None:
-    _, _, summary = large
-    assert (summary.memory, summary.memory_bytes) == ("ddr", 8 * GIB)
+    planner, _, summary = large
+    for_tables = 8 * GIB - planner._enumerator.waiting_ids.of_rank
+    assert (summary.memory, summary.memory_bytes) == ("ddr", for_tables)
     by_ddr = dict(summary.step_by_memory)
-    assert by_ddr[8 * GIB] == pytest.approx(summary.bound_ms)
+    assert by_ddr[for_tables] == pytest.approx(summary.bound_ms)
     assert np.all(np.diff(list(by_ddr.values())) <= 1e-9)
 
 
 def test_what_another_place_would_cost_is_what_it_costs_there() -> None:
-    """Forced there, each table is charged the bytes and keeps the resource busy for the time that the plan said."""
+    """Forced there, beside the other one on the SSD, each table is charged the bytes and keeps the resource busy for the time that the plan
+    said."""
     planner, plan, _ = planned(SMALL, 7 * MIB)
     before = {row["table"]: row for row in planner.plan_rows(plan)}
     options = {o.name: o for o in planner._best_plan}
@@ -133,7 +135,9 @@ def test_what_another_place_would_cost_is_what_it_costs_there() -> None:
     for name in ("t0", "t1"):
         said = re.search(r"in memory: \+([\d.]+ \w+) DDR, ([-+][\d.e-]+) ms of (\w+)", before[name]["why"])
         assert said is not None, before[name]["why"]
-        other = Case(SMALL.tables, batch_size=64, extra={name: {"compute_kernels": ["fused"], "sharding_types": ["table_wise"]}})
+        places = {"t0": {"compute_kernels": ["customized_kernel"]}, "t1": {"compute_kernels": ["customized_kernel"]}}
+        places[name] = {"compute_kernels": ["fused"], "sharding_types": ["table_wise"]}
+        other = Case(SMALL.tables, batch_size=64, extra=places)
         forced, its_plan, _ = planned(other, 64 * MIB)
         (row,) = [r for r in forced.plan_rows(its_plan) if r["table"] == name]
         (option,) = [o for o in forced._best_plan if o.name == name]

@@ -23,7 +23,7 @@ RUN_PYTEST = (
     "import sys; sys.meta_path = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__];"
     "sys.path.insert(0, sys.argv[1]); import pytest, torchrec_mtrains;"
     "assert torchrec_mtrains.__file__.startswith(sys.argv[1]), torchrec_mtrains.__file__;"
-    "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[2:]]))"
+    "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '--hypothesis-profile=default', *sys.argv[2:]]))"
 )
 
 

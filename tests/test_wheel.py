@@ -14,8 +14,8 @@ from test_io_backend import io_uring_is_permitted
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-# A build folder that stays, so that only what changed is compiled again.
-BUILD = ["--no-build-isolation", "--no-deps", "--config-settings=build-dir=build/test_wheel"]
+# In the build folder of make setup, so that only what changed is compiled again.
+BUILD = ["--no-build-isolation", "--no-deps"]
 
 
 @pytest.fixture(scope="module")

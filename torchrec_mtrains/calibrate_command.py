@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command import typed_errors
+from .command import require_writable, typed_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +29,9 @@ def calibrate(paths: tuple[str, ...], pmem_path: str | None, output: str, quick:
     from .calibration import calibrate as measure
     from .show import console
 
-    with tqdm(desc="calibrating", unit=" measurements", dynamic_ncols=True) as bar:
+    require_writable("--output", output)
+
+    with tqdm(desc="calibrating", bar_format="{desc}: {elapsed}{postfix}", dynamic_ncols=True) as bar:
 
         def say(what: str) -> None:
             bar.update()

@@ -23,7 +23,7 @@ _CHECKPOINT = click.option(
 
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(total=0, desc=what, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True) as bar:
+    with tqdm(total=0, desc=what, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True, delay=0.2) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -39,7 +39,8 @@ def about_of_latest(root: Path) -> tuple[Path, dict[str, Any]]:
         about = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError) as e:
         raise ConfigurationError(
-            f"checkpoint {root}: nothing to resume from ({e}); start without resuming, or name the right folder"
+            f"checkpoint {root}: nothing to resume from ({e}): name the folder that the job was given as --checkpoint, or begin "
+            "without resuming"
         ) from e
     if about.get("format") != FORMAT:
         raise VolumeMismatchError(f"checkpoint {folder}: format {about.get('format')} is not {FORMAT}, the one that this version reads")

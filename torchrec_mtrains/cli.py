@@ -11,7 +11,7 @@ import click
 from . import __version__
 from .calibrate_command import calibrate
 from .checkpoint_commands import checkpoint, inspect
-from .command import typed_errors
+from .command import require_writable, typed_errors
 from .data_options import DATA, DATA_OPTIONS, data_source, with_options
 from .errors import ConfigurationError
 from .profile_command import profile
@@ -130,6 +130,7 @@ def _plan(o: dict[str, Any]) -> None:
     from .train import placed_model
 
     options = _train_options(o)
+    require_writable("--picture", o.get("picture"))
     with process_group() as pg:
         source = data_source(o, pg.rank(), pg.size())
         _, placed = placed_model(source, options, pg)
@@ -148,6 +149,9 @@ def _plan(o: dict[str, Any]) -> None:
 @click.version_option(__version__, prog_name="mtrains")
 def main() -> None:
     """Storage tiers for TorchRec: train embedding tables larger than memory from an SSD."""
+    from .spinning import spin_briefly
+
+    spin_briefly()  # before torch comes in
     from .meters import keep_freed_memory_small
     from .show import quiet
 
@@ -190,6 +194,9 @@ def train(**o: Any) -> None:
     if o["threads"]:
         torch.set_num_threads(o["threads"])
     options = _train_options(o)
+    require_writable("--report", o["report"])
+    if not options.resume:
+        require_writable("--checkpoint", options.checkpoint, folder=True)
     with process_group() as pg:
         source = data_source(o, pg.rank(), pg.size())
         first = pg.rank() == 0
@@ -214,6 +221,7 @@ def demo(**o: Any) -> None:
     """Train a synthetic DLRM from the SSD, then ml-100k twice: from the SSD and in memory."""
     from .demo import run
 
+    require_writable("--out", o["out"], folder=True)
     run(**o)
 
 

@@ -29,6 +29,9 @@ MOST_BATCHES = 64
 POOLS_OF_BATCHES = 8
 """Batches share most of their rows, so that so many times as many as a pool has room for still tell eviction something new."""
 
+LOOKAHEAD_BYTES = 256 << 20
+"""What the batches of a window hold on a rank, unless its pipeline says otherwise."""
+
 
 def useful_batches(held: float) -> int:
     """The window that a pool can use which has room for the distinct rows of ``held`` batches: 1 to 64."""

@@ -25,7 +25,7 @@ from .planner import (
     TieredShardingPlanner,
     TieredTopology,
 )
-from .planner.charges import SNAPSHOT_AFTER_BYTES, VOLUME_BYTES
+from .planner.charges import SNAPSHOT_AFTER_BYTES, block_bytes, capacity_for
 from .tiers import SsdHome, TierChain
 
 _LEAST_CAPACITY_BYTES = 1 << 30  # guess: what a small disk has to spare
@@ -141,4 +141,4 @@ def ssd_home(job: JobShape, options: PlacementOptions) -> SsdHome:
         most = max(sum(need[t] for t in tables_of_rank(job, rank)) for rank in range(job.world_size))
     else:  # shards are placed where there is most room, so that no rank is ahead of the mean by more than one table
         most = sum(need.values()) // job.world_size + (max(need.values()) if job.world_size > 1 else 0)
-    return SsdHome(options.ssd, max(_LEAST_CAPACITY_BYTES, most + VOLUME_BYTES))
+    return SsdHome(options.ssd, max(_LEAST_CAPACITY_BYTES, capacity_for(most, {block_bytes(job.record_bytes)}, job.checkpoints.keep)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .command import typed_errors
+from .command import require_writable, typed_errors
 from .data_options import DATA_OPTIONS, data_source, with_options
 
 ENDLESS_BATCHES = 1000
@@ -43,6 +43,8 @@ def profile(**o: Any) -> None:
     from .profiling import profile as measure
     from .show import console
 
+    require_writable("--output", o["output"])
+    require_writable("--report", o["report"])
     source = data_source(o, rank=0, world_size=1)
     batches = ENDLESS_BATCHES if source.endless and o["batches"] is None else o["batches"]
     options = ProfileOptions(batches, o["sample_share"], o["prefetch_depth"], row_bytes=4 * o["embedding_dim"], seed=o["seed"])

@@ -35,7 +35,7 @@ from .coming_ids import announce, prefetch, withdraw
 from .errors import ConfigurationError
 from .groups import tiered_groups
 from .kernels.spans import span
-from .lookahead import Lookahead
+from .lookahead import LOOKAHEAD_BYTES, Lookahead
 
 ASK_EVERY = 8
 """Batches from one look at what the pools can use to the next."""
@@ -119,7 +119,7 @@ class TieredTrainPipeline(TrainPipelineSparseDist):
         device: torch.device,
         prefetch_depth: int = 2,
         lookahead: int | None = None,
-        lookahead_bytes: int = 256 << 20,
+        lookahead_bytes: int = LOOKAHEAD_BYTES,
         apply_jit: bool = False,
         pipeline_postproc: bool = True,
         custom_model_fwd: Callable[[Any], tuple[torch.Tensor, Any]] | None = None,

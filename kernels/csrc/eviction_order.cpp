@@ -7,43 +7,16 @@ namespace mtrains {
 
 namespace {
 constexpr uint64_t kUsesToStay = 1;  // in small, to go to main
+constexpr size_t kAhead = 16;        // pops between the prefetch of a slot's state and its turn; a guess
 }  // namespace
 
 EvictionOrder::EvictionOrder(int32_t slots)
-    : states_(static_cast<size_t>(slots)), links_(static_cast<size_t>(slots)), small_target_(slots / 10) {}
+    : states_(static_cast<size_t>(slots)), places_(static_cast<size_t>(slots)), small_target_(static_cast<size_t>(slots) / 10) {}
 
 void EvictionOrder::push_newest(int32_t slot) {
   SlotState& s = state(slot);
-  List& list = list_of(s);
-  links_[slot] = {-1, list.newest};
-  if (list.newest >= 0) links_[list.newest].newer = slot;
-  list.newest = slot;
-  if (list.oldest < 0) list.oldest = slot;
-  ++list.size;
+  list_of(s).push_newest(slot);
   s.stamp |= Stamp::kLinked;
-}
-
-void EvictionOrder::push_oldest(int32_t slot) {
-  SlotState& s = state(slot);
-  List& list = list_of(s);
-  links_[slot] = {list.oldest, -1};
-  if (list.oldest >= 0) links_[list.oldest].older = slot;
-  list.oldest = slot;
-  if (list.newest < 0) list.newest = slot;
-  ++list.size;
-  s.stamp |= Stamp::kLinked;
-}
-
-void EvictionOrder::unlink(int32_t slot) {
-  SlotState& s = state(slot);
-  List& list = list_of(s);
-  const Links l = links_[slot];
-  if (l.newer >= 0) links_[l.newer].older = l.older;
-  else list.newest = l.older;
-  if (l.older >= 0) links_[l.older].newer = l.newer;
-  else list.oldest = l.newer;
-  --list.size;
-  s.stamp &= ~Stamp::kLinked;
 }
 
 void EvictionOrder::enter(int32_t slot, bool seen_lately) {
@@ -52,11 +25,17 @@ void EvictionOrder::enter(int32_t slot, bool seen_lately) {
 }
 
 void EvictionOrder::leave(int32_t slot) {
-  if (state(slot).linked()) unlink(slot);
+  SlotState& s = state(slot);
+  if (!s.linked()) return;
+  list_of(s).remove(slot);
+  s.stamp &= ~Stamp::kLinked;
 }
 
 void EvictionOrder::put_back(int32_t slot) {
-  if (!state(slot).awaited()) push_oldest(slot);
+  SlotState& s = state(slot);
+  if (s.awaited()) return;
+  list_of(s).push_oldest(slot);
+  s.stamp |= Stamp::kLinked;
 }
 
 void EvictionOrder::settle(int32_t slot) {
@@ -71,7 +50,7 @@ void EvictionOrder::begin_round(size_t wanted) {
   collected_ = false;
   candidates_.clear();
   pinned_in_small_ = 0;
-  looks_in_main_ = 4 * (int64_t{small_.size} + main_.size);  // no row stays for more than two rounds
+  looks_in_main_ = 4 * static_cast<int64_t>(small_.size() + main_.size());  // no row stays for more than two rounds
 }
 
 int32_t EvictionOrder::next(uint32_t limit_batch, uint64_t first_announced, uint64_t until) {
@@ -81,12 +60,14 @@ int32_t EvictionOrder::next(uint32_t limit_batch, uint64_t first_announced, uint
 
 int32_t EvictionOrder::next_in_lists(uint32_t limit_batch) {
   while (true) {
-    const bool small_has = pinned_in_small_ < small_.size, main_has = main_.size > 0 && looks_in_main_ > 0;
+    const bool small_has = pinned_in_small_ < small_.size(), main_has = main_.size() > 0 && looks_in_main_ > 0;
     if (!small_has && !main_has) return -1;
-    const bool from_small = small_has && (small_.size > small_target_ || !main_has);
-    const int32_t slot = (from_small ? small_ : main_).oldest;
+    const bool from_small = small_has && (small_.size() > small_target_ || !main_has);
+    SlotQueue& list = from_small ? small_ : main_;
+    if (const int32_t ahead = list.peek(kAhead); ahead >= 0) __builtin_prefetch(&state(ahead), 1);
+    const int32_t slot = list.pop_oldest();
     SlotState& s = state(slot);
-    unlink(slot);
+    s.stamp &= ~Stamp::kLinked;
     if (!from_small) --looks_in_main_;
     if (s.awaited()) continue;
     if (s.batch() >= limit_batch) {
@@ -138,16 +119,16 @@ int32_t EvictionOrder::next_awaited(uint32_t limit_batch, uint64_t first_announc
 void EvictionOrder::check(int32_t occupied) const {
   auto fail = [](const char* what) { throw std::logic_error(what); };
   int32_t seen = 0;
-  for (const List* list : {&small_, &main_}) {
-    int32_t size = 0, newer = -1;
-    for (int32_t slot = list->newest; slot >= 0; newer = slot, slot = links_[slot].older, ++size) {
+  for (const SlotQueue* list : {&small_, &main_}) {
+    size_t size = 0;
+    list->each([&](int32_t slot, bool in_place) {
       if (!state(slot).linked()) fail("eviction order: a slot in a list is not marked as linked");
       if (state(slot).main() != (list == &main_)) fail("eviction order: a slot is in the other list");
-      if (links_[slot].newer != newer) fail("eviction order: links do not point back");
-      if (size > list->size) fail("eviction order: a list is longer than it says");
-    }
-    if (newer != list->oldest || size != list->size) fail("eviction order: a list is not as long as it says");
-    seen += size;
+      if (!in_place) fail("eviction order: a slot is not where its place says");
+      ++size;
+    });
+    if (size != list->size()) fail("eviction order: a list is not as long as it says");
+    seen += static_cast<int32_t>(size);
   }
   int32_t linked = 0, settled = 0, awaited = 0;
   for (size_t i = 0; i < states_.size(); ++i) {

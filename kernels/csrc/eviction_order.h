@@ -8,12 +8,12 @@
 //   Small is drawn on while it holds more than a tenth of the pool. Rows that left it lately, which the owner remembers
 //   (slot_directory.h), go to main when they come back.
 //
-// Both are doubly linked through the slots: 8 bytes each. An awaited row stays where it is until the end of its list meets it;
-// then it is in no list until its last announced use, and so nothing is met twice in vain. Where the lists give too little, one pass
+// Both are queues of slots (slot_queue.h), which know where a slot is. An awaited row stays where it is until the end of its list meets
+// it; then it is in no list until its last announced use, and so nothing is met twice in vain. Where the lists give too little, one pass
 // over the slots collects those awaited furthest away; of equals the clean ones first, since they leave without a write.
 //
-// Invariants: a slot is linked iff its state says so, in main iff its state says so; free slots are linked nowhere; an
-// occupied slot that is not awaited is linked, but for those just handed out by next().
+// Invariants: a slot is linked (in a list) iff its state says so, in main iff its state says so; free slots are in none; an
+// occupied slot that is not awaited is in one, but for those just handed out by next().
 #pragma once
 
 #include <array>
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "lazy_array.h"
+#include "slot_queue.h"
 #include "slot_state.h"
 
 namespace mtrains {
@@ -48,12 +49,6 @@ class EvictionOrder {
   void check(int32_t occupied) const;  // tests: throws std::logic_error at a broken invariant
 
  private:
-  struct Links {
-    int32_t newer, older;
-  };
-  struct List {
-    int32_t newest = -1, oldest = -1, size = 0;
-  };
   struct Candidate {
     uint64_t use;
     uint64_t order;
@@ -61,20 +56,17 @@ class EvictionOrder {
     bool dirty;
   };
 
-  List& list_of(const SlotState& s) { return s.main() ? main_ : small_; }
-  // Not inlined: GCC 12 at -O3 merges an unlink and a push into one and loses a list's size (Clang, -O2 and the sanitizers do not).
-  [[gnu::noinline]] void push_newest(int32_t slot);
-  [[gnu::noinline]] void push_oldest(int32_t slot);
-  [[gnu::noinline]] void unlink(int32_t slot);
+  SlotQueue& list_of(const SlotState& s) { return s.main() ? main_ : small_; }
+  void push_newest(int32_t slot);
   int32_t next_in_lists(uint32_t limit_batch);
   int32_t next_awaited(uint32_t limit_batch, uint64_t first_announced, uint64_t until);
   void collect(uint32_t limit_batch, uint64_t first_announced);
 
   LazyArray<SlotState> states_;
-  LazyArray<Links> links_;
-  List small_, main_;
-  const int32_t small_target_;
-  int32_t pinned_in_small_ = 0;  // found in this round: they are at the newest end
+  LazyArray<uint32_t> places_;  // by slot: where it is in its queue
+  SlotQueue small_{places_.data()}, main_{places_.data()};
+  const size_t small_target_;
+  size_t pinned_in_small_ = 0;  // found in this round: they are at the newest end
   int64_t looks_in_main_ = 0;    // left in this round
   size_t wanted_ = 0;            // of this round
   bool collected_ = false;       // in this round

@@ -41,7 +41,7 @@ void LogVolume::refuse_full() const {
                   std::to_string(used_bytes()) + " are used by " + std::to_string(segments_.size()) + " segments of " +
                   std::to_string(segment_bytes_) + " bytes: " + std::to_string(live_bytes_) + " bytes are newest rows, " +
                   std::to_string(coming_) +
-                  " segments wait for a checkpoint to go. Nothing was changed, and everything up to the last checkpoint is "
+                  " segments wait for a checkpoint to go. Nothing was lost, and everything up to the last checkpoint is "
                   "intact. Raise capacity_bytes (" + std::to_string(static_cast<uint64_t>(room().needed)) +
                   " are enough for these rows and steps, if every wish for a checkpoint is served), commit a checkpoint more often, "
                   "or keep fewer of them");

@@ -181,6 +181,15 @@ void LogVolume::put(TableId id, std::span<const int64_t> rows, std::span<const i
   require_writable();
   Table& table = tables_.at(id);
   require_rows(table.spec, rows);
+  const size_t piece = size_t{capacity_blocks(table.shape.block_bytes)} * table.shape.records;
+  for (size_t first = 0; first < rows.size(); first += piece) {
+    const size_t count = std::min(piece, rows.size() - first);
+    put_piece(table, rows.subspan(first, count), slots.subspan(first, count), parts, lock);
+  }
+}
+
+void LogVolume::put_piece(Table& table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts,
+                          Lock& lock) {
   uint64_t blocks;
   do {
     written_.wait(lock, [&] { return checkpointing_ == 0; });

@@ -2,7 +2,8 @@
 // One engine serves all tables of a rank. log_volume.cpp opens, puts and gets; log_cleaner.cpp makes room;
 // log_checkpoint.cpp commits, replays and goes back.
 //
-// A put copies its record into the open block of its table. A full block is sealed: it gets its place in the log (the next
+// A put goes in pieces of a segment's worth, so that the rows of one make room for the next, however many there are. It copies its
+// records into the open block of its table. A full block is sealed: it gets its place in the log (the next
 // block of the current segment of its stream, one stream a block size), its records their checksums, and it joins the
 // stream's chunk, which goes to disk in one large O_DIRECT write. An index in memory says where the newest record of each
 // row is, 8 bytes a row, mapped lazily:
@@ -34,8 +35,8 @@
 // there is no other room.
 //
 // What always holds:
-//   - the files of all segments and manifests never exceed capacity_bytes: put makes sure of room before it changes
-//     anything, for every block that is open then;
+//   - the files of all segments and manifests never exceed capacity_bytes: each piece of a put makes sure of room before it changes
+//     anything, for every block that is open then; a put that is refused may have stored the pieces before;
 //   - no manifest is committed while a row is given up: its place in the log would be an older value's;
 //   - a segment that a kept manifest names is neither removed nor rewritten below the blocks that it names;
 //   - after a write has failed its records are still served from memory, and put, flush and checkpoint report it;
@@ -258,6 +259,7 @@ class LogVolume final : public Volume {
   void require_usable() const;
   void require_writable() const;
   static uint64_t room_of(const Stream& stream);  // blocks
+  void put_piece(Table& table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts, Lock& lock);
   uint64_t ensure_room(Table& table, size_t rows, Lock& lock);  // returns the blocks that the rows fill
   bool fits(uint64_t more_segments) const;
   uint64_t reserve() const;  // segments that puts leave to the cleaner: one for each stream of survivors that has not half a one left

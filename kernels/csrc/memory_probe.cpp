@@ -36,7 +36,8 @@ uint64_t sum(const std::byte* from, uint64_t bytes) {
   return std::accumulate(sums, sums + 8, uint64_t{0});
 }
 
-// Repeats chunk(place, bytes) over each thread's share until `seconds` are over. Returns bytes a second.
+// Repeats chunk(place, bytes) over each thread's share until `seconds` are over, once at least: a busy machine may start a thread later than
+// that. Returns bytes a second.
 template <class Chunk>
 double bytes_per_s(std::byte* area, uint64_t bytes, uint32_t threads, double seconds, Chunk chunk) {
   const uint64_t share = bytes / threads, step = std::min(kChunkBytes, share);
@@ -45,10 +46,12 @@ double bytes_per_s(std::byte* area, uint64_t bytes, uint32_t threads, double sec
   const auto begin = Clock::now();
   for (uint32_t t = 0; t < threads; ++t) {
     running.emplace_back([&, t] {
-      for (uint64_t at = 0; since(begin) < seconds; at = at + 2 * step <= share ? at + step : 0) {
+      uint64_t at = 0;
+      do {
         chunk(area + t * share + at, step);
         done[t] += step;
-      }
+        at = at + 2 * step <= share ? at + step : 0;
+      } while (since(begin) < seconds);
     });
   }
   for (auto& thread : running) thread.join();

@@ -28,31 +28,47 @@ SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
 
 template <class Index>
 int64_t SlotDirectory::lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots) {
+  return whole() ? lookup_in<true>(ids, begin, end, stamp, announced, slots) : lookup_in<false>(ids, begin, end, stamp, announced, slots);
+}
+
+template <bool kWhole, class Index>
+int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots) {
   int32_t* const map = slot_of_row_.data();
   SlotState* const states = order_.states();
   const uint32_t batch = stamp.batch();
   int64_t first_seen = 0;
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kMapAhead < end) __builtin_prefetch(&map[ids[i + kMapAhead]]);
-    if (i + kStateAhead < end) {
-      const int32_t ahead = map[ids[i + kStateAhead]];
-      __builtin_prefetch(&states[ahead > 0 ? ahead - 1 : 0], 1);
+    if constexpr (kWhole) {
+      if (i + kStateAhead < end) __builtin_prefetch(&states[ids[i + kStateAhead]], 1);
+    } else {
+      if (i + kMapAhead < end) __builtin_prefetch(&map[ids[i + kMapAhead]]);
+      if (i + kStateAhead < end) {
+        const int32_t ahead = map[ids[i + kStateAhead]];
+        __builtin_prefetch(&states[ahead > 0 ? ahead - 1 : 0], 1);
+      }
     }
-    const int32_t entry = map[ids[i]];
-    if (entry > 0) [[likely]] {
-      SlotState& s = states[entry - 1];
+    int32_t slot = -1;
+    if constexpr (kWhole) {
+      const SlotState& s = states[ids[i]];
+      if (s.stamp | s.window) [[likely]] slot = static_cast<int32_t>(ids[i]);
+    } else {
+      slot = map[ids[i]] > 0 ? map[ids[i]] - 1 : -1;
+    }
+    if (slot >= 0) [[likely]] {
+      SlotState& s = states[slot];
       const uint64_t old = s.stamp;
       const bool first = Stamp{old}.batch() != batch;
       const uint64_t use = (first & ((old & Stamp::kUses) != Stamp::kMostUses)) ? Stamp::kOneUse : 0;
       s.stamp = stamp.at(i).value | ((old & Stamp::kFlags) + use);
       first_seen += first;
-      slots[i] = entry - 1;
+      slots[i] = slot;
       if (s.window & announced) {
         s.window &= ~announced;
-        if (!s.window) settled_.push_back(entry - 1);
+        if (!s.window) settled_.push_back(slot);
       }
       continue;
     }
+    const int32_t entry = map[ids[i]];
     if (!is_absent(entry) || absent_[place(entry)].miss == 0) miss(static_cast<int64_t>(ids[i]));
     AbsentRow& row = absent_[place(map[ids[i]])];
     row.window &= ~announced;
@@ -129,14 +145,18 @@ void SlotDirectory::withdraw(const Index* ids, int64_t begin, int64_t end, uint6
 template void SlotDirectory::withdraw<int32_t>(const int32_t*, int64_t, int64_t, uint64_t);
 template void SlotDirectory::withdraw<int64_t>(const int64_t*, int64_t, int64_t, uint64_t);
 
-void SlotDirectory::take_free(size_t needed) {
-  reserved_free_ = std::min(needed, free_.size());
-  reserved_.assign(free_.rbegin(), free_.rbegin() + static_cast<std::ptrdiff_t>(reserved_free_));
+void SlotDirectory::take_free(std::span<const int64_t> rows) {
+  reserved_free_ = std::min(rows.size(), free_.size());
+  if (whole()) {
+    reserved_.assign(rows.begin(), rows.end());
+  } else {
+    reserved_.assign(free_.rbegin(), free_.rbegin() + static_cast<std::ptrdiff_t>(reserved_free_));
+  }
 }
 
 bool SlotDirectory::reserve(uint32_t oldest_outstanding_batch, Stamp stamp, const std::vector<uint8_t>* pinned) {
   const size_t needed = missed_rows_.size();
-  take_free(needed);
+  take_free(missed_rows_);
   if (reserved_.size() == needed) return true;
   if (pinned) {  // rare: the stamps were too conservative
     for (const bool awaited : {false, true}) {
@@ -176,7 +196,9 @@ void SlotDirectory::reserve_for_wanted(std::span<const int64_t> rows, uint32_t o
     if (wants(row)) soonest.push_back({next_use(absent_[place(slot_of_row_[row])].window, first_announced_), row});
   }
   std::sort(soonest.begin(), soonest.end(), [](const Wanted& a, const Wanted& b) { return a.use != b.use ? a.use < b.use : a.row < b.row; });
-  take_free(soonest.size());
+  std::vector<int64_t> those;
+  for (const Wanted& w : soonest) those.push_back(w.row);
+  take_free(those);
   order_.begin_round(soonest.size());
   for (size_t k = 0; k < soonest.size(); ++k) {
     if (k == reserved_.size()) {
@@ -297,6 +319,10 @@ void SlotDirectory::check() const {
       if (order_.state(s).stamp || order_.state(s).window) fail("slot directory: the state of a free slot is not zero");
     } else if (slot_of_row_[row] != s + 1) {
       fail("slot directory: a slot's row does not point back");
+    } else if (!order_.state(s).stamp && !order_.state(s).window) {
+      fail("slot directory: the state of a slot that is taken is zero");
+    } else if (whole() && row != s) {
+      fail("slot directory: a pool with a slot for every row has one elsewhere");
     }
   }
   if (free_slots != free_.size()) fail("slot directory: free list and free slots differ");

@@ -8,6 +8,9 @@
 //   absent_             what is known of rows that are not here (absent_rows.h).
 //   wanted_             the absent rows that announced batches will use: one bit a row. Volumes bring them along.
 //
+// A pool with a slot for every row has row r in slot r, so that a hit reads the slot's state and nothing else. No state of a row that is
+// there is all zero: it is in a list, or awaited.
+//
 // A slot is pinned while its stamp's batch is not older than the oldest one still outstanding. That is conservative when batches
 // finish out of order; the exact answer (from the tickets' own slot lists) is asked for only when the quick one finds no room.
 //
@@ -94,11 +97,14 @@ class SlotDirectory {
   void check() const;  // tests: throws std::logic_error at a broken invariant
 
  private:
+  template <bool kWhole, class Index>
+  int64_t lookup_in(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots);
+  bool whole() const { return slot_of_row_.size() == row_of_slot_.size(); }
   void miss(int64_t row);
   int32_t absent_entry(int64_t row);        // of a row that is not here; makes one
   void forget_absent(int64_t row, int32_t at);  // nothing is awaited of it any more
   void leave(int32_t slot, int32_t entry);  // the row is not here any more; `entry` is what remains to be known of it
-  void take_free(size_t needed);
+  void take_free(std::span<const int64_t> rows);  // of rows that are not here, those for which there is a slot
   void sort_victims();
   int32_t ghost() { return static_cast<int32_t>(kAbsentBit | kGhostBit | (ghost_clock_++ & kPlace)); }
   bool left_lately(int32_t entry) const;
@@ -113,7 +119,7 @@ class SlotDirectory {
   EvictionOrder order_;
   AbsentRows absent_;
   RowSet wanted_;
-  std::vector<int32_t> free_;
+  std::vector<int32_t> free_;  // of a pool with a slot for every row: as many as are free, whichever
   std::vector<int64_t> missed_rows_;
   std::vector<int64_t> miss_positions_;
   std::vector<int32_t> reserved_;

@@ -37,6 +37,7 @@
 #include <string>
 #include <vector>
 
+#include "checked_batch.h"
 #include "slot_directory.h"
 #include "task_queue.h"
 #include "volume.h"
@@ -62,16 +63,6 @@ struct SlotPoolStats {
   int64_t write_backs = 0;  // of these, dirty: put into the home
   int64_t flushed_rows = 0;
   int64_t trickled_rows = 0;  // dirty rows put into the home between checkpoints, still resident
-};
-
-// The ids of one batch, feature by feature: feature f holds ids[offsets[f * stride]] up to ids[offsets[(f + 1) * stride]].
-struct Batch {
-  const void* ids;
-  bool ids_are_int32;
-  const void* offsets;
-  bool offsets_are_int32;
-  int64_t stride;
-  int64_t id_count;
 };
 
 class SlotPool {
@@ -121,16 +112,11 @@ class SlotPool {
   struct Ticket {
     Stage stage;
     bool hard;
-    Batch batch;
-    int64_t* slots;
-    std::vector<int64_t> bounds;  // by feature, into slots
+    CheckedBatch ids;
+    int64_t* slots;  // one an id
     bool dirty;
     uint64_t announced;
     std::exception_ptr error;  // of a fill that it needs
-  };
-  struct Announced {
-    Batch batch;
-    std::vector<int64_t> bounds;
   };
   struct Fill {
     struct Read {
@@ -143,12 +129,8 @@ class SlotPool {
     std::shared_ptr<std::atomic<size_t>> unready;  // reads in flight
   };
 
-  std::vector<int64_t> bounds_of(const Batch& batch) const;
-  void check_ids(const Batch& batch, const std::vector<int64_t>& bounds) const;
   Stamp stamp_of(uint64_t seq, bool dirty) const { return Stamp::of(static_cast<uint32_t>(seq - base_), dirty); }
-  std::vector<int64_t> checked(const Batch& batch) const;
-  template <class Do>
-  void by_feature(const Batch& batch, const std::vector<int64_t>& bounds, Do&& with_ids) const;
+  size_t table_of(size_t feature) const { return static_cast<size_t>(table_of_feature_[feature]); }
   std::unique_lock<std::mutex> idle() const;  // what was prefetched has begun
   uint32_t oldest_outstanding() const;
   void renumber_if_due(uint64_t seq);
@@ -181,6 +163,7 @@ class SlotPool {
 
   std::vector<SlotPoolTable> tables_;
   std::vector<int32_t> table_of_feature_;
+  std::vector<FeatureTable> features_;
   uint32_t batch_limit_;
   std::vector<SlotDirectory> directories_;
   std::vector<SlotPoolStats> stats_;
@@ -194,7 +177,7 @@ class SlotPool {
   mutable std::mutex mutex_;
 
   std::map<uint64_t, Ticket> tickets_;  // outstanding
-  std::map<uint64_t, Announced> announced_;  // and not begun
+  std::map<uint64_t, CheckedBatch> announced_;  // and not begun
   uint64_t last_seq_ = 0, last_announced_ = 0;
   std::condition_variable stage_changed_;
   mutable std::mutex tickets_mutex_;

@@ -297,6 +297,17 @@ TEST("a batch withdrawn protects nothing any more") {
   CHECK((pool.train({6, 7}) == Rows{0, 1}));
 }
 
+TEST("a pool with a slot for every row keeps the invariants, has each row in the slot of its number and evicts nothing") {
+  Random random = fresh_random();
+  History history(random, 40, 40);
+  for (uint32_t step = 0; step < 2000 * rounds(); ++step) history.step();
+  CHECK_EQ(history.evictions(), int64_t{0});
+  Pool pool(10, 10);
+  pool.train({7, 2, 7, 9});
+  for (const int64_t row : {7, 2, 9}) CHECK_EQ(pool.directory.slot_of_row(row), static_cast<int32_t>(row));
+  CHECK_EQ(pool.directory.resident(), 3);
+}
+
 TEST("a slot directory of many rows keeps its invariants too") {
   Random random = fresh_random();
   History history(random, 5000, 700);
