@@ -41,7 +41,8 @@ def one_of_each_size(options: Sequence[ShardingOption]) -> Iterator[None]:
 
 def copied(option: Any) -> Any:
     """A copy whose shards are its own. What they hold is shared: it is replaced, never changed."""
-    result = type(option).__new__(type(option))
+    cls: Any = type(option)
+    result = cls.__new__(cls)
     result.__dict__.update(option.__dict__)
     result.shards = [Shard(s.size, s.offset, s.storage, s.perf, s.rank) for s in option.shards]
     return result

@@ -157,8 +157,9 @@ def waiting_bytes(lookups: float, bags: float, unique_rows: float, pool_rows: Si
     less for a larger pool. Shapes: any pool_rows → the same.
     """
     window = least(1 + POOLS_OF_BATCHES * pool_rows / max(unique_rows, 1.0), float(MOST_BATCHES))
-    waiting = _batch_waiting_bytes(lookups, bags, world_size) * (BATCHES_WAITING + window)
-    return np.ceil(waiting).astype(np.int64) if isinstance(waiting, np.ndarray) else math.ceil(waiting)
+    waiting: Any = _batch_waiting_bytes(lookups, bags, world_size) * (BATCHES_WAITING + window)
+    whole: Any = np.ceil(waiting).astype(np.int64) if isinstance(waiting, np.ndarray) else math.ceil(waiting)
+    return whole
 
 
 def _batch_waiting_bytes(lookups: float, bags: float, world_size: int) -> float:
