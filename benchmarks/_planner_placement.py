@@ -109,7 +109,7 @@ FULL = Size(
 )  # fmt: skip
 QUICK = Size(
     cases=1, cases_in_memory=1, rows=(1_000, 4_000), dims=(16,), batches=(64,), widths=(16,), profiled=30, warm=6, rounds=1,
-    uncounted=2, steps=24,
+    uncounted=2, steps=3,
 )  # fmt: skip
 
 
