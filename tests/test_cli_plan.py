@@ -66,7 +66,7 @@ def test_profiles_of_another_job_or_of_nothing_are_refused(ssd: Path, access: Pa
     longer = [*DATA[:5], "30000", *DATA[6:]]
     assert "'t0' has 20000 rows there and 30000 in the model" in refused(*options, *longer)
     nothing = tmp_path / "none.json"
-    assert "make one with mtrains profile" in refused("plan", *DATA, *MODEL, "--ssd", ssd, *BUDGET, "--access", nothing)
+    assert "make one with `mtrains profile" in refused("plan", *DATA, *MODEL, "--ssd", ssd, *BUDGET, "--access", nothing)
     assert "make one with `mtrains calibrate" in refused("plan", *DATA, *MODEL, "--ssd", ssd, *BUDGET, "--hardware", nothing)
     assert "nothing to decide without --ddr-budget" in refused("plan", *DATA, *MODEL, "--ssd", ssd, "--pool-rows", 100, "--access", access)
 

@@ -76,7 +76,7 @@ PLANTED = {
         "slot directory keeps",
     ),
     "a dirty victim is not written back": (
-        "slot_pool.cpp",
+        "slot_pool_fills.cpp",
         "if (!rows[dirty].empty()) t.volume->evict(",
         "if (!dirty) t.volume->evict(",
         "over memory trains",

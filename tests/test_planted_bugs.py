@@ -39,7 +39,7 @@ class Bug:
 BUGS = {
     "none": Bug("kernels/csrc/slot_pool.cpp", ()),
     "one write-back is skipped": Bug(
-        "kernels/csrc/slot_pool.cpp",
+        "kernels/csrc/slot_pool_fills.cpp",
         (
             (
                 "    if (d.row_of_slot(slot) < 0) continue;\n    rows[d.dirty(slot)]",
@@ -54,13 +54,13 @@ BUGS = {
         (("return static_cast<uint32_t>(seq - base_);", "(void)seq;"),),
     ),
     "one eviction loses its optimizer state": Bug(
-        "kernels/csrc/slot_pool.cpp",
+        "kernels/csrc/slot_pool_fills.cpp",
         (
             (
                 "  for (const bool dirty : {false, true}) {\n    if (!rows[dirty].empty())",
                 "  if (!rows[true].empty() && stats_[table].write_backs == 0 && t.parts.size() > 1) {\n"
                 "    const Part& state = t.parts[1];\n"
-                "    std::memset(state.base + static_cast<uint64_t>(slots[true][0]) * state.stride_bytes, 0, state.bytes);\n"
+                "    std::fill_n(state.base + static_cast<uint64_t>(slots[true][0]) * state.stride_bytes, state.bytes, std::byte{0});\n"
                 "  }\n"
                 "  for (const bool dirty : {false, true}) {\n    if (!rows[dirty].empty())",
             ),
