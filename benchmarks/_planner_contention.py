@@ -46,7 +46,7 @@ class Size:
 
 
 FULL = Size(rows=400_000, dim=64, samples=1024, pooling=4, exponent=0.9, pool_share=0.12, uncounted=60, steps=40)
-QUICK = Size(rows=5_000, dim=16, samples=64, pooling=2, exponent=0.9, pool_share=0.5, uncounted=6, steps=4)
+QUICK = Size(rows=5_000, dim=16, samples=64, pooling=2, exponent=0.9, pool_share=0.9, uncounted=6, steps=4)
 
 
 def _job(size: Size, ranks: int) -> Job:

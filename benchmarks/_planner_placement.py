@@ -162,12 +162,13 @@ class _Plans:
     def __init__(self, case: Case, hardware: HardwareProfile, access: AccessProfile, dense_ms: float) -> None:
         self._case, self._hardware, self._access, self._dense_ms = case, hardware, access, dense_ms
         self._model = PerfModel(hardware, dense_ms=dense_ms, checkpoints=NO_CHECKPOINTS)
-        options = self._enumerator(self._topology(_PLENTY), _Sized).enumerate(self._module, self._sharders)
+        enumerator = self._enumerator(self._topology(_PLENTY), _Sized)
+        options = enumerator.enumerate(self._module, self._sharders)
         self._tiered = {o.name: o for o in options if isinstance(o, TieredShardingOption)}
         self._equal = {
             name: max(o.min_pool_rows, min(o.shard_rows, round(case.memory_share * o.shard_rows))) for name, o in self._tiered.items()
         }
-        self.ddr_bytes = sum(o.ddr_bytes(0, self._equal[name]) for name, o in self._tiered.items())
+        self.ddr_bytes = sum(o.ddr_bytes(0, self._equal[name]) for name, o in self._tiered.items()) + enumerator.waiting_ids.of_rank
 
     @property
     def _module(self) -> nn.Module:

@@ -63,7 +63,7 @@ class TieredProposer(Proposer):
         waiting = getattr(enumerator, "waiting_ids", WaitingIds())
         for of_rank in storage:
             of_rank.ssd = max(0, of_rank.ssd - self._kept_by_volume)
-            of_rank.ddr = max(0, of_rank.ddr - waiting.of_rank)
+            of_rank.ddr -= waiting.of_rank  # below 0 where not even that fits, so that what is short is known
         self.capacity = Capacity(storage, min(bytes_in(s, "pmem") for s in storage))
         options: dict[str, list[ShardingOption]] = defaultdict(list)
         for option in search_space:

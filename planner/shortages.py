@@ -55,7 +55,7 @@ def _shortage(footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], c
     totals = footprint.totals()
     need = totals[-1].ddr
     if need > everything.ddr:
-        what = f"the tables need {need} bytes even with the smallest pools, the ranks have {everything.ddr}"
+        what = f"the tables need {need} bytes even with the smallest pools, the ranks have {max(0, everything.ddr)} beside ids that wait"
         return "ddr", need - everything.ddr, what
     need = min(total.ssd for total in totals if total.ddr <= everything.ddr)
     if need > everything.ssd:
@@ -77,7 +77,7 @@ def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Seq
     )
     for tier in _ADVICE:
         if need[tier] > have[tier]:
-            what = f"table {name!r} needs {need[tier]} bytes on one rank, the largest has {have[tier]}"
+            what = f"table {name!r} needs {need[tier]} bytes on one rank, the largest has {max(0, have[tier])}"
             return tier, need[tier] - have[tier], what
     return None
 

@@ -25,9 +25,11 @@ from .planner import (
     TieredShardingPlanner,
     TieredTopology,
 )
+from .lookahead import LOOKAHEAD_BYTES
 from .planner.charges import SNAPSHOT_AFTER_BYTES, block_bytes, capacity_for
 from .tiers import SsdHome, TierChain
 
+_LOOKAHEAD_SHARE = 1 / 16  # of the budget, a guess: ids of coming batches must not take the memory that pools miss less with
 _LEAST_CAPACITY_BYTES = 1 << 30  # guess: what a small disk has to spare
 # What a volume (write chunks, read buffers, cleaning, the heap's slack) and a batch's missed rows on their way cost beside what the
 # planner charges. benchmarks/demo_memory.py, 2 cores AMD EPYC, 2026-11-25, 65,536 lookups a step of which 95% miss: 12 MiB over
@@ -54,6 +56,11 @@ class PlacementOptions:
     pmem_capacity_bytes: int | None = None
     hardware: str | None = None
     access: str | None = None
+
+    @property
+    def lookahead_bytes(self) -> int:
+        """What batches of the lookahead window may hold in memory on a rank; the planner charges it."""
+        return LOOKAHEAD_BYTES if self.ddr_budget_bytes is None else min(LOOKAHEAD_BYTES, int(_LOOKAHEAD_SHARE * self.ddr_budget_bytes))
 
     def __post_init__(self) -> None:
         if self.in_memory and (self.ssd or self.ddr_budget_bytes or self.pool_rows or self.ssd_capacity_bytes or self.pmem):
@@ -126,6 +133,7 @@ def place(
         checkpoints=checkpoints,
         hardware=HardwareProfile.load(options.hardware) if options.hardware else None,
         access=AccessProfile.load(options.access) if options.access else None,
+        lookahead_bytes=options.lookahead_bytes,
     )
     plan = planner.collective_plan(model, tiered, pg)
     return Placement(tiered, plan, planner.plan_rows(plan), planner.summary(plan))

@@ -151,7 +151,12 @@ class Job:
         )
         self._mark_phases(model)
         self.pipeline = TieredTrainPipeline(
-            self.dmp, self.optimizer, torch.device("cpu"), prefetch_depth=options.prefetch_depth, lookahead=options.lookahead
+            self.dmp,
+            self.optimizer,
+            torch.device("cpu"),
+            prefetch_depth=options.prefetch_depth,
+            lookahead=options.lookahead,
+            lookahead_bytes=options.placement.lookahead_bytes,
         )
         self.trained = 0
         self.checkpoints: list[CheckpointRecord] = []
