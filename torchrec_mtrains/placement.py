@@ -15,6 +15,7 @@ from .errors import ConfigurationError
 from .hand_plan import plan_by_hand, plan_rows, tables_of_rank
 from .job_model import ModelOptions, fused_params, stock_plan, stock_sharders
 from .job_shape import JobShape
+from .lookahead import LOOKAHEAD_BYTES
 from .planner import (
     AccessProfile,
     CheckpointSchedule,
@@ -25,7 +26,6 @@ from .planner import (
     TieredShardingPlanner,
     TieredTopology,
 )
-from .lookahead import LOOKAHEAD_BYTES
 from .planner.charges import SNAPSHOT_AFTER_BYTES, block_bytes, capacity_for
 from .tiers import SsdHome, TierChain
 
