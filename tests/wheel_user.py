@@ -37,7 +37,7 @@ def train(ssd: Path) -> int:
     model = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
     sharders = mtrains.sharders(fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1})
     home = mtrains.SsdHome(paths=(str(ssd),), capacity_bytes=1 << 30)
-    topology = mtrains.planner.TieredTopology(1, ddr_budget_bytes=100_000, ssd=home)
+    topology = mtrains.planner.TieredTopology(1, ddr_budget_bytes=110_000, ssd=home)
     plan = mtrains.planner.TieredShardingPlanner(topology, batch_size=BATCH).plan(model, sharders)
     dmp = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     for _ in range(STEPS):
