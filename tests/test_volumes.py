@@ -181,6 +181,7 @@ def test_a_full_disk_is_a_typed_error_and_loses_nothing(path: str) -> None:
     volume = SsdVolume((path,), 64 << 20)
     table = volume.table("t", row_count=100_000, record_bytes=4000)
     table.put(torch.arange(100), torch.ones(100, 4000, dtype=torch.uint8))
+    volume.flush()  # a write still in flight would end early
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, before[1]))  # the kernel refuses the next segment, as a full disk does
