@@ -42,10 +42,11 @@ class RowAccess:
         """The current values of a shard's rows, wherever they are: [weights (n, dim), then each state (n,) or (n, dim)]."""
         table, mine = self.table_of_shard[shard], self._parts[shard]
         rows = [torch.empty((row_count, *p.shape[1:]), dtype=p.dtype) for p in mine]
-        scratch = torch.empty(max(self._part_bytes(table)), dtype=torch.uint8)
+        part_bytes = self._part_bytes(table)
+        scratch = torch.empty(max(part_bytes), dtype=torch.uint8)
         parts = []
-        for s, i in self._record(table):  # the other shards' parts of each record go to one place, to be forgotten
-            row_bytes = self._parts[s][i].nbytes // self.pool_rows[table]
+        # The other shards' parts of each record go to one place, to be forgotten.
+        for (s, i), row_bytes in zip(self._record(table), part_bytes, strict=True):
             parts.append(
                 _core.Part(rows[i].data_ptr(), row_bytes, row_bytes) if s == shard else _core.Part(scratch.data_ptr(), 0, row_bytes)
             )
@@ -69,10 +70,10 @@ class RowAccess:
 
     def _write_record(self, table: int, first_row: int, count: int, record: list[Tensor | None]) -> None:
         """Replaces parts of consecutive records; None keeps that part."""
-        addresses = []
-        for (s, i), part in zip(self._record(table), record, strict=True):
-            row_bytes = self._parts[s][i].nbytes // self.pool_rows[table]
-            addresses.append(_core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes))
+        addresses = [
+            _core.Part(0 if part is None else part.data_ptr(), row_bytes, row_bytes)
+            for part, row_bytes in zip(record, self._part_bytes(table), strict=True)
+        ]
         self._pool.write(table, first_row, count, addresses)
 
     def read_some_rows(self, shard: int, rows: Tensor) -> list[Tensor]:

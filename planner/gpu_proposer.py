@@ -30,8 +30,7 @@ class GpuProposer(TieredProposer):
             yield from self._without_tiers()
         if self._fits or not all(self._tables):
             return
-        seconds = 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
-        self.result = search(self._tables, self.capacity, self._model, seconds)
+        self.result = search(self._tables, self.capacity, self._model, self._seconds)
         if self.result is not None:
             yield self.result.options
 

@@ -93,6 +93,11 @@ class TieredProposer(Proposer):
         self._fits |= partitionable
 
     @property
+    def _seconds(self) -> float:
+        """Of work that the search may be."""
+        return 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
+
+    @property
     def in_memory_short(self) -> float:
         """DDR that is short for a plan without tiers, in which nothing waits: at least so much of all ranks together."""
         if not all(self._placeable_stock):
@@ -126,8 +131,7 @@ class TieredProposer(Proposer):
         if self._fits:
             return
         if all(self._tables) and (len(self.capacity.storage) > 1 or self._by_room() is not None):
-            seconds = 0.5 + 0.02 * len(self._tables) if self._search_seconds is None else self._search_seconds
-            self.result = search(self._tables, self.capacity, self._model, seconds, self._by_room)
+            self.result = search(self._tables, self.capacity, self._model, self._seconds, self._by_room)
         if self.result is not None:
             yield self.result.options
         elif (least := self._least_in_memory()) is not None:

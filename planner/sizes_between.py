@@ -2,9 +2,8 @@
 
 ``sizes_in_place.best_shares`` mixes the offered sizes of a table; a mixture of pools, and of caches, of one way above the SSD is a pool and
 a cache, which misses no more than the mixture does. Not so across ways, nor with and without a cache, whose index is there or is not: of
-these the largest share decides, or, where those do not fit together, the plan; a second program mixes what is left. Ids that wait take more
-memory for the mixed pool than for the pools of the mixture, and caches take whole pages: what a rank lacks, pools and caches there give
-back.
+these the largest share decides, or, where those do not fit together, the plan; a second program mixes what is left. Caches take whole
+pages: what a rank lacks, pools and caches there give back.
 """
 
 from __future__ import annotations

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 from torchrec_mtrains.planner import AccessProfile, HardwareProfile, hardware_profiles
 from torchrec_mtrains.planner.profile_files import ProfileFormat
 
+from disk import files_of_at_most
 from torchrec_mtrains.errors import ConfigurationError
 
 HARDWARE = next(iter(hardware_profiles().values()))
@@ -44,18 +41,6 @@ def test_what_is_no_profile_is_refused_with_its_kind_its_file_and_the_command_th
         file.write_text(text)
         with pytest.raises(ConfigurationError, match=f"^{kind} '{file}': {rule}.* `{command}`"):
             type(profile).load(file)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The kernel refuses to write more, as a full disk does."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @PROFILES

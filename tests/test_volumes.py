@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 from torchrec_mtrains.kernels import MemoryVolume, PmemVolume, SsdVolume, VolumeTable
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 
-from disk import allocated_bytes
+from disk import allocated_bytes, files_of_at_most
 from torchrec_mtrains.errors import (
     ConfigurationError,
     DamagedRecordError,
@@ -182,15 +181,8 @@ def test_a_full_disk_is_a_typed_error_and_loses_nothing(path: str) -> None:
     table = volume.table("t", row_count=100_000, record_bytes=4000)
     table.put(torch.arange(100), torch.ones(100, 4000, dtype=torch.uint8))
     volume.flush()  # a write still in flight would end early
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, before[1]))  # the kernel refuses the next segment, as a full disk does
-    try:
-        with pytest.raises(VolumeFullError, match="cannot allocate"):
-            table.put(torch.arange(1000, 2000), torch.ones(1000, 4000, dtype=torch.uint8))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with files_of_at_most(1 << 17), pytest.raises(VolumeFullError, match="cannot allocate"):  # refuses the next segment
+        table.put(torch.arange(1000, 2000), torch.ones(1000, 4000, dtype=torch.uint8))
     assert read(table, 0, 99).eq(1).all()
     assert read(table, 1000).eq(0).all()
     table.put(torch.arange(1000, 2000), torch.ones(1000, 4000, dtype=torch.uint8))
