@@ -46,7 +46,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -201,7 +200,7 @@ class LogVolume final : public Volume {
   void move_block(LogSegment& segment, uint32_t block, const std::byte* data, Lock& lock);
   void stop_cleaner();
 
-  void on_io(const IoJob& job, const std::byte* data, int error);
+  void on_io(const IoJob& job, const std::byte* data, int error);  // on the queue's thread
 
   const LogOptions options_;
   System& system_;

@@ -7,7 +7,8 @@
 // What always holds:
 //   - a chunk lies in one segment, and stays in that segment's list, where readers find its blocks, until it has been written;
 //   - a stream has at most kMostChunks of them; who needs one more waits, with the lock given up;
-//   - after a write has failed its chunk stays, error() is the first failure, and whoever needs a buffer gets it;
+//   - after a write has failed its chunk stays, so its records are served from it; error() is the first failure, of a write or of the
+//     cleaning that feeds them; whoever waits for a buffer is told;
 //   - all but on_written is called with the volume's lock held, and what may give it up takes it as an argument.
 #pragma once
 
@@ -63,7 +64,7 @@ class LogWriter {
       : volume_(std::move(volume)), folders_(folders), mutex_(mutex), make_segment_(std::move(make_segment)) {}
   void start(IoQueue* queue) { queue_ = queue; }  // null on a mapped medium
 
-  LogStream& stream(uint32_t block_bytes, bool survivors);
+  LogStream& stream(uint32_t block_bytes, bool survivors);  // made where there is none
   std::deque<LogStream>& streams() { return streams_; }
   const std::deque<LogStream>& streams() const { return streams_; }
   std::set<uint32_t> filling() const;  // the segments that streams have
@@ -79,7 +80,7 @@ class LogWriter {
 
   const std::string& error() const { return error_; }  // empty: none
   void fail(std::string what);
-  void require_sound() const;
+  void require_sound() const;  // kVolumeIo
   void clear_error() { error_.clear(); }
 
   void reset();  // streams lose their segments, and chunks their blocks; no write is in flight
