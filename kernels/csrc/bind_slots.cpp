@@ -25,6 +25,7 @@ nb::dict stats_of(const SlotPool& pool, size_t table) {
   d["lookups"] = s.lookups;
   d["unique_rows"] = s.unique_rows;
   d["misses"] = s.misses;
+  d["refetched_rows"] = s.refetched_rows;
   d["admitted_rows"] = s.admitted_rows;
   d["evictions"] = s.evictions;
   d["write_backs"] = s.write_backs;
@@ -74,11 +75,11 @@ void bind_slots(nb::module_& m) {
            },
            "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
       .def("begin",
-           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced) {
+           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced, uint64_t lost) {
              nb::gil_scoped_release unlocked;
-             return self.begin(batch, reinterpret_cast<int64_t*>(slots), dirty, announced);
+             return self.begin(batch, reinterpret_cast<int64_t*>(slots), dirty, announced, lost);
            },
-           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
+           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0, "lost"_a = 0)
       .def("acquire", &SlotPool::acquire, "seq"_a, "dirty"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("wait", &SlotPool::wait, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &SlotPool::release, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
@@ -104,6 +105,7 @@ void bind_slots(nb::module_& m) {
            nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &stats_of, "table"_a)
       .def("slot_of_row", &SlotPool::slot_of_row, "table"_a, "row"_a)
+      .def_prop_ro("full", &SlotPool::full)
       .def_prop_ro("announced", &SlotPool::announced)
       .def_prop_ro("revoked", &SlotPool::revoked)
       .def_prop_ro("declined", &SlotPool::declined)
