@@ -238,26 +238,20 @@ class TieredTBE(RowAccess, nn.Module):
         )
         return indices
 
-    def _feature_starts(self, offsets: Tensor, batch_sizes: BatchSizes | None) -> Tensor:
+    def _feature_starts(self, offsets: Tensor, batch_sizes: BatchSizes) -> Tensor:
         """Where each feature's ids begin, and where the last one's end. Shapes: (features + 1,) int64."""
-        bags = offsets.numel() - 1
-        if batch_sizes:
-            if self._optimizer not in VARIABLE_BATCH_OPTIMIZERS:
-                raise errors.UnsupportedError(
-                    f"FBGEMM has no variable batch per feature for {self._optimizer.name}; use one of "
-                    f"{', '.join(o.name for o in VARIABLE_BATCH_OPTIMIZERS)}, or give every feature the same batch size"
-                )
-            ends = [0, *itertools.accumulate(sum(of_feature) for of_feature in batch_sizes)]
-            if len(ends) != self._features + 1 or ends[-1] != bags:
-                raise errors.ConfigurationError(
-                    f"offsets must have one element for each of the {ends[-1]} bags of {self._features} features, and one more, got "
-                    f"{bags + 1} for the batch sizes of {len(batch_sizes)} features"
-                )
-            starts = offsets[torch.tensor(ends)]
-        else:
-            stride = self._bags_of_a_feature(offsets)
-            starts = offsets[::stride] if stride else offsets.expand(self._features + 1)
-        return starts.long().contiguous()
+        if self._optimizer not in VARIABLE_BATCH_OPTIMIZERS:
+            raise errors.UnsupportedError(
+                f"FBGEMM has no variable batch per feature for {self._optimizer.name}; use one of "
+                f"{', '.join(o.name for o in VARIABLE_BATCH_OPTIMIZERS)}, or give every feature the same batch size"
+            )
+        ends, count = [0, *itertools.accumulate(sum(of_feature) for of_feature in batch_sizes)], offsets.numel()
+        if len(ends) != self._features + 1 or ends[-1] + 1 != count:
+            raise errors.ConfigurationError(
+                f"offsets must have one element for each of the {ends[-1]} bags of {self._features} features, and one more, got "
+                f"{count} for the batch sizes of {len(batch_sizes)} features"
+            )
+        return offsets[torch.tensor(ends)].long()
 
     def _bags_of_a_feature(self, offsets: Tensor) -> int:
         bags, rest = divmod(offsets.numel() - 1, self._features)
@@ -273,8 +267,11 @@ class TieredTBE(RowAccess, nn.Module):
         return self._as_pool_reads(indices, read.contiguous(), offsets, batch_sizes)
 
     def _as_pool_reads(self, indices: Tensor, read: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
-        starts = self._feature_starts(offsets, batch_sizes)
-        batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr())
+        if batch_sizes:
+            starts, stride = self._feature_starts(offsets, batch_sizes), 1
+        else:
+            starts, stride = offsets.contiguous(), self._bags_of_a_feature(offsets)
+        batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr(), starts.dtype is _INT32, stride)
         return Ids(batch, read, indices, starts)
 
     def _begin(
