@@ -156,6 +156,10 @@ class TieredTBE(RowAccess, nn.Module):
         )
         self._prepared_lookup = PreparedLookup(self.tbe)
         self._parts = self._pool_parts()
+        if not on_gpu:  # nothing is in them yet: FBGEMM makes them as zeros, and a slot is filled before it is used
+            areas = {part.untyped_storage().data_ptr(): part.untyped_storage() for of_shard in self._parts for part in of_shard}
+            for address, storage in areas.items():
+                _core.move_to_huge_pages(address, storage.nbytes())
 
     def _tables_that_evict(self) -> list[int]:
         return [i for i, t in enumerate(self.tables) if self.pool_rows[i] < t.rows]

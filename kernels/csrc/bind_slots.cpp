@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "huge_pages.h"
 #include "slot_pool.h"
 
 namespace nb = nanobind;
@@ -38,6 +39,8 @@ nb::dict stats_of(const SlotPool& pool, size_t table) {
 }  // namespace
 
 void bind_slots(nb::module_& m) {
+  m.def("move_to_huge_pages", [](uintptr_t zeros, size_t bytes) { move_to_huge_pages(reinterpret_cast<void*>(zeros), bytes); },
+        "zeros"_a, "bytes"_a);
   nb::class_<Part>(m, "Part").def("__init__", [](Part* self, uintptr_t address, uint64_t stride_bytes, uint32_t bytes) {
     new (self) Part(make_part(address, stride_bytes, bytes));
   });
