@@ -179,14 +179,14 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
 
 
 def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, float]]:
-    """``unique_rows``: of a batch; the pools' own count has those twice that were begun twice."""
+    """``unique_rows``: of a batch. Rows of batches that were begun twice may be missing twice."""
     processor = Processor()
     side.run(batches, WARM_TOP, 0, size.warm(c), processor)
     found = {}
     for top in c.widths:
         done = side.run(batches, top, size.steps, size.uncounted, processor)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
-        ratio = per_step["misses"] / unique_rows
+        ratio = (per_step["misses"] + per_step["refetched_rows"]) / unique_rows
         found[top] = {"step_ms": 1e3 * statistics.median(done.seconds), "miss_ratio": ratio, **per_step}
     return found
 

@@ -78,6 +78,7 @@ class _Held:
     ready: list[Any]  # events, or None
     attempt: Attempt | None = None  # that the host has not looked at
     give_back: Callable[[], None] | None = None  # slots and places
+    anew: bool = False  # its batch had a ticket before, and was counted
     released: bool = False
 
 
@@ -129,8 +130,10 @@ class DeviceBatches:
         self._attempts = True  # no row was below, lately
         self._late = 0
         self._counts = [_Counts() for _ in tables]
-        # The sums of all batches: as in an attempt's summary, hits, misses and misses below by table, and where features begin.
-        self._sums = np.zeros(3 * len(tables) + len(table_of_feature) + 1, dtype=np.int64)
+        # The sums of all batches, and of those that began anew: as in an attempt's summary, hits, misses and misses below by table, and
+        # where features begin.
+        self._sums = np.zeros((2, 3 * len(tables) + len(table_of_feature) + 1), dtype=np.int64)
+        self._lost: set[int] = set()  # soft tickets that have gone, whose batch is counted and has not begun anew
         self._device = device
         self._hands = [0] * len(tables)
         self.revoked = self.declined = self.attempted = self.batches = 0
@@ -142,11 +145,12 @@ class DeviceBatches:
 
     # -- batches
 
-    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0) -> tuple[int, Tensor] | None:
+    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0, lost: int = 0) -> tuple[int, Tensor] | None:
         """Starts a batch; None when it is not ``hard`` and there is no room. Ids and offsets stay as they are until it is released.
 
         Returns its number, and the slot of each id, counted within its
-        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0.
+        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0. ``lost``: the ticket that this batch had, which ``acquire``
+        refused, or 0.
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
         was changed. What the reads of the batch before failed with.
         """
@@ -155,30 +159,37 @@ class DeviceBatches:
             self._finish_fill()
             self._announced.pop(announced, None)
             self._untold.pop(announced, None)
-            if self._attempts and batch.ids.numel():
-                seq = self._attempt(batch, hard, dirty, announced)
-                if not hard or self._look(seq):
-                    return seq, self._held[seq].slots
-            with self._streams.on_directory():
-                return self._begin_step_by_step(batch, hard, dirty, announced)
+            anew = lost in self._lost
+            begun = self._begin(batch, hard, dirty, announced, anew)
+            self._lost.discard(lost)
+            return begun
 
-    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> tuple[int, Tensor] | None:
+    def _begin(self, batch: Batch, hard: bool, dirty: bool, announced: int, anew: bool) -> tuple[int, Tensor] | None:
+        if self._attempts and batch.ids.numel():
+            seq = self._attempt(batch, hard, dirty, announced, anew)
+            if not hard or self._look(seq):
+                return seq, self._held[seq].slots
+        with self._streams.on_directory():
+            return self._begin_step_by_step(batch, hard, dirty, announced, anew)
+
+    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int, anew: bool) -> tuple[int, Tensor] | None:
         self._let_go()
         self._look_at_all()
         self._tell_but(0)
         seq = self._last_seq = self._last_seq + 1
         found = self.directory.lookup(batch, seq, dirty, announced)
         self._attempts = True
-        if found.missing_count and not self._bring(found, seq, hard, dirty):
+        sums = self._sums[int(anew)]
+        if found.missing_count and not self._bring(found, seq, hard, dirty, sums):
             self.declined += 1
             return None
-        self.batches += 1
-        self._sums[: len(self.tables)] += found.hits
-        self._sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
+        self.batches += not anew
+        sums[: len(self.tables)] += found.hits
+        sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
         self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
         return seq, found.slot
 
-    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int) -> int:
+    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int, anew: bool) -> int:
         """Queues all that the batch needs."""
         if len(self._attempted) == SEQUENCES:  # the directory uses what it told of that one in again
             self._look_without_asking(self._attempted[0])
@@ -186,7 +197,7 @@ class DeviceBatches:
         self._attempted.append(seq)
         turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
         attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._told_last())
-        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back)
+        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back, anew)
         return seq
 
     def _look(self, seq: int) -> bool:
@@ -207,8 +218,8 @@ class DeviceBatches:
             del self._held[seq]
             return False
         self.attempted += 1
-        self.batches += 1
-        self._sums += attempt.summary[2:-1]
+        self.batches += not held.anew
+        self._sums[int(held.anew)] += attempt.summary[2:-1]
         if self.batches % LATE_EVERY == 0:
             self._late = self._late_releases()
         return True
@@ -274,13 +285,14 @@ class DeviceBatches:
         hits, misses, _, _ = self._sums_of(table)
         return (hits + misses) / max(1, self.batches)
 
-    def _sums_of(self, table: int) -> tuple[int, int, int, int]:
+    def _sums_of(self, table: int, anew: bool = False) -> tuple[int, int, int, int]:
         """Hits, misses and misses below, in rows, and ids looked up."""
-        hits, misses, below = self._sums[: 3 * len(self.tables)].reshape(3, -1)[:, table].tolist()
-        by_feature = np.diff(self._sums[3 * len(self.tables) :])
+        sums = self._sums[int(anew)]
+        hits, misses, below = sums[: 3 * len(self.tables)].reshape(3, -1)[:, table].tolist()
+        by_feature = np.diff(sums[3 * len(self.tables) :])
         return hits, misses, below, sum(int(n) for t, n in zip(self._table_of_feature, by_feature, strict=True) if t == table)
 
-    def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool) -> bool:
+    def _bring(self, found: Lookup, seq: int, hard: bool, dirty: bool, sums: Any) -> bool:
         """Gives every missed row a slot, and starts bringing it there. False when there is no room."""
         directory = self.directory
         misses = directory.claim(found, seq)
@@ -303,7 +315,7 @@ class DeviceBatches:
             raise
         directory.commit(misses, slots, hosts, seq, dirty)
         directory.settle(found, misses)
-        self._sums[len(self.tables) : 3 * len(self.tables)] += counts + below_counts
+        sums[len(self.tables) : 3 * len(self.tables)] += counts + below_counts
         if below_total:
             mine = [x.index_select(0, from_below) for x in (slots, hosts, table)]
             self._fill = _Fill(seq, reads, mine[0], mine[1], mine[2], below_counts)
@@ -359,10 +371,14 @@ class DeviceBatches:
     def _revoke_youngest(self) -> bool:
         for seq in sorted(self._held, reverse=True):
             if not self._held[seq].hard:
-                del self._held[seq]
+                self._lose(seq)
                 self.revoked += 1
                 return True
         return False
+
+    def _lose(self, seq: int) -> None:
+        if self._held.pop(seq).attempt is None:  # else it is not counted
+            self._lost.add(seq)
 
     def _refuse(self, found: Lookup, counts: list[int], have: list[int]) -> None:
         table = next(t for t, (c, h) in enumerate(zip(counts, have, strict=True)) if h < c)
@@ -455,7 +471,7 @@ class DeviceBatches:
             elif count:
                 self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine])
         for seq in [s for s, held in self._held.items() if s >= fill.seq and not held.hard]:
-            del self._held[seq]
+            self._lose(seq)
         assert cause is not None
         raise cause
 
@@ -501,6 +517,7 @@ class DeviceBatches:
         """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
         # Without the lock: a begin on another thread may hold it while it waits for the device.
         self._failed.pop(seq, None)
+        self._lost.discard(seq)
         held = self._held.get(seq)
         if held is not None and not held.released:
             held.released = True

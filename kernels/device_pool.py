@@ -159,6 +159,8 @@ class DevicePool(DeviceBatches):
                 "lookups": lookups,
                 "unique_rows": hits + misses,
                 "misses": misses,
+                "refetched_rows": self._sums_of(table, anew=True)[1],
+                "admitted_rows": 0,
                 "evictions": int(self.directory.evictions[table]),
                 "write_backs": int(self.directory.write_backs[table]),
                 "flushed_rows": counted.flushed_rows,
@@ -170,7 +172,8 @@ class DevicePool(DeviceBatches):
         """The same of the host places, as of any cache (``CachedVolume.cache_stats``)."""
         with self._lock:
             self._look_at_all()
-            counted, (_, misses, below, _) = self._counts[table], self._sums_of(table)
+            counted = self._counts[table]
+            misses, below = (a + b for a, b in zip(self._sums_of(table)[1:3], self._sums_of(table, anew=True)[1:3], strict=True))
             return {
                 "rows": self.tables[table].host_places,
                 "resident_rows": self.directory.resident(HOST, table),

@@ -77,7 +77,7 @@ class ResidentPool:
 
     # -- batches
 
-    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0) -> tuple[int, Tensor]:
+    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0, lost: int = 0) -> tuple[int, Tensor]:
         """Starts a batch. Ids and offsets stay as they are until it is released. Returns its number, and the slot of each id.
 
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may): nothing was changed. What reading the rows
@@ -284,6 +284,8 @@ class ResidentPool:
                 "lookups": sum(int(n) for t, n in zip(self._table_of_feature, by_feature, strict=True) if t == table),
                 "unique_rows": int(self._sums[table]),
                 "misses": 0,
+                "refetched_rows": 0,
+                "admitted_rows": 0,
                 "evictions": 0,
                 "write_backs": 0,
                 "flushed_rows": self._flushed[table],

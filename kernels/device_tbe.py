@@ -14,11 +14,6 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor
 
 from .. import errors
@@ -29,7 +24,6 @@ from .device_ids import Batch
 from .device_planes import Planes
 from .device_pool import DevicePool
 from .device_resident import ResidentPool, ResidentTable
-from .prepared_lookup import PreparedLookup
 from .tickets import Ids, Ticket
 from .tiered_tbe import STATES, BatchSizes, TieredTable, TieredTBE
 
@@ -60,19 +54,8 @@ class DeviceTBE(TieredTBE):
         self._feature_rows, self._warning = self._feature_rows.to(self.device), self._warning.to(self.device)
 
     def _make_tbe(self) -> None:
-        self.pool_rows = [max(1, min(t.chain.pool_rows, t.rows)) for t in self.tables]
+        super()._make_tbe()
         self._host_places = [self._host_places_of(t, pool) for t, pool in zip(self.tables, self.pool_rows, strict=True)]
-        on_gpu = self.device.type == "cuda"
-        place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
-        self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            embedding_specs=[(pool, dim, *place) for pool, t in zip(self.pool_rows, self.tables, strict=True) for dim in t.dims],
-            bounds_check_mode=BoundsCheckMode.NONE,
-            device=self.device,
-            **self._options,
-        )
-        self._prepared_lookup = PreparedLookup(self.tbe)
-        # ``data``: autograd does not count what is written through it between a forward and its backward, to other slots than theirs.
-        self._parts = [[part.data for part in of_shard] for of_shard in self._pool_parts()]
 
     def _host_places_of(self, table: TieredTable, pool_rows: int) -> int:
         cache = table.chain.caches[0] if table.chain.caches else None
@@ -128,27 +111,25 @@ class DeviceTBE(TieredTBE):
             batch = Batch(read, self._feature_starts(offsets, batch_sizes), 1)
         else:
             batch = Batch(read, offsets.contiguous(), self._bags_of_a_feature(offsets))
-        return Ids(batch, read.numel(), indices)
+        return Ids(batch, read, indices)
 
-    def _begin_hard(self, ids: Ids, dirty: bool, announced: int) -> Ticket:
-        ticket = self._begun(ids, True, dirty, announced)
+    def _begin_hard(self, ids: Ids, dirty: bool, announced: int, lost: int) -> Ticket:
+        ticket = self._begun(ids, True, dirty, announced, lost)
         assert ticket is not None
         return ticket
 
     def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
-        return self._begun(ids, False, dirty, announced)
+        return self._begun(ids, False, dirty, announced, 0)
 
-    def _look_up(self, slots: Tensor, offsets: Tensor, weights: Any, features: Any, batch_sizes: Any) -> Tensor:
-        if weights is None and features is None and batch_sizes is None:
-            return self._prepared_lookup(slots, offsets)
-        return self.tbe(slots, offsets, weights, features, batch_sizes)
-
-    def _begun(self, ids: Ids, hard: bool, dirty: bool, announced: int) -> Ticket | None:
-        begun = self._pool.begin(ids.batch, hard, dirty, announced)
+    def _begun(self, ids: Ids, hard: bool, dirty: bool, announced: int, lost: int) -> Ticket | None:
+        begun = self._pool.begin(ids.batch, hard, dirty, announced, lost)
         return None if begun is None else Ticket(begun[0], begun[1], ids, dirty)
 
     def _rows_of_a_batch(self, table: int) -> float:
         return self._pool.rows_of_a_batch(table)  # which does not wait for the device
+
+    def _all_there(self) -> bool:
+        return False  # the device uses a batch while others train
 
     # -- rows, as users see them
 

@@ -17,12 +17,13 @@ WAITING_LIMIT = 64
 
 
 class Ids:
-    """The ids of one batch: ``batch`` as the pool reads them, which needs what is ``kept`` until the batch has begun or was withdrawn."""
+    """The ids of one batch: ``batch`` as the pool reads them, from ``read`` and what is ``kept`` besides until the batch has begun or was
+    withdrawn."""
 
-    __slots__ = ("batch", "count", "kept")
+    __slots__ = ("batch", "kept", "read")
 
-    def __init__(self, batch: Any, count: int, *kept: Tensor) -> None:
-        self.batch, self.count, self.kept = batch, count, kept
+    def __init__(self, batch: Any, read: Tensor, *kept: Tensor) -> None:
+        self.batch, self.read, self.kept = batch, read, kept
 
 
 class Ticket:

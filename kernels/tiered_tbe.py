@@ -33,6 +33,7 @@ from . import _core
 from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
 from .homes import open_home, open_table, volume_of
+from .prepared_lookup import PreparedLookup
 from .row_access import RowAccess
 from .spans import span
 from .tickets import WAITING_LIMIT, ByIds, Ids, Ticket, Token
@@ -145,17 +146,20 @@ class TieredTBE(RowAccess, nn.Module):
         """The stock TBE, whose tables are the pools."""
         # A pool never needs more slots than its table has rows. Row-wise sharding may leave a rank none: one slot that nothing uses.
         self.pool_rows = [max(1, min(t.chain.pool_rows, t.rows)) for t in self.tables]
+        on_gpu = self.device.type == "cuda"
+        place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            embedding_specs=[
-                (pool, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
-                for pool, t in zip(self.pool_rows, self.tables, strict=True)
-                for dim in t.dims
-            ],
+            embedding_specs=[(pool, dim, *place) for pool, t in zip(self.pool_rows, self.tables, strict=True) for dim in t.dims],
             bounds_check_mode=BoundsCheckMode.NONE,  # ids were checked against the true row counts; slots are ours
-            device=torch.device("cpu"),
+            device=self.device,
             **self._options,
         )
+        self._prepared_lookup = PreparedLookup(self.tbe)
         self._parts = self._pool_parts()
+        if not on_gpu:  # nothing is in them yet: FBGEMM makes them as zeros, and a slot is filled before it is used
+            areas = {part.untyped_storage().data_ptr(): part.untyped_storage() for of_shard in self._parts for part in of_shard}
+            for address, storage in areas.items():
+                _core.move_to_huge_pages(address, storage.nbytes())
 
     def _tables_that_evict(self) -> list[int]:
         return [i for i, t in enumerate(self.tables) if self.pool_rows[i] < t.rows]
@@ -216,7 +220,8 @@ class TieredTBE(RowAccess, nn.Module):
         states = self.tbe.split_optimizer_states() if self.state_names else [[] for _ in weights]
         parts = []
         for table, of_shard, weight in zip(self.table_of_shard, states, weights, strict=True):
-            mine = [weight.detach(), *(s.detach() for s in of_shard)]
+            # ``data``: autograd does not count what is written through it between a forward and its backward, to other slots than theirs.
+            mine = [part.data for part in (weight, *of_shard)]
             assert all(p.is_contiguous() and p.shape[0] == self.pool_rows[table] for p in mine)
             parts.append(mine)
         return parts
@@ -237,26 +242,20 @@ class TieredTBE(RowAccess, nn.Module):
         )
         return indices
 
-    def _feature_starts(self, offsets: Tensor, batch_sizes: BatchSizes | None) -> Tensor:
+    def _feature_starts(self, offsets: Tensor, batch_sizes: BatchSizes) -> Tensor:
         """Where each feature's ids begin, and where the last one's end. Shapes: (features + 1,) int64."""
-        bags = offsets.numel() - 1
-        if batch_sizes:
-            if self._optimizer not in VARIABLE_BATCH_OPTIMIZERS:
-                raise errors.UnsupportedError(
-                    f"FBGEMM has no variable batch per feature for {self._optimizer.name}; use one of "
-                    f"{', '.join(o.name for o in VARIABLE_BATCH_OPTIMIZERS)}, or give every feature the same batch size"
-                )
-            ends = [0, *itertools.accumulate(sum(of_feature) for of_feature in batch_sizes)]
-            if len(ends) != self._features + 1 or ends[-1] != bags:
-                raise errors.ConfigurationError(
-                    f"offsets must have one element for each of the {ends[-1]} bags of {self._features} features, and one more, got "
-                    f"{bags + 1} for the batch sizes of {len(batch_sizes)} features"
-                )
-            starts = offsets[torch.tensor(ends)]
-        else:
-            stride = self._bags_of_a_feature(offsets)
-            starts = offsets[::stride] if stride else offsets.expand(self._features + 1)
-        return starts.long().contiguous()
+        if self._optimizer not in VARIABLE_BATCH_OPTIMIZERS:
+            raise errors.UnsupportedError(
+                f"FBGEMM has no variable batch per feature for {self._optimizer.name}; use one of "
+                f"{', '.join(o.name for o in VARIABLE_BATCH_OPTIMIZERS)}, or give every feature the same batch size"
+            )
+        ends, count = [0, *itertools.accumulate(sum(of_feature) for of_feature in batch_sizes)], offsets.numel()
+        if len(ends) != self._features + 1 or ends[-1] + 1 != count:
+            raise errors.ConfigurationError(
+                f"offsets must have one element for each of the {ends[-1]} bags of {self._features} features, and one more, got "
+                f"{count} for the batch sizes of {len(batch_sizes)} features"
+            )
+        return offsets[torch.tensor(ends)].long()
 
     def _bags_of_a_feature(self, offsets: Tensor) -> int:
         bags, rest = divmod(offsets.numel() - 1, self._features)
@@ -272,22 +271,35 @@ class TieredTBE(RowAccess, nn.Module):
         return self._as_pool_reads(indices, read.contiguous(), offsets, batch_sizes)
 
     def _as_pool_reads(self, indices: Tensor, read: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
-        starts = self._feature_starts(offsets, batch_sizes)
-        batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr())
-        return Ids(batch, read.numel(), indices, read, starts)
+        if batch_sizes:
+            starts, stride = self._feature_starts(offsets, batch_sizes), 1
+        else:
+            starts, stride = offsets.contiguous(), self._bags_of_a_feature(offsets)
+        batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr(), starts.dtype is _INT32, stride)
+        return Ids(batch, read, indices, starts)
 
-    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool) -> Ticket:
+    def _begin(
+        self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool, lost: Ticket | None = None
+    ) -> Ticket:
+        """``lost``: the ticket that the batch had, whose slots were taken back."""
         number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_sizes))
-        return self._with_room(lambda announced: self._begin_hard(ids, dirty, announced), number)
+        return self._with_room(lambda announced: self._begin_hard(ids, dirty, announced, lost.seq if lost else 0), number)
 
-    def _begin_hard(self, ids: Ids, dirty: bool, announced: int) -> Ticket:
-        slots = torch.empty(ids.count, dtype=_INT64)
-        return Ticket(self._pool.begin(ids.batch, slots.data_ptr(), dirty, announced), slots, ids, dirty)
+    def _begin_hard(self, ids: Ids, dirty: bool, announced: int, lost: int) -> Ticket:
+        slots, address = self._slots_for(ids)
+        return Ticket(self._pool.begin(ids.batch, address, dirty, announced, lost), slots, ids, dirty)
 
     def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
         """None where there is no room now."""
-        slots = torch.empty(ids.count, dtype=_INT64)
-        return Ticket(self._pool.prefetch(ids.batch, slots.data_ptr(), dirty, announced), slots, ids, dirty)
+        slots, address = self._slots_for(ids)
+        return Ticket(self._pool.prefetch(ids.batch, address, dirty, announced), slots, ids, dirty)
+
+    def _slots_for(self, ids: Ids) -> tuple[Tensor, int]:
+        """Where the slots of ids will be, and its address for the pool; 0: ids are slots, since every pool has one for each of its rows."""
+        if not self._evicting:
+            return ids.read.long(), 0
+        slots = torch.empty(ids.read.numel(), dtype=_INT64)
+        return slots, slots.data_ptr()
 
     def _with_room(self, begin: Callable[[int], Any], announced: int = 0) -> Any:
         """``begin(announced)``; where there is no room, once more when dead graphs have let their slots go. A batch is announced once."""
@@ -325,7 +337,7 @@ class TieredTBE(RowAccess, nn.Module):
         """The batch with these ids, announced or prefetched, will not come after all; nothing, if there is none."""
         if announced := self._announced.take(indices):
             self._pool.withdraw(announced[0])
-        elif ticket := self._take_waiting(indices):
+        elif ticket := self._waiting.take(indices):
             self._pool.release(ticket.seq)
 
     @property
@@ -348,14 +360,20 @@ class TieredTBE(RowAccess, nn.Module):
     ) -> None:
         """Starts bringing a batch's rows into slots, while others train; its forward must get the same ``indices`` tensor.
 
-        Shapes: as ``forward``. When there is no room, nothing happens and forward does the work.
-        Raises: IdOutOfRangeError.
+        Shapes: as ``forward``. When there is no room, or every row of the group is in a slot, nothing happens and forward does the work.
+        Raises: IdOutOfRangeError; so may forward instead.
         """
         del forward_stream
+        if self._all_there():
+            return
         number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
         ticket = self._begin_soft(ids, torch.is_grad_enabled(), number)
         if ticket is not None:
             self._keep(ticket, indices)
+
+    def _all_there(self) -> bool:
+        """Whether a forward finds all it needs whatever the batch, so that nothing is gained by looking it up before."""
+        return bool(self._pool.full)
 
     def _keep(self, ticket: Ticket, indices: Tensor) -> None:
         """For the forward of these ids; whoever loses it releases it."""
@@ -364,15 +382,12 @@ class TieredTBE(RowAccess, nn.Module):
         ticket.unclaimed_in = self._pool
         self._waiting.put(indices, ticket)
 
-    def _take_waiting(self, indices: Tensor) -> Ticket | None:
-        ticket = self._waiting.take(indices)
-        if ticket is not None:
-            ticket.unclaimed_in = None
+    def _claim(self, ticket: Ticket | None, dirty: bool) -> Ticket | None:
+        """None, if its slots were taken back."""
+        if ticket is None or not self._pool.acquire(ticket.seq, dirty and not ticket.dirty):
+            return None
+        ticket.unclaimed_in = None
         return ticket
-
-    def _claim(self, indices: Tensor, dirty: bool) -> Ticket | None:
-        ticket = self._take_waiting(indices)
-        return ticket if ticket and self._pool.acquire(ticket.seq, dirty and not ticket.dirty) else None
 
     def _forget_coming(self) -> None:
         """Lets go of what was prefetched and announced."""
@@ -399,7 +414,8 @@ class TieredTBE(RowAccess, nn.Module):
         dirty = torch.is_grad_enabled()
         started = time.perf_counter()
         with span("wait for rows"):
-            ticket = self._claim(indices, dirty) or self._begin(indices, offsets, batch_sizes, dirty)
+            waiting = self._waiting.take(indices)
+            ticket = self._claim(waiting, dirty) or self._begin(indices, offsets, batch_sizes, dirty, waiting)
             try:
                 self._pool.wait(ticket.seq)
             except BaseException:
@@ -419,6 +435,8 @@ class TieredTBE(RowAccess, nn.Module):
 
     def _look_up(self, slots: Tensor, offsets: Tensor, weights: Any, features: Any, batch_sizes: Any) -> Tensor:
         """The stock forward, on slots."""
+        if weights is None and features is None and batch_sizes is None:
+            return self._prepared_lookup(slots, offsets)
         return self.tbe(slots, offsets, weights, features, batch_sizes)
 
     def _release_after_backward(self, node: Any, ticket: Ticket) -> None:
@@ -541,7 +559,8 @@ class TieredTBE(RowAccess, nn.Module):
         """Per table one dict a tier, from the pool down: reads that it answered (hits) and passed on (misses), rows that it gave away
         (evictions; write_backs of them changed), and the bytes of rows read from it and written to it.
 
-        A pool's hits and misses are distinct rows of a batch. Its home's I/O, shared with other tables, is in ``volume_stats``.
+        A pool's hits and misses are distinct rows of a batch; it also asks for the ``refetched_rows`` of ``stats``. Its home's I/O, shared
+        with other tables, is in ``volume_stats``.
         """
         return [self._tiers_of(i) for i in range(len(self.tables))]
 
@@ -549,15 +568,15 @@ class TieredTBE(RowAccess, nn.Module):
         chain, below = self.tables[table].chain, self._below_pools[table]
         record_bytes, pool = below.record_bytes, self._pool.stats(table)
         hits, misses, flushed = pool["unique_rows"] - pool["misses"], pool["misses"], pool["flushed_rows"]
+        came = misses + pool["refetched_rows"]
         counters = {"hits": hits, "misses": misses, "evictions": pool["evictions"], "write_backs": pool["write_backs"]}
-        moved = {"read_bytes": hits * record_bytes, "written_bytes": misses * record_bytes}
+        moved = {"read_bytes": hits * record_bytes, "written_bytes": came * record_bytes}
         tiers = [{"tier": "pool", "rows": self.pool_rows[table], "resident_rows": pool["resident_rows"], **counters, **moved}]
         for tier in self._cache_tiers_of(table):
-            flushed += tier.pop("flushed_rows")
+            flushed, came = flushed + tier.pop("flushed_rows"), tier["misses"]
             tiers.append(tier)
-        last = tiers[-1]
-        home = {"tier": type(chain.home).__name__, "rows": self.tables[table].rows, "hits": last["misses"]}
-        moved = {"read_bytes": last["misses"] * record_bytes, "written_bytes": (last["write_backs"] + flushed) * record_bytes}
+        home = {"tier": type(chain.home).__name__, "rows": self.tables[table].rows, "hits": came}
+        moved = {"read_bytes": came * record_bytes, "written_bytes": (tiers[-1]["write_backs"] + flushed) * record_bytes}
         return [*tiers, {**home, **moved}]
 
     def _cache_tiers_of(self, table: int) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torchrec_mtrains.kernels import device_batches
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE
-from torchrec_mtrains.kernels.tiered_tbe import TieredTable
+from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
 from test_tier_chains import damage
 from torchrec_mtrains.errors import ConfigurationError, DamagedRecordError
@@ -28,11 +30,11 @@ def folder() -> Iterator[str]:
         yield name
 
 
-def make(*below: Cache | Home, pool_rows: int = POOL) -> DeviceTBE:
+def make(*below: Cache | Home, pool_rows: int = POOL, kind: Any = partial(DeviceTBE, device=torch.device("cpu"))) -> DeviceTBE:
     init = UniformInit(0, -1, 1, columns=8)
-    return DeviceTBE(
+    return kind(
         [TieredTable("t", ROWS, 8, TierChain(pool_rows, below), init=init)], [0], PoolingMode.SUM, SparseType.FP32,
-        EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, device=torch.device("cpu"), learning_rate=0.1, eps=1e-3,
+        EmbOptimType.EXACT_ROWWISE_ADAGRAD, rank=0, learning_rate=0.1, eps=1e-3,
     )  # fmt: skip
 
 
@@ -43,6 +45,13 @@ def train(tbe: DeviceTBE, first: int, count: int = POOL) -> None:
 def test_a_ddr_cache_smaller_than_its_pool_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"table 't': .* got rows=9 below pool_rows=10"):
         make(DdrCache(9), DdrHome())
+
+
+@pytest.mark.parametrize("pool_rows", [POOL, ROWS])
+def test_it_counts_what_pools_in_host_memory_count(pool_rows: int) -> None:
+    counted = make(DdrHome(), pool_rows=pool_rows, kind=TieredTBE).stats()[0]
+    assert {"admitted_rows", "refetched_rows"} < set(counted)
+    assert set(make(DdrHome(), pool_rows=pool_rows).stats()[0]) == set(counted) - {"batches"}
 
 
 def test_a_chain_without_a_ddr_cache_has_host_places_for_its_pool_and_under_a_ddr_home_for_its_table(folder: str) -> None:

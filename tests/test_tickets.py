@@ -265,6 +265,22 @@ def test_a_forward_in_need_of_room_revokes_the_youngest_prefetch() -> None:
     assert_same(tbe, full)
 
 
+def test_a_batch_whose_slots_were_taken_back_is_counted_once() -> None:
+    tbe = make(4)
+    for first in range(0, 30, 6):
+        ahead = bags(first, first + 1, first)
+        tbe.prefetch(*ahead)
+        tbe._pool.check()  # after what was prefetched
+        train(tbe, *range(first + 2, first + 6))
+        tbe(*ahead).sum().backward()
+    counted, below = tbe.stats()[0], tbe.tier_stats()[0][1]
+    assert tbe._pool.revoked == 5
+    assert counted["lookups"] == 5 * (3 + 4)
+    assert counted["unique_rows"] == counted["misses"] == 5 * (2 + 4)
+    assert counted["refetched_rows"] == 5 * 2
+    assert below["hits"] + below.get("misses", 0) == 5 * (2 + 4 + 2)
+
+
 def test_a_prefetch_without_room_leaves_the_work_to_its_forward() -> None:
     tbe, full = make(2), twin()
     held = [t(*bags(0, 1)) for t in (tbe, full)]

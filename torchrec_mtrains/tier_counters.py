@@ -11,7 +11,7 @@ from .groups import tiered_groups
 from .kernels import durability
 
 _TABLE = ("lookups", "unique_rows", "misses", "evictions", "write_backs")
-_OF_POOL = ("lookups", "unique_rows", "admitted_rows", "flushed_rows", "trickled_rows")
+_OF_POOL = ("lookups", "unique_rows", "refetched_rows", "admitted_rows", "flushed_rows", "trickled_rows")
 _VOLUME = (
     "get_rows",
     "get_rows_initial",

@@ -34,10 +34,10 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
     if whole:
         rows.append(TierRow("memory (whole tables)", sum(r["rows"] for r in whole), sum(r["ddr_bytes"] for r in whole), 0, 0, 0, 0, 0, 0))
     if result.tables:
-        total = {k: sum(t[k] for t in result.tables) for k in ("pool_rows", "lookups", "misses", "unique_rows", "write_backs")}
+        total = {k: sum(t[k] for t in result.tables) for k in ("pool_rows", "lookups", "misses", "refetched_rows")}
         pool_bytes = sum(t["pool_rows"] * t["record_bytes"] for t in result.tables)
         record = pool_bytes / max(1, total["pool_rows"])
-        hits = total["lookups"] - total["misses"]
+        hits, came = total["lookups"] - total["misses"], total["misses"] + total["refetched_rows"]
         rows.append(
             TierRow(
                 "ddr (slot pools)",
@@ -47,8 +47,8 @@ def tier_rows(result: TrainResult) -> list[TierRow]:
                 hits,
                 hits,
                 round(hits * record),
-                total["misses"],
-                round(total["misses"] * record),
+                came,
+                round(came * record),
             )
         )
     rows += _caches(result)

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "huge_pages.h"
 #include "slot_pool.h"
 
 namespace nb = nanobind;
@@ -25,6 +26,7 @@ nb::dict stats_of(const SlotPool& pool, size_t table) {
   d["lookups"] = s.lookups;
   d["unique_rows"] = s.unique_rows;
   d["misses"] = s.misses;
+  d["refetched_rows"] = s.refetched_rows;
   d["admitted_rows"] = s.admitted_rows;
   d["evictions"] = s.evictions;
   d["write_backs"] = s.write_backs;
@@ -37,6 +39,8 @@ nb::dict stats_of(const SlotPool& pool, size_t table) {
 }  // namespace
 
 void bind_slots(nb::module_& m) {
+  m.def("move_to_huge_pages", [](uintptr_t zeros, size_t bytes) { move_to_huge_pages(reinterpret_cast<void*>(zeros), bytes); },
+        "zeros"_a, "bytes"_a);
   nb::class_<Part>(m, "Part").def("__init__", [](Part* self, uintptr_t address, uint64_t stride_bytes, uint32_t bytes) {
     new (self) Part(make_part(address, stride_bytes, bytes));
   });
@@ -74,11 +78,11 @@ void bind_slots(nb::module_& m) {
            },
            "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
       .def("begin",
-           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced) {
+           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced, uint64_t lost) {
              nb::gil_scoped_release unlocked;
-             return self.begin(batch, reinterpret_cast<int64_t*>(slots), dirty, announced);
+             return self.begin(batch, reinterpret_cast<int64_t*>(slots), dirty, announced, lost);
            },
-           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
+           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0, "lost"_a = 0)
       .def("acquire", &SlotPool::acquire, "seq"_a, "dirty"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("wait", &SlotPool::wait, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("release", &SlotPool::release, "seq"_a, nb::call_guard<nb::gil_scoped_release>())
@@ -104,6 +108,7 @@ void bind_slots(nb::module_& m) {
            nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &stats_of, "table"_a)
       .def("slot_of_row", &SlotPool::slot_of_row, "table"_a, "row"_a)
+      .def_prop_ro("full", &SlotPool::full)
       .def_prop_ro("announced", &SlotPool::announced)
       .def_prop_ro("revoked", &SlotPool::revoked)
       .def_prop_ro("declined", &SlotPool::declined)

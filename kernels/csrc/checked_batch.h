@@ -24,15 +24,20 @@ struct CheckedBatch {
   Batch batch;
   std::vector<int64_t> bounds;
 
-  // with_ids(feature, ids, begin, end): the feature's ids are ids[begin, end), ids a pointer to int32_t or int64_t.
+  // with_ids(ids, begin, end): the feature's ids are ids[begin, end), ids a pointer to int32_t or int64_t.
+  template <class Do>
+  void of_feature(size_t f, Do&& with_ids) const {
+    if (batch.ids_are_int32) {
+      with_ids(static_cast<const int32_t*>(batch.ids), bounds[f], bounds[f + 1]);
+    } else {
+      with_ids(static_cast<const int64_t*>(batch.ids), bounds[f], bounds[f + 1]);
+    }
+  }
+  // with_ids(feature, ids, begin, end), feature by feature.
   template <class Do>
   void by_feature(Do&& with_ids) const {
     for (size_t f = 0; f + 1 < bounds.size(); ++f) {
-      if (batch.ids_are_int32) {
-        with_ids(f, static_cast<const int32_t*>(batch.ids), bounds[f], bounds[f + 1]);
-      } else {
-        with_ids(f, static_cast<const int64_t*>(batch.ids), bounds[f], bounds[f + 1]);
-      }
+      of_feature(f, [&](const auto* ids, int64_t begin, int64_t end) { with_ids(f, ids, begin, end); });
     }
   }
 };

@@ -9,13 +9,14 @@
 #include <new>
 #include <utility>
 
+#include "huge_pages.h"
+
 namespace mtrains {
 
 template <class T>
 class LazyArray {
  public:
   explicit LazyArray(size_t count) : count_(count) {
-    constexpr size_t kHugePageBytes = 2u << 20;
     const size_t bytes = std::max<size_t>(count * sizeof(T), 1);
     const bool huge = bytes >= kHugePageBytes;
     mapped_bytes_ = huge ? bytes + kHugePageBytes : bytes;  // room to begin at a huge page's border
@@ -23,7 +24,7 @@ class LazyArray {
     if (mapping_ == MAP_FAILED) throw std::bad_alloc();
     auto address = reinterpret_cast<uintptr_t>(mapping_);
     if (huge) {
-      address = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+      address = next_huge_page(address);
       madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
     }
     data_ = reinterpret_cast<T*>(address);

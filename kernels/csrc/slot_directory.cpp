@@ -18,12 +18,13 @@ constexpr int64_t kStateAhead = 96;
 }  // namespace
 
 SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
-    : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), order_(pool_rows), wanted_(rows), free_(pool_rows) {
+    : slot_of_row_(static_cast<size_t>(rows)), row_of_slot_(pool_rows, -1), order_(pool_rows), wanted_(rows),
+      free_(whole() ? 0 : pool_rows), free_count_(pool_rows) {
   if (rows > INT32_MAX - 1) {
     throw Error(ErrorKind::kConfiguration, "a slot pool or cache serves tables of at most " + std::to_string(INT32_MAX - 1) +
                                                " rows, got " + std::to_string(rows) + "; shard the table by rows");
   }
-  for (int32_t s = 0; s < pool_rows; ++s) free_[s] = pool_rows - 1 - s;
+  for (size_t k = 0; k < free_.size(); ++k) free_[k] = pool_rows - 1 - static_cast<int32_t>(k);
 }
 
 template <class Index>
@@ -61,7 +62,7 @@ int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, S
       const uint64_t use = (first & ((old & Stamp::kUses) != Stamp::kMostUses)) ? Stamp::kOneUse : 0;
       s.stamp = stamp.at(i).value | ((old & Stamp::kFlags) + use);
       first_seen += first;
-      slots[i] = slot;
+      if (!kWhole || slots) slots[i] = slot;
       if (s.window & announced) {
         s.window &= ~announced;
         if (!s.window) settled_.push_back(slot);
@@ -72,8 +73,8 @@ int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, S
     if (!is_absent(entry) || absent_[place(entry)].miss == 0) miss(static_cast<int64_t>(ids[i]));
     AbsentRow& row = absent_[place(map[ids[i]])];
     row.window &= ~announced;
-    slots[i] = -row.miss;
-    miss_positions_.push_back(i);
+    if (!kWhole || slots) slots[i] = -row.miss;
+    missed_.push_back({i, row.miss - 1});
   }
   for (const int32_t slot : settled_) order_.settle(slot);
   settled_.clear();
@@ -146,7 +147,7 @@ template void SlotDirectory::withdraw<int32_t>(const int32_t*, int64_t, int64_t,
 template void SlotDirectory::withdraw<int64_t>(const int64_t*, int64_t, int64_t, uint64_t);
 
 void SlotDirectory::take_free(std::span<const int64_t> rows) {
-  reserved_free_ = std::min(rows.size(), free_.size());
+  reserved_free_ = std::min(rows.size(), free_count_);
   if (whole()) {
     reserved_.assign(rows.begin(), rows.end());
   } else {
@@ -230,7 +231,8 @@ void SlotDirectory::leave(int32_t slot, int32_t entry) {
 }
 
 void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
-  free_.resize(free_.size() - reserved_free_);
+  free_count_ -= reserved_free_;
+  if (!whole()) free_.resize(free_count_);
   evictions_ += static_cast<int64_t>(reserved_.size() - reserved_free_);
   std::vector<uint8_t> seen_lately(missed_rows_.size());
   for (size_t k = 0; k < missed_rows_.size(); ++k) {
@@ -244,13 +246,14 @@ void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
     order_.state(slot) = {stamp.value, absent.window};
     seen_lately[k] = left_lately(absent.entry);
   }
-  for (const int64_t i : miss_positions_) {
-    slots[i] = reserved_[-slots[i] - 1];
-    order_.state(static_cast<int32_t>(slots[i])).stamp = stamp.at(i).value;
+  for (const Missed& m : missed_) {
+    const int32_t slot = reserved_[static_cast<size_t>(m.miss)];
+    if (slots) slots[m.position] = slot;
+    order_.state(slot).stamp = stamp.at(m.position).value;
   }
   for (size_t k = 0; k < missed_rows_.size(); ++k) order_.enter(reserved_[k], seen_lately[k]);
   missed_rows_.clear();
-  miss_positions_.clear();
+  missed_.clear();
   reserved_.clear();
   reserved_free_ = 0;
 }
@@ -263,7 +266,7 @@ void SlotDirectory::rollback() {
     if (!absent_[at].window) forget_absent(row, at);
   }
   missed_rows_.clear();
-  miss_positions_.clear();
+  missed_.clear();
   reserved_.clear();
   reserved_free_ = 0;
 }
@@ -273,7 +276,8 @@ void SlotDirectory::drop(int32_t slot) {
   order_.leave(slot);
   order_.state(slot) = {0, 0};
   row_of_slot_[slot] = -1;
-  free_.push_back(slot);
+  if (!whole()) free_.push_back(slot);
+  ++free_count_;
 }
 
 void SlotDirectory::age(uint32_t batches) {
@@ -325,7 +329,7 @@ void SlotDirectory::check() const {
       fail("slot directory: a pool with a slot for every row has one elsewhere");
     }
   }
-  if (free_slots != free_.size()) fail("slot directory: free list and free slots differ");
+  if (free_slots != free_count_ || free_.size() != (whole() ? 0 : free_count_)) fail("slot directory: free list and free slots differ");
   for (size_t row = 0; row < slot_of_row_.size(); ++row) {
     const int32_t entry = slot_of_row_[row];
     mapped += entry > 0;

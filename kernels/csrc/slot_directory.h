@@ -49,10 +49,11 @@ class SlotDirectory {
 
   int64_t rows() const { return static_cast<int64_t>(slot_of_row_.size()); }
   int32_t pool_rows() const { return static_cast<int32_t>(row_of_slot_.size()); }
+  bool whole() const { return slot_of_row_.size() == row_of_slot_.size(); }  // a slot for every row
 
   // Turns ids[begin, end) of a batch into slots[begin, end). Misses are collected: their slots are -(k + 1) until commit().
-  // ids must be in range. `announced`: the batch's bit in windows, or 0. Returns the number of distinct rows that this call saw
-  // first for this stamp, misses left out.
+  // ids must be in range. `announced`: the batch's bit in windows, or 0. `slots`: null where nobody asks, of a pool with a slot for
+  // every row. Returns the number of distinct rows that this call saw first for this stamp, misses left out.
   template <class Index>
   int64_t lookup(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots);
 
@@ -92,14 +93,18 @@ class SlotDirectory {
   void age(uint32_t batches);  // subtract from every stamp, so that batch numbers never run out
   void sort_by_use(std::span<int32_t> slots) const;  // into the order of their last use
   std::vector<int32_t> by_age() const;  // occupied slots, the one used last at the end, at the grain of 1/1024 of the ages there are
-  int32_t resident() const { return pool_rows() - static_cast<int32_t>(free_.size()); }
+  int32_t resident() const { return pool_rows() - static_cast<int32_t>(free_count_); }
   int64_t evictions() const { return evictions_; }
   void check() const;  // tests: throws std::logic_error at a broken invariant
 
  private:
+  struct Missed {
+    int64_t position;  // in the batch
+    int32_t miss;      // k: the k-th missed row
+  };
+
   template <bool kWhole, class Index>
   int64_t lookup_in(const Index* ids, int64_t begin, int64_t end, Stamp stamp, uint64_t announced, int64_t* slots);
-  bool whole() const { return slot_of_row_.size() == row_of_slot_.size(); }
   void miss(int64_t row);
   int32_t absent_entry(int64_t row);        // of a row that is not here; makes one
   void forget_absent(int64_t row, int32_t at);  // nothing is awaited of it any more
@@ -119,12 +124,13 @@ class SlotDirectory {
   EvictionOrder order_;
   AbsentRows absent_;
   RowSet wanted_;
-  std::vector<int32_t> free_;  // of a pool with a slot for every row: as many as are free, whichever
+  std::vector<int32_t> free_;  // none of a pool with a slot for every row: a row's own is free
+  size_t free_count_;
   std::vector<int64_t> missed_rows_;
-  std::vector<int64_t> miss_positions_;
+  std::vector<Missed> missed_;
   std::vector<int32_t> reserved_;
   std::vector<int32_t> settled_;  // slots whose last announced use this lookup is
-  size_t reserved_free_ = 0;  // the first of reserved_ came off free_
+  size_t reserved_free_ = 0;  // the first of reserved_ were free
   uint32_t ghost_clock_ = 0;
   uint64_t first_announced_ = 0;
   int64_t evictions_ = 0;

@@ -149,7 +149,7 @@ void SlotPool::begin_queued(uint64_t seq) {
   const uint64_t announced = mine->announced;
   bool begun = false;
   try {
-    begun = look_up(seq, *mine);
+    begun = look_up(seq, *mine, false);
     if (!begun) ++declined_;
   } catch (const Error&) {  // the forward does the work, and meets the error where it can be told
     withdraw_locked(announced);
@@ -161,28 +161,32 @@ void SlotPool::begin_queued(uint64_t seq) {
   stage_changed_.notify_all();
 }
 
-uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced) {
+uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced, uint64_t lost) {
   Ticket ticket{Stage::kBeginning, true, checked(batch, features_), slots, dirty, announced, {}};
   const auto lock = idle();
   uint64_t seq;
   Ticket* mine;
+  bool counted;
   {
     std::lock_guard guard(tickets_mutex_);
     seq = add_ticket(std::move(ticket));
     mine = &tickets_.at(seq);
+    counted = lost_.contains(lost);
   }
   try {
-    look_up(seq, *mine);
+    look_up(seq, *mine, counted);
   } catch (...) {
     withdraw_locked(announced);
     std::lock_guard guard(tickets_mutex_);
     tickets_.erase(seq);
     throw;
   }
+  std::lock_guard guard(tickets_mutex_);
+  lost_.erase(lost);
   return seq;
 }
 
-bool SlotPool::look_up(uint64_t seq, Ticket& ticket) {
+bool SlotPool::look_up(uint64_t seq, Ticket& ticket, bool counted) {
   const TraceSpan span("look up", static_cast<uint64_t>(ticket.ids.batch.id_count));
   renumber_if_due(seq);
   const Stamp stamp = stamp_of(seq, ticket.dirty);
@@ -203,11 +207,18 @@ bool SlotPool::look_up(uint64_t seq, Ticket& ticket) {
     rollback();
     throw;
   }
-  for (size_t f = 0; f < table_of_feature_.size(); ++f) stats_[table_of(f)].lookups += ticket.ids.bounds[f + 1] - ticket.ids.bounds[f];
   for (size_t t = 0; t < tables_.size(); ++t) {
+    const auto missed = static_cast<int64_t>(directories_[t].missed_rows().size());
+    if (counted) {
+      stats_[t].refetched_rows += missed;
+      continue;
+    }
     ++stats_[t].batches;
-    stats_[t].unique_rows += unique[t] + static_cast<int64_t>(directories_[t].missed_rows().size());
-    stats_[t].misses += static_cast<int64_t>(directories_[t].missed_rows().size());
+    stats_[t].unique_rows += unique[t] + missed;
+    stats_[t].misses += missed;
+  }
+  for (size_t f = 0; !counted && f < table_of_feature_.size(); ++f) {
+    stats_[table_of(f)].lookups += ticket.ids.bounds[f + 1] - ticket.ids.bounds[f];
   }
   {
     std::lock_guard guard(tickets_mutex_);
@@ -247,9 +258,9 @@ bool SlotPool::reserve_each(const Ticket& mine, Stamp stamp) {
 void SlotPool::mark_slots(size_t table, const Ticket& ticket, std::vector<uint8_t>& flags) const {
   for (size_t f = 0; f < table_of_feature_.size(); ++f) {
     if (table_of(f) != table) continue;
-    for (int64_t i = ticket.ids.bounds[f]; i < ticket.ids.bounds[f + 1]; ++i) {
-      if (ticket.slots[i] >= 0) flags[ticket.slots[i]] = 1;
-    }
+    ticket.each_slot(f, [&](int32_t slot) {
+      if (slot >= 0) flags[slot] = 1;
+    });
   }
 }
 
@@ -297,6 +308,7 @@ bool SlotPool::revoke_youngest() {
   const auto at = tickets_.find(youngest);
   if (at == tickets_.end() || at->second.hard) return true;  // released or acquired meanwhile
   tickets_.erase(at);
+  lost_.insert(youngest);
   ++revoked_;
   return true;
 }
@@ -318,7 +330,7 @@ bool SlotPool::acquire(uint64_t seq, bool dirty) {
     std::lock_guard lock(mutex_);
     for (size_t f = 0; f < table_of_feature_.size(); ++f) {
       SlotDirectory& d = directories_[table_of(f)];
-      for (int64_t i = mine->ids.bounds[f]; i < mine->ids.bounds[f + 1]; ++i) d.mark_dirty(static_cast<int32_t>(mine->slots[i]));
+      mine->each_slot(f, [&](int32_t slot) { d.mark_dirty(slot); });
     }
   }
   return true;
@@ -345,6 +357,7 @@ void SlotPool::wait(uint64_t seq) {
 
 void SlotPool::release(uint64_t seq) noexcept {
   std::unique_lock lock(tickets_mutex_);
+  lost_.erase(seq);
   auto at = tickets_.find(seq);
   if (at != tickets_.end() && at->second.stage == Stage::kQueued) {
     const uint64_t announced = at->second.announced;
@@ -391,9 +404,9 @@ void SlotPool::check() const {
   for (const auto& [seq, ticket] : tickets_) {
     for (size_t f = 0; f < table_of_feature_.size(); ++f) {
       const SlotDirectory& d = directories_[table_of(f)];
-      for (int64_t i = ticket.ids.bounds[f]; i < ticket.ids.bounds[f + 1]; ++i) {
-        if (d.row_of_slot(static_cast<int32_t>(ticket.slots[i])) < 0) throw std::logic_error("slot pool: a pinned slot is free");
-      }
+      ticket.each_slot(f, [&](int32_t slot) {
+        if (d.row_of_slot(slot) < 0) throw std::logic_error("slot pool: a pinned slot is free");
+      });
     }
   }
 }

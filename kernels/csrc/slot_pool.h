@@ -5,8 +5,10 @@
 //   soft      from then to forward: the youngest are revoked when a forward needs room;
 //   hard      from forward to the end of its backward: never revoked, its slots are never victims;
 //   released  gone. Releasing twice is harmless.
+// A soft ticket that is revoked is lost: its batch begins anew, and is counted once.
 // Tickets are numbered by `seq`, which grows by one a batch; 0 is no ticket. The ids that a ticket was begun with, and its slots
-// array, belong to the caller and must outlive the ticket: the array is the exact list of what the ticket pins.
+// array, belong to the caller and must outlive the ticket: the array is the exact list of what the ticket pins. Where every pool has a
+// slot for each of its rows, ids are slots, and there need be no array (null).
 //
 // A batch may be announced long before that: at most 64 are, announced and not begun. What for: eviction_order.h. Rows that
 // announced batches will use and that come along with a read (Neighbours in volume.h) are admitted when the read completes, where
@@ -33,6 +35,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -58,6 +61,7 @@ struct SlotPoolStats {
   int64_t lookups = 0;      // ids looked up
   int64_t unique_rows = 0;  // distinct rows, batch by batch
   int64_t misses = 0;       // of these, not resident when their batch began
+  int64_t refetched_rows = 0;  // not resident when their batch began anew
   int64_t admitted_rows = 0;  // that came along with others' reads
   int64_t evictions = 0;
   int64_t write_backs = 0;  // of these, dirty: put into the home
@@ -78,12 +82,13 @@ class SlotPool {
   // Starts a batch on the task thread. Where it finds no room, acquire says so, and the forward does the work.
   uint64_t prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced);
   // Starts a batch for a forward, after all that were prefetched: revokes soft tickets, the youngest first, and throws
-  // kPoolTooSmall when hard tickets alone leave no room.
-  uint64_t begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced);
+  // kPoolTooSmall when hard tickets alone leave no room. `lost`: the ticket that this batch had, which acquire refused, or 0.
+  uint64_t begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced, uint64_t lost);
   bool acquire(uint64_t seq, bool dirty);  // soft -> hard; false when there was no room, or it was revoked
   void wait(uint64_t seq);                 // every fill up to this ticket's is in its slots
   void release(uint64_t seq) noexcept;
   bool alive(uint64_t seq) const;
+  bool full() const { return full_; }  // every row of every table is in its slot, or on its way there
 
   void flush();  // puts every dirty row; rows that an outstanding ticket may still change stay dirty
   // Puts dirty rows that no batch has used for `min_age` batches, among the `looks` slots where a hand that goes round the
@@ -113,10 +118,18 @@ class SlotPool {
     Stage stage;
     bool hard;
     CheckedBatch ids;
-    int64_t* slots;  // one an id
+    int64_t* slots;  // one an id; null: the ids
     bool dirty;
     uint64_t announced;
     std::exception_ptr error;  // of a fill that it needs
+
+    // with_slot(slot), of every id of the feature; while it is looked up, slots of rows that it misses may be negative.
+    template <class Do>
+    void each_slot(size_t feature, Do&& with_slot) const {
+      ids.of_feature(feature, [&](const auto* of, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) with_slot(static_cast<int32_t>(slots ? slots[i] : of[i]));
+      });
+    }
   };
   struct Fill {
     struct Read {
@@ -136,7 +149,7 @@ class SlotPool {
   void renumber_if_due(uint64_t seq);
   uint64_t add_ticket(Ticket ticket);
   void begin_queued(uint64_t seq);
-  bool look_up(uint64_t seq, Ticket& ticket);
+  bool look_up(uint64_t seq, Ticket& ticket, bool counted);
   uint64_t bit_of(uint64_t announced) const;
   void end_announced(uint64_t announced);
   void set_first_announced();
@@ -174,10 +187,12 @@ class SlotPool {
   int64_t revoked_ = 0, declined_ = 0;
   bool reserving_ = false;  // a lookup has misses and victims in hand: nothing is admitted to its directories
   std::atomic<uint64_t> filled_seq_{0};  // every fill up to this one's is in its slots
+  std::atomic<bool> full_{false};
   mutable std::mutex mutex_;
 
   std::map<uint64_t, Ticket> tickets_;  // outstanding
   std::map<uint64_t, CheckedBatch> announced_;  // and not begun
+  std::set<uint64_t> lost_;  // soft tickets that have gone, whose batch is counted and has not begun anew
   uint64_t last_seq_ = 0, last_announced_ = 0;
   std::condition_variable stage_changed_;
   mutable std::mutex tickets_mutex_;

@@ -70,6 +70,7 @@ void SlotPool::start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp) {
     }
     {
       std::lock_guard lock(tickets_mutex_);
+      if (!ticket.hard) lost_.insert(seq);
       tickets_.erase(seq);
     }
     std::rethrow_exception(cause);
@@ -101,7 +102,12 @@ std::exception_ptr SlotPool::finish(const Fill& fill) {
   for (auto at = tickets_.lower_bound(fill.seq); at != tickets_.end();) {
     Ticket& ticket = at->second;
     if (ticket.hard && !ticket.error) ticket.error = first;
-    at = ticket.hard || ticket.stage != Stage::kBegun ? std::next(at) : tickets_.erase(at);
+    if (ticket.hard || ticket.stage != Stage::kBegun) {
+      ++at;
+    } else {
+      lost_.insert(at->first);
+      at = tickets_.erase(at);
+    }
   }
   return first;
 }
@@ -165,7 +171,10 @@ void SlotPool::finish_ready_fills() {
   }
 }
 
-void SlotPool::set_filled() { filled_seq_ = fills_.empty() ? begun_seq_ : fills_.front().seq - 1; }
+void SlotPool::set_filled() {
+  filled_seq_ = fills_.empty() ? begun_seq_ : fills_.front().seq - 1;
+  full_ = std::all_of(directories_.begin(), directories_.end(), [](const SlotDirectory& d) { return d.resident() == d.rows(); });
+}
 
 void SlotPool::drain(uint64_t up_to_seq) {
   while (!fills_.empty() && fills_.front().seq <= up_to_seq) finish_oldest_fill();

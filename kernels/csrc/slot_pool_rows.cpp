@@ -141,6 +141,7 @@ void SlotPool::forget() {
       if (d.row_of_slot(s) >= 0) d.drop(s);
     }
   }
+  set_filled();
 }
 
 std::vector<int64_t> SlotPool::resident_rows(size_t table) const {
