@@ -102,10 +102,10 @@ struct Trainer {
 
 // Prefetched steps wait in a queue; trained ones go to threads that release them, each twice, in any order.
 void train_on_threads(Random& random, Volume& volume, uint32_t steps, bool whole = false) {
+  std::deque<std::unique_ptr<Trainer::Step>> coming, ahead, trained;  // before the pool: its thread uses them until it goes
   Trainer trainer(volume, whole);
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<std::unique_ptr<Trainer::Step>> trained;
   bool done = false;
   Threads releasers;
   for (int i = 0; i < 3; ++i) {
@@ -148,7 +148,6 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps, bool whole
       }
     }
   };
-  std::deque<std::unique_ptr<Trainer::Step>> coming, ahead;
   uint64_t prefetched = 0, withdrawn = 0;
   for (uint32_t s = 0; s < steps; ++s) {
     while (coming.size() < 4 + below(random, 4)) {

@@ -198,7 +198,8 @@ class Gate final : public System {
 
 TEST("a put that waits for buffers when the volume closes gives the typed error, and writes no more") {
   const Folder folder;
-  LogOptions options = options_for("pread", {folder.path()}, 64u << 20);
+  // Segments of 4 MiB, as long as a put's pieces, have 16 chunks: it waits for its 9th, with much of its piece still to write.
+  LogOptions options = options_for("pread", {folder.path()}, 1u << 30);
   const auto gate = std::make_shared<Gate>();
   options.system = gate;
   const auto volume = open_volume(options);
