@@ -103,7 +103,7 @@ FUZZ_SECONDS ?= 60
 define build_native
 	@test -n "$(CMAKE)" || { echo "$@: no cmake; install cmake 3.20 or later and a C++20 compiler (apt: cmake g++), or run make setup first"; exit 1; }
 	@$(CMAKE) -S kernels/csrc -B $(1) -DMTRAINS_MODULE=OFF $(2) >$(1).log || { cat $(1).log; exit 1; }
-	@$(CMAKE) --build $(1) --parallel >$(1).log || { cat $(1).log; exit 1; }
+	@$(CMAKE) --build $(1) --parallel $$(nproc) >$(1).log || { cat $(1).log; exit 1; }
 endef
 
 native-test:  ## Build the native core's own tests, without Python or torch, and run them

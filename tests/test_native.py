@@ -105,7 +105,7 @@ class Copy:
         assert run.returncode == 0, run.stdout + run.stderr
 
     def make(self) -> None:
-        self._run("cmake", "--build", self.build, "--parallel")
+        self._run("cmake", "--build", self.build, "--parallel", str(os.cpu_count()))
 
     def write(self, name: str, text: str) -> None:
         """What is made from the file goes: times of files, which a clock that jumps makes wrong, decide nothing."""
