@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdlib>
 
 #include "errors.h"
 #include "trace.h"
@@ -96,8 +95,6 @@ void IoQueue::run(const std::string& backend) {
     wake_.notify_all();
     if (!engine_) return;
   }
-  const char* const d = std::getenv("MT_DIVISOR");
-  const size_t divisor = d ? std::strtoul(d, nullptr, 10) : 8;
   std::vector<IoCompletion> completions(depth_);
   while (take(free_tags_.size() == depth_ && ready_.empty())) {
     while (!free_tags_.empty() && !ready_.empty()) {
@@ -115,7 +112,7 @@ void IoQueue::run(const std::string& backend) {
     const size_t flying = depth_ - free_tags_.size();
     if (flying == 0) continue;
     // A few completions a system call: an eighth of what is in flight (one where little is).
-    const size_t n = engine_->reap(completions, std::max<size_t>(1, flying / divisor));
+    const size_t n = engine_->reap(completions, std::max<size_t>(1, flying / 8));
     for (size_t i = 0; i < n; ++i) finish(completions[i].tag, completions[i].result);
   }
   engine_.reset();
