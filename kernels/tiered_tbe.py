@@ -356,7 +356,7 @@ class TieredTBE(RowAccess, nn.Module):
         forward_stream: Any = None,
         batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> None:
-        """Starts bringing a batch's rows into slots, while others train; its forward must get the same ``indices`` tensor.
+        """Starts bringing a batch's rows into slots, while others train; its forward must get the same ``indices`` tensor, unchanged.
 
         Shapes: as ``forward``. When there is no room, or every row of the group is in a slot, nothing happens and forward does the work.
         Raises: IdOutOfRangeError; so may forward instead.

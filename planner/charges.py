@@ -31,7 +31,7 @@ Size = TypeVar("Size", int, NDArray[np.int64])
 """One number, or one for each of several."""
 
 INDEX_BYTES_PER_ROW = 8
-"""A log's map from a row to its place: one 64-bit word a row (kernels/csrc/log_volume.h)."""
+"""A log's map from a row to its place: one 64-bit word a row (kernels/csrc/log_table.h)."""
 
 DIRECTORY_BYTES_PER_ROW = 4
 """The map from a row to its slot, of a pool and of each cache: one int32 a row (kernels/csrc/slot_directory.h)."""

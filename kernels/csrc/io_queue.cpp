@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 
 #include "errors.h"
 #include "trace.h"
@@ -42,6 +43,8 @@ IoQueue::~IoQueue() {
   thread_.join();
   munmap(buffers_, static_cast<size_t>(depth_) * kMostBytes);
 }
+
+std::string IoQueue::text_of(int error) { return error == kShort ? "it ended early" : std::strerror(error); }
 
 void IoQueue::submit(std::vector<IoJob> jobs) {
   if (jobs.empty()) return;

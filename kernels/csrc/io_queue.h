@@ -43,6 +43,7 @@ class IoQueue {
   // `data` holds the bytes read (null for a write); `error` is 0, an errno, or kShort.
   using Handler = std::function<void(const IoJob& job, const std::byte* data, int error)>;
   static constexpr int kShort = -1;
+  static std::string text_of(int error);
   static constexpr uint32_t kMostBytes = (1u << 20) + (64u << 10);  // of one read
   static constexpr uint32_t kRegisteredBytes = 16u << 10;           // of one buffer: 2 MiB at depth 128
 

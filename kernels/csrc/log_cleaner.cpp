@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <utility>
 
 #include "log_volume.h"
 #include "trace.h"
@@ -17,7 +18,7 @@ constexpr uint64_t kCleanBytes = 1u << 20;  // read at a time; puts and gets go 
 
 uint64_t LogVolume::manifest_bytes() const {
   uint64_t bytes = 128 + kManifestSegmentBytes * (segments_.size() + 1);
-  for (const Table& t : tables_) bytes += 64 + t.spec.name.size();
+  for (const LogTable& t : tables_) bytes += 64 + t.spec.name.size();
   return bytes;
 }
 
@@ -37,7 +38,7 @@ uint64_t LogVolume::used_beside_segments() const {
 
 void LogVolume::refuse_full() const {
   throw Error(ErrorKind::kVolumeFull,
-              "volume " + name() + " is full: capacity_bytes is " + std::to_string(options_.capacity_bytes) + ", " +
+              "volume " + name_ + " is full: capacity_bytes is " + std::to_string(options_.capacity_bytes) + ", " +
                   std::to_string(used_bytes()) + " are used by " + std::to_string(segments_.size()) + " segments of " +
                   std::to_string(segment_bytes_) + " bytes: " + std::to_string(live_bytes_) + " bytes are newest rows, " +
                   std::to_string(coming_) +
@@ -51,10 +52,10 @@ bool LogVolume::fits(uint64_t more_segments) const {
   return used_bytes() + more_segments * segment_bytes_ + manifest_bytes() <= options_.capacity_bytes;
 }
 
-std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes) {
+std::shared_ptr<LogSegment> LogVolume::make_segment(uint32_t block_bytes) {
   if (!fits(1)) refuse_full();
-  if (next_segment_ >= kMostSegments) throw Error(ErrorKind::kVolumeFull, "volume " + name() + " has used up its segment numbers");
-  auto segment = std::make_shared<Segment>();
+  if (next_segment_ >= kMostSegments) throw Error(ErrorKind::kVolumeFull, "volume " + name_ + " has used up its segment numbers");
+  auto segment = std::make_shared<LogSegment>();
   segment->number = next_segment_;
   segment->path = next_segment_ % static_cast<uint32_t>(folders_.size());
   segment->block_bytes = block_bytes;
@@ -79,23 +80,17 @@ std::shared_ptr<LogVolume::Segment> LogVolume::make_segment(uint32_t block_bytes
   return segment;
 }
 
-uint64_t LogVolume::room_of(const Stream& stream) {
-  uint64_t room = stream.current ? stream.current->capacity_blocks - stream.current->blocks : 0;
-  for (const auto& s : stream.ready) room += s->capacity_blocks;
-  return room;
-}
-
 uint64_t LogVolume::reserve() const {
-  return static_cast<uint64_t>(std::count_if(streams_.begin(), streams_.end(), [&](const Stream& s) {
-    return s.survivors && 2 * room_of(s) * s.block_bytes < segment_bytes_;
+  return static_cast<uint64_t>(std::count_if(writer_.streams().begin(), writer_.streams().end(), [&](const LogStream& s) {
+    return s.survivors && 2 * s.room_blocks() * s.block_bytes < segment_bytes_;
   }));
 }
 
-uint64_t LogVolume::ensure_room(Table& table, size_t rows, Lock& lock) {
-  Stream& stream = *table.fresh.stream;
+uint64_t LogVolume::ensure_room(LogTable& table, size_t rows, Lock& lock) {
+  LogStream& stream = *table.fresh.stream;
   // Blocks that these rows fill, that puts under way on other threads may fill, and one for every block that a flush would seal.
   const auto filled = [&] { return (table.fresh.rows.size() + rows) / table.shape.records; };  // other puts change it during a wait
-  while (room_of(stream) < filled() + stream.promised_blocks + stream.tables) {
+  while (stream.room_blocks() < filled() + stream.promised_blocks + stream.tables) {
     if (!fits(comfortable())) reclaim(lock);
     wait_for_cleaner(waiting_puts_, lock);
     if (!fits(1 + reserve())) refuse_full();
@@ -115,18 +110,18 @@ bool LogVolume::someone_waits() const {
 void LogVolume::wait_for_cleaner(size_t& waiting, Lock& lock) {
   const uint64_t round = idle_rounds_;
   ++waiting;
-  while (someone_waits() && idle_rounds_ == round && write_error_.empty() && !stop_cleaner_) {
+  while (someone_waits() && idle_rounds_ == round && writer_.error().empty() && !stop_cleaner_) {
     asked_ = true;  // again after every look: room that was made may have been taken by another, while the cleaner slept
     cleaner_wake_.notify_one();
     room_made_.wait(lock);
   }
   --waiting;
-  require_open(stop_cleaner_, name());
+  require_open(stop_cleaner_, name_);
   require_usable();
 }
 
-void LogVolume::lose(const Table& table, uint64_t place) {
-  Segment& segment = *segments_.at(Place::unpack(place).segment);
+void LogVolume::lose(const LogTable& table, uint64_t place) {
+  LogSegment& segment = *segments_.at(Place::unpack(place).segment);
   segment.live_bytes -= table.shape.share_bytes();
   live_bytes_ -= table.shape.share_bytes();
   if (segment.live_bytes == 0 && segment.kept > 0) ++coming_;
@@ -134,50 +129,31 @@ void LogVolume::lose(const Table& table, uint64_t place) {
 
 void LogVolume::keep(const Kept& kept) {
   for (const ManifestSegment& s : kept.segments) {
-    Segment& segment = *segments_.at(s.number);
+    LogSegment& segment = *segments_.at(s.number);
     if (segment.kept++ == 0 && segment.live_bytes == 0) ++coming_;
   }
 }
 
 void LogVolume::let_go(const Kept& kept) {
   for (const ManifestSegment& s : kept.segments) {
-    Segment& segment = *segments_.at(s.number);
+    LogSegment& segment = *segments_.at(s.number);
     if (--segment.kept == 0 && segment.live_bytes == 0) --coming_;
   }
-}
-
-std::set<uint32_t> LogVolume::filling() const {
-  std::set<uint32_t> numbers;
-  for (const Stream& s : streams_) {
-    if (s.current) numbers.insert(s.current->number);
-    for (const auto& r : s.ready) numbers.insert(r->number);
-  }
-  return numbers;
 }
 
 // A file system may take long to remove files, while it commits its journal above all: others go on meanwhile. Removed segments
 // count until they are gone.
 void LogVolume::reclaim(Lock& lock) {
-  const std::set<uint32_t> busy = filling();
-  std::vector<std::shared_ptr<Segment>> dead;
+  const std::set<uint32_t> busy = writer_.filling();
+  std::vector<std::shared_ptr<LogSegment>> dead;
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0 && s->kept == 0 && s->chunks.empty() && !busy.contains(number)) dead.push_back(s);
   }
   if (dead.empty()) return;
   const size_t count = dead.size();
-  std::vector<Grave> buried;  // what is closed last frees the space
   for (const auto& s : dead) segments_.erase(s->number);
   removing_ += count;
-  {
-    std::lock_guard guard(batch_mutex_);
-    const auto over = [&](const Grave& g) { return batches_.empty() || batches_.begin()->first > g.last_batch; };
-    const auto end = std::partition(graves_.begin(), graves_.end(), [&](const Grave& g) { return !over(g); });
-    buried.assign(std::make_move_iterator(end), std::make_move_iterator(graves_.end()));
-    graves_.erase(end, graves_.end());
-    for (const auto& s : dead) {
-      if (!batches_.empty()) graves_.push_back({s, last_batch_});
-    }
-  }
+  std::vector<std::shared_ptr<LogSegment>> buried = reader_.bury(dead);  // what is closed last frees the space
   lock.unlock();
   for (const auto& s : dead) folders_[s->path].remove_segment(s->number);
   dead.clear();
@@ -188,9 +164,9 @@ void LogVolume::reclaim(Lock& lock) {
 }
 
 LogVolume::Room LogVolume::room() const {
-  const uint64_t beside = used_beside_segments() + manifest_bytes(), streams = streams_.size();
+  const uint64_t beside = used_beside_segments() + manifest_bytes(), streams = writer_.streams().size();
   uint64_t payload = segment_bytes_ - kPageBytes, open_blocks = 0;
-  for (const Stream& s : streams_) {
+  for (const LogStream& s : writer_.streams()) {
     payload = std::min<uint64_t>(payload, uint64_t{s.block_bytes} * capacity_blocks(s.block_bytes));
     open_blocks += uint64_t{s.tables} * s.block_bytes;
   }
@@ -235,14 +211,26 @@ bool LogVolume::commit_should_wait() const {
   return r.holding > r.balance && (wish_ || r.holding + r.spare > r.segments);
 }
 
+bool LogVolume::wants_checkpoint() {
+  std::lock_guard lock(mutex_);
+  ++steps_;
+  step_bytes_ = std::max(step_bytes_, std::exchange(step_put_bytes_, 0));
+  if (wish_ || kept_.empty()) return wish_;
+  // The commit begins with the pools' flush, which puts what they have taken.
+  if (fits(2 + reserve() + given_up_bytes_ / segment_bytes_ + room().spare)) return false;
+  return wish_ = coming_ > 0 || std::any_of(segments_.begin(), segments_.end(), [&](const auto& s) {
+           return s.second->kept > 0 && s.second->live_bytes < segment_bytes_ / 4 * 3;
+         });
+}
+
 uint64_t LogVolume::held_back() const {
   return 2 + reserve() + (replaced_before_ > replaced_bytes_ ? replaced_before_ - replaced_bytes_ : 0) / segment_bytes_;
 }
 
 uint64_t LogVolume::comfortable() const { return 2 + reserve(); }
 
-std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
-  const std::set<uint32_t> busy = filling();
+std::shared_ptr<LogSegment> LogVolume::victim() const {
+  const std::set<uint32_t> busy = writer_.filling();
   // One that is held gives nothing back until the last commit that names it goes, and puts go on until it does: they are left what
   // the commits before that one need. Before a commit that would leave too little the cleaner goes as far as leaves room for a put.
   // Where all is held and nothing is coming, one is emptied in any case, so that the next commit gives something back. Without
@@ -250,14 +238,14 @@ std::shared_ptr<LogVolume::Segment> LogVolume::victim() const {
   const uint64_t until_then = room().spare * options_.keep_checkpoints / (options_.keep_checkpoints + 1);
   const bool roomy = fits(std::max(waiting_commits_ > 0 ? 0 : held_back(), 2 + reserve() + until_then)) || coming_ == 0 ||
                      (waiting_commits_ > 0 && fits(2 + reserve()) && commit_must_wait());
-  std::vector<std::shared_ptr<Segment>> able;
+  std::vector<std::shared_ptr<LogSegment>> able;
   uint64_t live = 0;
   for (const auto& [number, s] : segments_) {
     if (s->live_bytes == 0 || !s->chunks.empty() || busy.contains(number)) continue;
     able.push_back(s);
     live += s->live_bytes;
   }
-  std::shared_ptr<Segment> best;
+  std::shared_ptr<LogSegment> best;
   double best_score = 0;
   for (const auto& s : able) {
     if (s->kept > 0 && !roomy) continue;
@@ -286,7 +274,7 @@ void LogVolume::clean() {
       room_made_.notify_all();
       continue;
     }
-    const std::shared_ptr<Segment> segment = victim();
+    const std::shared_ptr<LogSegment> segment = victim();
     bool moved = false;
     if (segment) {
       lock.unlock();
@@ -302,7 +290,7 @@ void LogVolume::clean() {
   }
 }
 
-bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
+bool LogVolume::move_survivors(const std::shared_ptr<LogSegment>& segment) {
   const TraceSpan span("clean");
   const auto per_read = static_cast<uint32_t>(std::max<uint64_t>(kCleanBytes / segment->block_bytes, 1));
   const AlignedBytes buffer = aligned_bytes(uint64_t{per_read} * segment->block_bytes);
@@ -310,7 +298,7 @@ bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
     std::lock_guard moving(moving_mutex_);
     Lock lock(mutex_);
     const auto at = segments_.find(segment->number);
-    if (stop_cleaner_ || !write_error_.empty()) return false;
+    if (stop_cleaner_ || !writer_.error().empty()) return false;
     if (at == segments_.end() || at->second != segment || segment->live_bytes == 0) return true;  // it emptied by itself
     lock.unlock();
     const uint32_t count = std::min(per_read, segment->blocks - first);
@@ -322,7 +310,7 @@ bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
     }
     lock.lock();
     if (!error.empty()) {
-      write_error_ = "cleaning failed: " + error;
+      writer_.fail("cleaning failed: " + error);
       return false;
     }
     ++stats_.clean_read_ios;
@@ -332,33 +320,33 @@ bool LogVolume::move_survivors(const std::shared_ptr<Segment>& segment) {
         move_block(*segment, first + b, buffer.get() + uint64_t{b} * segment->block_bytes, lock);
       }
     } catch (const Error& e) {
-      if (e.kind() != ErrorKind::kVolumeFull) write_error_ = e.what();
+      if (e.kind() != ErrorKind::kVolumeFull) writer_.fail(e.what());
       return false;
     }
   }
   return true;
 }
 
-void LogVolume::move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock) {
+void LogVolume::move_block(LogSegment& segment, uint32_t block, const std::byte* data, Lock& lock) {
   const TableId number = header_of(data).table;
   if (number == 0 || number > tables_.size()) {
     throw Error(ErrorKind::kDamagedRecord, "segment " + std::to_string(segment.number) + ", block " + std::to_string(block) +
                                                " holds no record of a known table");
   }
-  Table& table = tables_[number - 1];
-  Stream& stream = *table.moved.stream;
-  while (room_of(stream) < 1 + stream.tables) stream.ready.push_back(make_segment(stream.block_bytes));
+  LogTable& table = tables_[number - 1];
+  LogStream& stream = *table.moved.stream;
+  while (stream.room_blocks() < 1 + stream.tables) stream.ready.push_back(make_segment(stream.block_bytes));
   for (uint32_t i = 0; i < table.shape.records; ++i) {
     const std::byte* record = data + uint64_t{i} * table.shape.stride_bytes;
     const RecordHeader h = header_of(record);
     const Place place{segment.number, block, i};
     if (h.table == 0 && is_zeros(record, data + segment.block_bytes)) break;
     if (h.table != number || h.row < 0 || h.row >= table.spec.row_count) {
-      throw Error(ErrorKind::kDamagedRecord, "damaged: " + describe(table, h.row, place));
+      throw Error(ErrorKind::kDamagedRecord, "damaged: " + table.describe(name_, h.row, place));
     }
     if (table.moved.rows.size() == table.shape.records) seal(table, table.moved, lock);  // may let puts in, so before the look
     if (table.index[static_cast<size_t>(h.row)] != place.pack()) continue;  // no longer the newest
-    if (!sound(table, h.row, place.pack(), record)) throw Error(ErrorKind::kDamagedRecord, damage(table, h.row, place));
+    if (!table.sound(h.row, place.pack(), record)) throw Error(ErrorKind::kDamagedRecord, table.damage(name_, h.row, place));
     std::memcpy(append(table, table.moved, h.row, h.sequence, lock), record + kRecordHeaderBytes, table.spec.record_bytes);
     ++stats_.moved_rows;
   }

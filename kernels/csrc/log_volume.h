@@ -1,26 +1,21 @@
 // LogVolume: a log-structured store of fixed-size records, on block devices (SsdVolume) or in mapped files (PmemVolume).
-// One engine serves all tables of a rank. log_volume.cpp opens, puts and gets; log_cleaner.cpp makes room;
-// log_checkpoint.cpp commits, replays and goes back.
+// One engine serves all tables of a rank. Its parts and its files:
+//
+//   LogTable    log_table.*        where the newest record of each row is; open blocks
+//   LogWriter   log_writer.*       sealed blocks on their way to the device
+//   LogReader   log_reader.*       reads in flight, verified
+//   LogVolume   log_volume.cpp     opens and closes, tables
+//               log_rows.cpp       puts and gets
+//               log_cleaner.cpp    room, and cleaning
+//               log_checkpoint.cpp commits and index snapshots
+//               log_recovery.cpp   replay, and going back to an epoch
 //
 // A put goes in pieces of a segment's worth, so that the rows of one make room for the next, however many there are. It copies its
-// records into the open block of its table. A full block is sealed: it gets its place in the log (the next
-// block of the current segment of its stream, one stream a block size), its records their checksums, and it joins the
-// stream's chunk, which goes to disk in one large O_DIRECT write. An index in memory says where the newest record of each
-// row is, 8 bytes a row, mapped lazily:
+// records into the open block of its table. A full block is sealed: it gets its place in the log (the next block of the current
+// segment of its stream), its records their checksums, and it goes to the writer.
 //
-//   0                     never put: the table's initial value
-//   kOpen | i             record i of the table's open block
-//   kOpen | kMoved | i    record i of the open block of survivors
-//   a Place               in a sealed block: in a chunk that is still in memory, or on disk
-//   kGivenUp              nowhere: its newest value is with the reader that took it (GetRequest::take) and will put it. The
-//                         record that was on disk is no longer the newest of its row, so cleaning need not copy it
-//
-// On a mapped medium a sealed block is stored to its place at once, without chunk or write, and records are loaded from theirs.
-//
-// Reads look at the index when they are submitted. What is in memory is copied at once; what is on disk becomes one read
-// per block, of the pages that hold the records asked for; each record's checksum and row are verified before it is used. Of
-// the other records in those pages, the wanted ones are kept; when the batch is waited for, those that the index still names,
-// and so no newer value exists of, are its neighbours.
+// Gets look at the index when they are submitted. What is in memory is copied at once; what is on disk is the reader's. When the
+// batch is waited for, those of the wanted records that the index still names, and so no newer value exists of, are its neighbours.
 //
 // A checkpoint seals the open blocks, waits for every write, syncs the segments, and commits a manifest (manifest.h) that
 // lists segments and how many of their blocks count. Opening replays the log that the manifest names, from the last index
@@ -45,36 +40,26 @@
 //   - after an fsync has failed nothing is committed any more: what the kernel dropped cannot be known.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "errors.h"
 #include "io_queue.h"
-#include "lazy_array.h"
 #include "log_format.h"
+#include "log_reader.h"
+#include "log_segment.h"
+#include "log_table.h"
+#include "log_writer.h"
 #include "manifest.h"
-#include "mapped_file.h"
 #include "volume.h"
 
 namespace mtrains {
-
-struct FreeBytes {
-  void operator()(std::byte* p) const { std::free(p); }
-};
-using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;  // on a page
-AlignedBytes aligned_bytes(size_t bytes);
-
-inline uint64_t block_offset(uint32_t block_bytes, uint32_t block) { return kPageBytes + uint64_t{block} * block_bytes; }
 
 struct LogOptions {
   std::vector<std::string> paths;
@@ -130,82 +115,6 @@ class LogVolume final : public Volume {
   void close() override;
 
  private:
-  static constexpr uint64_t kOpen = uint64_t{1} << 63;
-  static constexpr uint64_t kMoved = uint64_t{1} << 62;
-  static constexpr uint64_t kGivenUp = ~uint64_t{0};
-
-  struct Segment;
-  struct Stream;
-  struct Chunk {
-    Stream* stream = nullptr;
-    Segment* segment = nullptr;
-    uint32_t first_block = 0, blocks = 0;
-    AlignedBytes buffer;
-    bool writing = false;
-  };
-  struct Segment {
-    uint32_t number, path, block_bytes, capacity_blocks;
-    uint32_t blocks = 0;   // sealed
-    uint32_t records = 0;  // in them
-    uint64_t live_bytes = 0;  // of newest records
-    uint32_t kept = 0;        // manifests that name it
-    bool unsynced = false;
-    File file;
-    Mapping mapping;  // of a mapped medium
-    std::vector<Chunk*> chunks;  // blocks that are not on disk yet
-  };
-  struct Stream {
-    uint32_t block_bytes, chunk_blocks;
-    bool survivors;
-    uint32_t tables = 0;
-    uint64_t promised_blocks = 0;  // to puts under way: each may wait, and others must leave it its room
-    std::shared_ptr<Segment> current;
-    std::deque<std::shared_ptr<Segment>> ready;  // made ahead, still empty
-    Chunk* chunk = nullptr;                      // being filled
-    std::vector<std::unique_ptr<Chunk>> chunks;  // all, with their buffers
-    std::vector<Chunk*> spare;
-  };
-  struct OpenBlock {
-    Stream* stream;
-    uint64_t flag;  // of its entries in the index
-    AlignedBytes bytes;
-    std::vector<int64_t> rows;
-  };
-  struct Table {
-    TableId id;
-    TableSpec spec;
-    Initializer init;
-    BlockShape shape;
-    LazyArray<uint64_t> index;
-    OpenBlock fresh, moved;
-    std::byte* open_record(uint64_t entry) {
-      return ((entry & kMoved) ? moved : fresh).bytes.get() + (entry & ~(kOpen | kMoved)) * shape.stride_bytes;
-    }
-  };
-  struct Batch {
-    struct Item {
-      uint64_t place;
-      uint32_t request, at;
-    };
-    struct Read {
-      uint32_t first_item, items, skipped_bytes;  // the read begins that far into the block
-    };
-    std::vector<GetRequest> requests;
-    std::vector<Table*> tables;        // by request
-    std::vector<Item> items;           // by place
-    std::vector<Read> reads;
-    Neighbours neighbours;             // that were newest when they were written
-    std::vector<uint64_t> neighbour_places;
-    std::atomic<size_t> left{0};       // reads
-    std::function<void()> ready;       // for the last of them to call
-    std::string error;  // the first one
-    ErrorKind error_kind{};
-    void fail(ErrorKind kind, std::string what) {
-      if (!error.empty()) return;
-      error = std::move(what);
-      error_kind = kind;
-    }
-  };
   struct Kept {
     uint64_t epoch;
     uint64_t bytes;  // of the manifest
@@ -224,7 +133,7 @@ class LogVolume final : public Volume {
     uint64_t bytes = 0;
     bool cancelled = false;
   };
-  using Lock = std::unique_lock<std::mutex>;
+  using Lock = LogWriter::Lock;
   struct Room {  // in segments; why: docs/checkpoints.md, "How much room"
     uint64_t segments = 0;  // that the capacity has room for
     uint64_t holding = 0;   // there now, those that only wait for a manifest to go left out
@@ -232,42 +141,35 @@ class LogVolume final : public Volume {
     uint64_t spare = 0;     // free at a step's end, or the volume wants a checkpoint
     double needed = 0;      // bytes of capacity with which it never is full
   };
-  struct Grave {  // a removed segment whose descriptor reads in flight may still use
-    std::shared_ptr<Segment> segment;
-    uint64_t last_batch;
-  };
 
   void open_existing();
   void open_folders();
   void load(const Manifest& manifest);
   void load_snapshot(const Manifest& manifest);
   void remove_unnamed();  // files that no kept manifest names
-  void replay(Segment& segment, const ManifestSegment& named, std::vector<LazyArray<uint64_t>>& sequences);
-  uint32_t replay_block(const Segment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
+  void replay(LogSegment& segment, const ManifestSegment& named, std::vector<LazyArray<uint64_t>>& sequences);
+  uint32_t replay_block(const LogSegment& segment, uint32_t block, const std::byte* data, std::vector<LazyArray<uint64_t>>& sequences);
   void count_live();
-  void read_blocks(const Segment& segment, uint32_t first, uint32_t count, std::byte* to) const;
+  void read_blocks(const LogSegment& segment, uint32_t first, uint32_t count, std::byte* to) const;
   bool snapshot_is_due(const Manifest& manifest) const;
   void begin_snapshot(const Manifest& manifest);
   void write_snapshot(const std::shared_ptr<Snapshot>& snapshot);
   void stop_snapshot(Lock& lock);
   void remove_unnamed_snapshots();
   void forget_manifests(Lock& lock);
-  Table& add_table(const TableSpec& spec, const Initializer& init);
-  Stream& stream_of(uint32_t block_bytes, bool survivors);
+  LogTable& add_table(const TableSpec& spec, const Initializer& init);
 
   void require_loaded() const;
   void require_usable() const;
   void require_writable() const;
-  static uint64_t room_of(const Stream& stream);  // blocks
-  void put_piece(Table& table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts, Lock& lock);
-  uint64_t ensure_room(Table& table, size_t rows, Lock& lock);  // returns the blocks that the rows fill
+  void put_piece(LogTable& table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts, Lock& lock);
+  uint64_t ensure_room(LogTable& table, size_t rows, Lock& lock);  // returns the blocks that the rows fill
   bool fits(uint64_t more_segments) const;
   uint64_t reserve() const;  // segments that puts leave to the cleaner: one for each stream of survivors that has not half a one left
-  std::shared_ptr<Segment> make_segment(uint32_t block_bytes);
-  void lose(const Table& table, uint64_t place);  // the record there is no longer its row's newest
+  std::shared_ptr<LogSegment> make_segment(uint32_t block_bytes);
+  void lose(const LogTable& table, uint64_t place);  // the record there is no longer its row's newest
   void keep(const Kept& kept);
   void let_go(const Kept& kept);
-  std::set<uint32_t> filling() const;
   void reclaim(Lock& lock);
   uint64_t used_bytes() const;
   uint64_t used_beside_segments() const;  // by manifests and index snapshots
@@ -275,14 +177,11 @@ class LogVolume final : public Volume {
   uint64_t manifest_bytes() const;
   [[noreturn]] void refuse_full() const;
 
-  uint64_t& entry_to_change(Table& table, int64_t row);  // a snapshot that is being written gets to know of it
-  void finish(Batch& batch);
-  void give_up(Table& table, int64_t row, uint64_t place);
-  std::byte* append(Table& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock);  // where the payload goes
-  void seal(Table& table, OpenBlock& open, Lock& lock);
-  void next_segment(Stream& stream);
-  Chunk* take_chunk(Stream& stream, Lock& lock);
-  void dispatch(Stream& stream);
+  uint64_t& entry_to_change(LogTable& table, int64_t row);  // a snapshot that is being written gets to know of it
+  void finish(ReadBatch& batch);
+  void give_up(LogTable& table, int64_t row, uint64_t place);
+  std::byte* append(LogTable& table, OpenBlock& open, int64_t row, uint64_t sequence, Lock& lock);  // where the payload goes
+  void seal(LogTable& table, OpenBlock& open, Lock& lock);
   void drain(Lock& lock);        // seals and writes everything, and waits for it
   void drain_alone(Lock& lock);  // the same, and nothing has been put since
 
@@ -296,31 +195,21 @@ class LogVolume final : public Volume {
   bool will_fit(uint64_t segments) const;  // once what is held is given back
   void wait_for_cleaner(size_t& waiting, Lock& lock);
   bool someone_waits() const;
-  std::shared_ptr<Segment> victim() const;
-  bool move_survivors(const std::shared_ptr<Segment>& segment);
-  void move_block(Segment& segment, uint32_t block, const std::byte* data, Lock& lock);
+  std::shared_ptr<LogSegment> victim() const;
+  bool move_survivors(const std::shared_ptr<LogSegment>& segment);
+  void move_block(LogSegment& segment, uint32_t block, const std::byte* data, Lock& lock);
   void stop_cleaner();
 
-  const std::byte* in_memory(const Segment& segment, uint32_t block) const;
-  bool sound(const Table& table, int64_t row, uint64_t place, const std::byte* record) const;
-  void plan_reads(Batch& batch, std::vector<IoJob>& jobs);
-  void on_io(const IoJob& job, const std::byte* data, int error);
-  void on_read(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes, int error);
-  void keep_wanted(Batch& batch, const Batch::Read& read, const std::byte* data, uint32_t bytes) const;
-  void on_written(Chunk& chunk, int error);
-  std::string describe(const Table& table, int64_t row, Place place) const;
-  std::string damage(const Table& table, int64_t row, Place place) const;
-  std::string name() const;
+  void on_io(const IoJob& job, const std::byte* data, int error);  // on the queue's thread
 
   const LogOptions options_;
   System& system_;
+  const std::string name_;  // its paths
   std::vector<VolumeFolder> folders_;
   VolumeId volume_{};
   uint64_t segment_bytes_ = 0;
-  std::deque<Table> tables_;  // number - 1
-  std::deque<Stream> streams_;
-  std::map<uint32_t, std::shared_ptr<Segment>> segments_;
-  std::vector<Grave> graves_;
+  std::deque<LogTable> tables_;  // number - 1
+  LogSegments segments_;
   size_t removing_ = 0;  // segments that are no longer in segments_, and still on disk
   std::vector<Kept> kept_;
   std::shared_ptr<Snapshot> named_, snapshot_;  // the one that manifests name; the one that is being written
@@ -333,10 +222,10 @@ class LogVolume final : public Volume {
   uint64_t steps_ = 0;                           // looks since the last checkpoint
   uint64_t step_bytes_ = 0, step_bytes_before_ = 0;  // put at most from one look to the next, since the last checkpoint and before
   bool wish_ = false;
-  size_t writing_ = 0, checkpointing_ = 0;
+  size_t checkpointing_ = 0;  // drain_alone calls: puts wait
   uint64_t live_bytes_ = 0;  // of newest records in sealed blocks
   uint64_t given_up_bytes_ = 0;
-  std::string write_error_, sync_error_;
+  std::string sync_error_;
   bool awaiting_restore_ = false, closed_ = false;
   std::string restore_error_;  // of a restore that has begun and did not come to its end: what is in memory is half an epoch
   bool stop_cleaner_ = false, asked_ = false;
@@ -344,15 +233,13 @@ class LogVolume final : public Volume {
   uint64_t idle_rounds_ = 0;  // times that the cleaner looked and found nothing to do
   VolumeStats stats_;
   mutable std::mutex mutex_;
-  std::condition_variable written_, cleaner_wake_, room_made_;
+  std::condition_variable drained_, cleaner_wake_, room_made_;
   std::mutex commit_mutex_;  // one checkpoint, restore, withdrawal, growth or close at a time
   std::mutex moving_mutex_;  // none of these while a piece is cleaned; but a checkpoint that has drained, and syncs, lets cleaning go on
                              // order: commit_mutex_, moving_mutex_, mutex_
 
-  std::map<uint64_t, std::unique_ptr<Batch>> batches_;
-  uint64_t last_batch_ = 0;
-  mutable std::mutex batch_mutex_;
-  std::condition_variable batch_done_;
+  LogWriter writer_;
+  LogReader reader_;
   std::unique_ptr<IoQueue> queue_;  // after the rest: its thread uses it
   std::thread cleaner_;
 };
