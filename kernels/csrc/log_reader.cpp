@@ -56,6 +56,7 @@ void LogReader::on_read(const IoJob& job, const std::byte* data, int error) {
       batch.fail(ErrorKind::kVolumeIo, "cannot read " + table.describe(volume_, row, place) + ": " + IoQueue::text_of(error));
       continue;
     }
+    prefetch_record(request.parts, request.slots[item.at]);  // comes while the checksum is computed
     const std::byte* record = data + uint64_t{place.position} * table.shape.stride_bytes - read.skipped_bytes;
     if (!table.sound(row, item.place, record)) {
       batch.fail(ErrorKind::kDamagedRecord, table.damage(volume_, row, place));
