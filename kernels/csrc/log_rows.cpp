@@ -9,7 +9,6 @@ namespace mtrains {
 namespace {
 
 constexpr uint32_t kEntriesAhead = 16;  // of the index, prefetched: each row is a miss of the processor's caches
-constexpr uint32_t kRecordsAhead = 4;  // of the slots that rows are put from: these too (a guess)
 
 }  // namespace
 
@@ -40,8 +39,6 @@ void LogVolume::put_piece(LogTable& table, std::span<const int64_t> rows, std::s
   const auto end = [blocks](LogStream* stream) { stream->promised_blocks -= blocks; };
   const std::unique_ptr<LogStream, decltype(end)> under_way(table.fresh.stream, end);
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (i + kEntriesAhead < rows.size()) __builtin_prefetch(&table.index[static_cast<size_t>(rows[i + kEntriesAhead])], 1);
-    if (i + kRecordsAhead < rows.size()) prefetch_record(parts, slots[i + kRecordsAhead]);
     gather_record(parts, slots[i], append(table, table.fresh, rows[i], next_sequence_++, lock));
   }
   stats_.put_rows += rows.size();

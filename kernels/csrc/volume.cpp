@@ -1,6 +1,5 @@
 #include "volume.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "errors.h"
@@ -59,14 +58,6 @@ void scatter_record(const std::byte* record, std::span<const Part> parts, int32_
   for (const Part& p : parts) {
     std::memcpy(p.base + static_cast<uint64_t>(slot) * p.stride_bytes, record, p.bytes);
     record += p.bytes;
-  }
-}
-
-void prefetch_record(std::span<const Part> parts, int32_t slot) {
-  constexpr uint32_t kMostBytes = 512, kLineBytes = 64;  // of longer parts the processor sees by itself what comes next (a guess)
-  for (const Part& p : parts) {
-    const std::byte* const first = p.base + static_cast<uint64_t>(slot) * p.stride_bytes;
-    for (uint32_t at = 0; at < std::min(p.bytes, kMostBytes); at += kLineBytes) __builtin_prefetch(first + at, 1);
   }
 }
 

@@ -137,6 +137,5 @@ void require_rows(const TableSpec& spec, std::span<const int64_t> rows);
 void require_newer(std::span<const uint64_t> epochs, uint64_t epoch, const std::string& volume);
 void gather_record(std::span<const Part> parts, int32_t slot, std::byte* record);
 void scatter_record(const std::byte* record, std::span<const Part> parts, int32_t slot);
-void prefetch_record(std::span<const Part> parts, int32_t slot);  // one of the two comes soon
 
 }  // namespace mtrains
