@@ -149,8 +149,8 @@ class DeviceBatches:
         """Starts a batch; None when it is not ``hard`` and there is no room. Ids and offsets stay as they are until it is released.
 
         Returns its number, and the slot of each id, counted within its
-        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0. ``lost``: the ticket that this batch had, which ``acquire``
-        refused, or 0.
+        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0. ``lost``: the ticket that this batch had, which
+        ``acquire`` refused, or 0.
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
         was changed. What the reads of the batch before failed with.
         """

@@ -278,9 +278,7 @@ class TieredTBE(RowAccess, nn.Module):
         batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr(), starts.dtype is _INT32, stride)
         return Ids(batch, read, indices, starts)
 
-    def _begin(
-        self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool, lost: Ticket | None = None
-    ) -> Ticket:
+    def _begin(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None, dirty: bool, lost: Ticket | None = None) -> Ticket:
         """``lost``: the ticket that the batch had, whose slots were taken back."""
         number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_sizes))
         return self._with_room(lambda announced: self._begin_hard(ids, dirty, announced, lost.seq if lost else 0), number)
@@ -358,7 +356,7 @@ class TieredTBE(RowAccess, nn.Module):
         forward_stream: Any = None,
         batch_size_per_feature_per_rank: BatchSizes | None = None,
     ) -> None:
-        """Starts bringing a batch's rows into slots, while others train; its forward must get the same ``indices`` tensor.
+        """Starts bringing a batch's rows into slots, while others train; its forward must get the same ``indices`` tensor, unchanged.
 
         Shapes: as ``forward``. When there is no room, or every row of the group is in a slot, nothing happens and forward does the work.
         Raises: IdOutOfRangeError; so may forward instead.

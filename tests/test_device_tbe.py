@@ -30,7 +30,10 @@ def folder() -> Iterator[str]:
         yield name
 
 
-def make(*below: Cache | Home, pool_rows: int = POOL, kind: Any = partial(DeviceTBE, device=torch.device("cpu"))) -> DeviceTBE:
+ON_CPU = partial(DeviceTBE, device=torch.device("cpu"))
+
+
+def make(*below: Cache | Home, pool_rows: int = POOL, kind: Any = ON_CPU) -> DeviceTBE:
     init = UniformInit(0, -1, 1, columns=8)
     return kind(
         [TieredTable("t", ROWS, 8, TierChain(pool_rows, below), init=init)], [0], PoolingMode.SUM, SparseType.FP32,

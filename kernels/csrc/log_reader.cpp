@@ -73,9 +73,6 @@ void LogReader::on_read(const IoJob& job, const std::byte* data, int error) {
   if (ready) ready();
 }
 
-// What came from the device, and most of the wanted bits, are in no cache: both are asked for some records ahead (guesses).
-constexpr uint32_t kHeadersAhead = 8, kRowsAhead = 4;
-
 void LogReader::keep_wanted(ReadBatch& batch, const ReadBatch::Read& read, const std::byte* data, uint32_t bytes) {
   const auto first = batch.items.begin() + read.first_item, last = first + read.items;
   const auto wants = std::find_if(first, last, [&](const ReadBatch::Item& item) { return batch.requests[item.request].wanted; });
@@ -84,18 +81,13 @@ void LogReader::keep_wanted(ReadBatch& batch, const ReadBatch::Read& read, const
   const LogTable& table = *batch.tables[wants->request];
   const BlockShape& shape = table.shape;
   Place place = Place::unpack(first->place);
-  const uint32_t begin = (read.skipped_bytes + shape.stride_bytes - 1) / shape.stride_bytes;
   const uint32_t end = std::min(shape.records, (read.skipped_bytes + bytes) / shape.stride_bytes);
-  const auto record_at = [&](uint32_t position) { return data + uint64_t{position} * shape.stride_bytes - read.skipped_bytes; };
-  for (uint32_t ahead = begin; ahead < std::min(begin + kHeadersAhead, end); ++ahead) __builtin_prefetch(record_at(ahead));
   auto asked = first;
-  for (place.position = begin; place.position < end; ++place.position) {
-    if (place.position + kHeadersAhead < end) __builtin_prefetch(record_at(place.position + kHeadersAhead));
-    if (place.position + kRowsAhead < end) wanted.prefetch(header_of(record_at(place.position + kRowsAhead)).row);
+  for (place.position = (read.skipped_bytes + shape.stride_bytes - 1) / shape.stride_bytes; place.position < end; ++place.position) {
     const uint64_t packed = place.pack();
     while (asked != last && asked->place < packed) ++asked;
     if (asked != last && asked->place == packed) continue;
-    const std::byte* const record = record_at(place.position);
+    const std::byte* record = data + uint64_t{place.position} * shape.stride_bytes - read.skipped_bytes;
     const int64_t row = header_of(record).row;
     if (!wanted.contains(row) || !table.sound(row, packed, record)) continue;
     Neighbours& found = batch.neighbours;

@@ -20,9 +20,6 @@ class RowSet {
   bool contains(int64_t row) const {  // of any number, rows that the table does not have included
     return row >= 0 && row < rows_ && (word(row).load(std::memory_order_relaxed) & bit(row));
   }
-  void prefetch(int64_t row) const {  // contains(row) comes soon
-    if (row >= 0 && row < rows_) __builtin_prefetch(&words_[static_cast<size_t>(row) / 64]);
-  }
 
  private:
   static uint64_t bit(int64_t row) { return uint64_t{1} << (row & 63); }

@@ -195,7 +195,13 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps, bool whole
   CHECK(prefetched > 0 && withdrawn > 0);
   if (whole) {
     CHECK(stats.evictions == 0 && stats.misses == trainer.pool->resident(0) && stats.refetched_rows == 0);
-    for (size_t t = 0; t < 2; ++t) trainer.pool->warm(t, rows_up_to(kRows[t]));
+    Trainer::Step all;
+    all.offsets = {0, kRows[0], kRows[0], kRows[0] + kRows[1]};
+    for (const int64_t rows : kRows) {
+      for (int64_t r = 0; r < rows; ++r) all.ids.push_back(r);
+    }
+    trainer.begin(all, true);
+    trainer.pool->release(all.seq);
     CHECK(trainer.pool->full());
   } else {
     CHECK(!trainer.pool->full());
