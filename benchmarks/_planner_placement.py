@@ -108,7 +108,7 @@ FULL = Size(
     profiled=120, warm=70, rounds=5, uncounted=3, steps=9,
 )  # fmt: skip
 QUICK = Size(
-    cases=1, cases_in_memory=1, rows=(1_000, 4_000), dims=(16,), batches=(64,), widths=(16,), profiled=30, warm=6, rounds=1,
+    cases=1, cases_in_memory=1, rows=(10_000, 40_000), dims=(16,), batches=(32,), widths=(16,), profiled=30, warm=6, rounds=1,
     uncounted=2, steps=3,
 )  # fmt: skip
 
