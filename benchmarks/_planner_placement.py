@@ -11,8 +11,8 @@ For each job:
     uniform   the same with the UniformProposer, which has but one option a table to propose: those above the SSD with
               one step of the grid for all tables, the largest with which it finds a plan
 
-All train the same batches with the real kernel and volume, in turns, after their pools were given the most used rows of the
-profile and ``warm`` batches; the step is the median of the rounds' medians. Sides are made in an order that rotates with the job: what was
+All train the same batches with the real kernel and volume, in turns, after their pools were filled, as they are in a job that goes on, with
+the most used rows of the profile, and after ``warm`` batches; the step is the median of the rounds' medians. Sides are made in an order that rotates with the job: what was
 written last was seen to be read faster from this device. Where a plan has every table in memory, it trains as stock
 TorchRec does, without a pipeline.
 
@@ -60,7 +60,7 @@ from torchrec_mtrains.tiers import SsdHome
 SEED = 6
 NO_CHECKPOINTS = CheckpointSchedule(keep=0)
 _PLENTY = 1 << 40
-_IN_MEMORY_ROUNDS = 3
+_IN_MEMORY_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Size:
 
 FULL = Size(
     cases=12, cases_in_memory=3, rows=(20_000, 300_000), dims=(32, 64, 128), batches=(256, 512, 1024), widths=(16, 64, 256),
-    profiled=120, warm=70, rounds=5, uncounted=3, steps=9,
+    profiled=120, warm=70, rounds=15, uncounted=3, steps=9,
 )  # fmt: skip
 QUICK = Size(
     cases=1, cases_in_memory=1, rows=(10_000, 40_000), dims=(16,), batches=(32,), widths=(16,), profiled=30, warm=6, rounds=1,
@@ -168,7 +168,8 @@ class _Plans:
         self._equal = {
             name: max(o.min_pool_rows, min(o.shard_rows, round(case.memory_share * o.shard_rows))) for name, o in self._tiered.items()
         }
-        self.ddr_bytes = sum(o.ddr_bytes(0, self._equal[name]) for name, o in self._tiered.items()) + enumerator.waiting_ids.of_rank
+        self._waiting_bytes = enumerator.waiting_ids.of_rank
+        self.ddr_bytes = sum(o.ddr_bytes(0, self._equal[name]) for name, o in self._tiered.items()) + self._waiting_bytes
 
     @property
     def _module(self) -> nn.Module:
@@ -205,12 +206,16 @@ class _Plans:
         return self._planned([self._tiered[name].resized(pool) for name, pool in self._equal.items()], folder)
 
     def greedy(self, folder: Path) -> _Planned:
-        return self._planned(self._stock(None, [GreedyProposer(), GreedyProposer(use_depth=False)]), folder)
+        proposers = [GreedyProposer(), GreedyProposer(use_depth=False)]
+        options = self._stock(None, proposers, waiting_bytes=0)
+        if any(isinstance(o, TieredShardingOption) for o in options):  # or nothing waits
+            options = self._stock(None, proposers, self._waiting_bytes)
+        return self._planned(options, folder)
 
     def uniform(self, folder: Path) -> _Planned:
         for step in reversed(range(POOLS)):
             try:
-                return self._planned(self._stock(step, [UniformProposer()]), folder)
+                return self._planned(self._stock(step, [UniformProposer()], self._waiting_bytes), folder)
             except PlannerError:
                 pass
         raise AssertionError("the smallest pools of all tables fit, as those of equal shares do")
@@ -221,7 +226,7 @@ class _Plans:
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=self._case.job.batch_size, stats=[])
         return planner.plan(self._module, stock_sharders(self._case.job.shape.model_options))
 
-    def _stock(self, step: int | None, proposers: list[Any]) -> list[ShardingOption]:
+    def _stock(self, step: int | None, proposers: list[Any], waiting_bytes: int) -> list[ShardingOption]:
         topology = self._topology(self.ddr_bytes)
         enumerator = self._enumerator(topology, _Sized)
         enumerator.only = step
@@ -229,7 +234,7 @@ class _Plans:
             topology=topology,
             batch_size=self._case.job.batch_size,
             enumerator=enumerator,
-            storage_reservation=DdrStorageReservation(),
+            storage_reservation=DdrStorageReservation(waiting_bytes),
             proposer=proposers,
             partitioner=GreedyPerfPartitioner(),
             stats=[],
@@ -291,7 +296,7 @@ def _of_case(number: int, case: Case, size: Size, hardware: HardwareProfile, roo
     batches.make(0, size.trained)
     dense_ms = case.job.dense_ms(case.width, batches.made[0], 12)
     plans = _Plans(case, hardware, access, dense_ms)
-    most_used = {trace.name: _by_use(trace.ids) for trace in seen}
+    most_used = {trace.name: _by_use(trace.ids, trace.rows) for trace in seen}
     makers = {"ours": plans.ours, "equal": plans.equal, "greedy": plans.greedy, "uniform": plans.uniform}
     planned, sides = {}, []
     names = list(makers)
@@ -310,10 +315,9 @@ def _of_case(number: int, case: Case, size: Size, hardware: HardwareProfile, roo
     return line
 
 
-def _by_use(ids: np.ndarray) -> np.ndarray:
-    """The rows among them, the least used first."""
-    rows, counts = np.unique(ids, return_counts=True)
-    return np.asarray(rows[np.argsort(counts, kind="stable")])
+def _by_use(ids: np.ndarray, rows: int) -> np.ndarray:
+    """All rows, the least used first."""
+    return np.asarray(np.argsort(np.bincount(ids.reshape(-1), minlength=rows), kind="stable"))
 
 
 def _in_memory(case: Case, size: Size, hardware: HardwareProfile, root: Path) -> dict[str, Any]:
