@@ -3,7 +3,7 @@
 For each job:
 
     profile   of batches that are not trained; ``dense_ms`` is the model's step without tables; the machine's calibration
-    memory    what pools of one share of every table's rows take, indices included: drawn, 10 to 40%
+    memory    what pools of one share of every table's rows take, indices and the ids of batches that wait included: drawn, 10 to 40%
     ours      ``TieredShardingPlanner`` with so much memory, the plan as it comes
     equal     every table above the SSD, with that share of its rows in the pool
     greedy    TorchRec's planner, with its GreedyProposers and partitioner, over our options: tables in memory, and above the SSD with
@@ -12,9 +12,9 @@ For each job:
               one step of the grid for all tables, the largest with which it finds a plan
 
 All train the same batches with the real kernel and volume, in turns, after their pools were filled, as they are in a job that goes on, with
-the most used rows of the profile, and after ``warm`` batches; the step is the median of the rounds' medians. Sides are made in an order that rotates with the job: what was
-written last was seen to be read faster from this device. Where a plan has every table in memory, it trains as stock
-TorchRec does, without a pipeline.
+the most used rows of the profile, and after ``warm`` batches; the step is the median of the rounds' medians. Rows are put into all homes
+in turns: what was written last was seen to be read faster from this device. Where a plan has every table in memory, it trains as stock
+TorchRec does, without a pipeline, and no ids of batches wait.
 
 Where all fits in memory, our planner and sharders are held against TorchRec's; both train in the plain loop.
 """
@@ -44,7 +44,7 @@ from torchrec_mtrains.planner import (
 )
 from torchrec_mtrains.planner.candidates import POOLS
 from torchrec_mtrains.planner.enumerators import TieredEnumerator
-from torchrec_mtrains.planner.estimators import charged
+from torchrec_mtrains.planner.estimators import beside_tiers, charged
 from torchrec_mtrains.planner.perf_model import PerfModel
 from torchrec_mtrains.planner.search import predicted
 from torchrec_mtrains.planner.sharding_options import TieredShardingOption
@@ -132,9 +132,11 @@ def drawn(size: Size, seed: int = SEED) -> list[Case]:
 
 
 class _Sized(TieredEnumerator):
-    """The options in memory, and those above the SSD once for each step of the grid of pools; ``only``: just those with that step."""
+    """The options in memory, and those above the SSD once for each step of the grid of pools; ``only``: just those with that step.
+    ``waiting``: ids of batches wait for the tables in memory too."""
 
     only: int | None = None
+    waiting = True
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         found: list[ShardingOption] = []
@@ -143,7 +145,7 @@ class _Sized(TieredEnumerator):
                 sizes = np.rint(np.geomspace(option.min_pool_rows, option.shard_rows, POOLS)).astype(int)
                 found += [option.resized(int(pool)) for pool in (sizes if self.only is None else sizes[[self.only]])]
             elif self.only is None:
-                found.append(charged(option))
+                found.append(beside_tiers(option) if self.waiting else charged(option))
         return found
 
 
@@ -207,15 +209,15 @@ class _Plans:
 
     def greedy(self, folder: Path) -> _Planned:
         proposers = [GreedyProposer(), GreedyProposer(use_depth=False)]
-        options = self._stock(None, proposers, waiting_bytes=0)
-        if any(isinstance(o, TieredShardingOption) for o in options):  # or nothing waits
-            options = self._stock(None, proposers, self._waiting_bytes)
+        options = self._stock(None, proposers, waiting=False)
+        if any(isinstance(o, TieredShardingOption) for o in options):
+            options = self._stock(None, proposers)
         return self._planned(options, folder)
 
     def uniform(self, folder: Path) -> _Planned:
         for step in reversed(range(POOLS)):
             try:
-                return self._planned(self._stock(step, [UniformProposer()], self._waiting_bytes), folder)
+                return self._planned(self._stock(step, [UniformProposer()]), folder)
             except PlannerError:
                 pass
         raise AssertionError("the smallest pools of all tables fit, as those of equal shares do")
@@ -226,15 +228,16 @@ class _Plans:
         planner = EmbeddingShardingPlanner(topology=topology, batch_size=self._case.job.batch_size, stats=[])
         return planner.plan(self._module, stock_sharders(self._case.job.shape.model_options))
 
-    def _stock(self, step: int | None, proposers: list[Any], waiting_bytes: int) -> list[ShardingOption]:
+    def _stock(self, step: int | None, proposers: list[Any], *, waiting: bool = True) -> list[ShardingOption]:
+        """``waiting``: memory is kept for ids of batches that wait, as it is in every plan with tiers."""
         topology = self._topology(self.ddr_bytes)
         enumerator = self._enumerator(topology, _Sized)
-        enumerator.only = step
+        enumerator.only, enumerator.waiting = step, waiting
         planner = EmbeddingShardingPlanner(
             topology=topology,
             batch_size=self._case.job.batch_size,
             enumerator=enumerator,
-            storage_reservation=DdrStorageReservation(waiting_bytes),
+            storage_reservation=DdrStorageReservation(self._waiting_bytes if waiting else 0),
             proposer=proposers,
             partitioner=GreedyPerfPartitioner(),
             stats=[],
@@ -261,17 +264,21 @@ class _Plans:
         return plan_of(self._case.job.shape, sharding)
 
 
-def _side(name: str, case: Case, planned: _Planned, most_used: Mapping[str, np.ndarray]) -> Side:
-    """A model under a plan, its homes full and its pools warm."""
+def _side(name: str, case: Case, planned: _Planned) -> Side:
+    """A model under a plan."""
     shape = case.job.shape
     tiered = any(pool is not None for pool in planned.pools.values())
     sharders = list(mtrains.sharders(fused_params(shape.model_options)))
-    side = Side(name, shape, {"top": case.width}, planned.plan, sharders, PREFETCHED if tiered else 0, None)
-    put_every_row(side)
-    for group in side.groups:
-        for i, table in enumerate(group.tables):
-            group.warm(i, most_used[table.name])
-    return side
+    return Side(name, shape, {"top": case.width}, planned.plan, sharders, PREFETCHED if tiered else 0, None)
+
+
+def _fill(sides: Sequence[Side], most_used: Mapping[str, np.ndarray]) -> None:
+    """Homes, and pools with these rows, of which the last are used most."""
+    put_every_row(*sides)
+    for side in sides:
+        for group in side.groups:
+            for i, table in enumerate(group.tables):
+                group.warm(i, most_used[table.name])
 
 
 def _in_turns(sides: Sequence[Side], batches: MixedBatches, size: Size) -> dict[str, dict[str, float]]:
@@ -296,14 +303,14 @@ def _of_case(number: int, case: Case, size: Size, hardware: HardwareProfile, roo
     batches.make(0, size.trained)
     dense_ms = case.job.dense_ms(case.width, batches.made[0], 12)
     plans = _Plans(case, hardware, access, dense_ms)
-    most_used = {trace.name: _by_use(trace.ids, trace.rows) for trace in seen}
     makers = {"ours": plans.ours, "equal": plans.equal, "greedy": plans.greedy, "uniform": plans.uniform}
     planned, sides = {}, []
     names = list(makers)
     for name in names[number % len(names) :] + names[: number % len(names)]:
         (root / name).mkdir()
         planned[name] = makers[name](root / name)
-        sides.append(_side(name, case, planned[name], most_used))
+        sides.append(_side(name, case, planned[name]))
+    _fill(sides, {trace.name: _by_use(trace.ids, trace.rows) for trace in seen})
     measured = _in_turns(sides, batches, size)
     for side in sides:
         side.close()

@@ -34,7 +34,8 @@ LOOKAHEADS = (0, 8, 64)
 
 CURVE_POINTS = 12
 SMALLEST_POOL = 0.001
-"""Share of the rows. Curves are measured and assumed at ``CURVE_POINTS`` sizes, geometric from here, or from what a batch needs, to all rows."""
+"""Share of the rows. Curves are measured and assumed at ``CURVE_POINTS`` sizes, geometric from here to all rows, or from what a batch needs
+where that is more."""
 
 _MORE_THAN_A_BATCH = 1.25  # batches differ, of a sample more so, and the smallest pool is to hold each of them
 

@@ -2,13 +2,13 @@
 
 A curve counts what a pool misses by itself. Over a volume of blocks with lookahead, a row that is awaited and absent is brought by
 any read of its block while the pool has a slot for it. That is for ``reach`` batches before its use: the lookahead window, or what the pool
-has room for beside the batches in flight, if it keeps just the rows whose next use is within ``reach``.
+has room for beside the batches in flight, if it keeps just the rows that are used again within ``reach`` and those that came along.
 
 Which reads of its block there are follows from how a log is written: rows that leave the pool together lie in one block. So when a row
 comes back ``age`` batches after its last use, its block was last written about then, and the B - 1 rows beside it are as old. They come
 back as all rows do that a pool misses: ``returned(age)`` is the share of misses whose row was used last at most so many batches before, the
-longest of the profile's ``reuse_batches``. A row beside that is read once is not live there any more. So with a share f of misses that nobody
-spares, each row is spared with probability ::
+longest of the profile's ``reuse_batches``. A row beside that was read is not live there any more. So where nobody spares a share f of misses,
+a row is spared with probability ::
 
     1 - exp(-f · (B - 1) · (returned(age) - returned(age - reach)))
 
@@ -35,7 +35,7 @@ from .access_profile import MissCurve, TableAccess
 
 Floats = NDArray[np.float64]
 
-_HALVINGS = 40
+_HALVINGS = 16
 _AGES = 4  # of a power of two
 
 
@@ -69,12 +69,13 @@ def _unspared(
     *,
     first_uses: bool = True,
 ) -> Floats:
-    """Of so many misses a batch, of rows with records, those that are read, by size of the pool. ``first_uses``: are among them. Shapes: (n,)
-    each."""
+    """Of so many misses a batch, of rows with records, those that are read, by size of the pool. ``first_uses``: are among them.
+
+    Shapes: (n,), (n,) → (n,).
+    """
     factor = batch_samples / table.batch_samples
     in_flight, window = table.unique_rows((prefetch_depth + 1) * batch_samples), MOST_BATCHES if lookahead is None else lookahead
-    reach = np.array([min(window * factor, _reach(table, rows - in_flight)) for rows in pool_rows])[:, None]  # batches of the profile
-    missed_rows = np.array(missed, np.float64)
+    room, missed_rows = np.array(pool_rows, np.float64) - in_flight, np.array(missed, np.float64)
     share = np.minimum(1.0, missed_rows / max(1.0, table.unique_rows(batch_samples)))[:, None]
 
     # Of misses, by time since the last use: the longest times of all uses. Shapes: (n, buckets).
@@ -94,24 +95,24 @@ def _unspared(
 
     middles = (np.arange(_AGES) + 0.5) / _AGES
     ages = (from_[:, :, None] + (longest - from_)[:, :, None] * middles).reshape(len(missed_rows), -1)
-    beside = np.hstack([returned(ages) - returned(ages - reach), reach / factor * never_weight * missed_rows[:, None] / table.rows])
+    returned_by_age = returned(ages)
     weights = np.hstack([np.repeat(weight / _AGES, _AGES, axis=1), never_weight])
+    reads_of_first = never_weight * missed_rows[:, None] / table.rows / factor  # a batch of the profile, of a row beside
 
     low, high = np.zeros(len(missed_rows)), np.ones(len(missed_rows))
-    for _ in range(_HALVINGS):
+    for _ in range(_HALVINGS):  # the more is read, the more is spared; and the less has come along, the longer is the reach
         unspared = (low + high) / 2
+        reach = np.minimum(window * factor, _reach(table, room, (1 - unspared) * missed_rows / factor))[:, None]
+        beside = np.hstack([returned_by_age - returned(ages - reach), reach * reads_of_first])
         left = (weights * np.exp(-(records_per_block - 1) * unspared[:, None] * beside)).sum(axis=1)
         low, high = np.where(unspared < left, unspared, low), np.where(unspared < left, high, unspared)
     return np.asarray(missed_rows * high)
 
 
-def _reach(table: TableAccess, slots: float) -> float:
-    """Batches of the profile, so that as many slots hold every row from a use to the next one, where that is within so many."""
-    within, left = 0.0, max(0.0, slots) / max(1.0, table.unique_rows_per_batch)
-    for k, share in enumerate(table.reuse_batches[:-1]):
-        longest = float(2**k)
-        needed = share * (within + 1 + longest) / 2
-        if needed > left:
-            return within + left / needed * (longest - within)
-        within, left = longest, left - needed
-    return within
+def _reach(table: TableAccess, slots: Floats, came: Floats) -> Floats:
+    """Batches of the profile, so that as many slots hold every row from a use to the next one, where that is within so many, and rows that
+    came along, so many a batch, half as long. Shapes: (n,), (n,) → (n,)."""
+    ends = np.concatenate([[0.0], 2.0 ** np.arange(len(table.reuse_batches) - 1)])
+    kept = table.unique_rows_per_batch * np.array(table.reuse_batches[:-1]) * (ends[:-1] + 1 + ends[1:]) / 2
+    needed = np.concatenate([[0.0], np.cumsum(kept)]) + came[:, None] * ends / 2
+    return np.array([np.interp(of_pool, need, ends) for of_pool, need in zip(slots, needed, strict=True)])
