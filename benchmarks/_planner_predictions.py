@@ -188,7 +188,8 @@ def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_
     first = min(size.warm(c), size.trained(c) // 2)
     side.run(batches, WARM_TOP, 0, first, processor)
     missed = side.counters()["misses"]
-    side.run(batches, WARM_TOP, 0, size.warm(c) - first, processor)
+    if first < size.warm(c):
+        side.run(batches, WARM_TOP, 0, size.warm(c) - first, processor)
     for top in c.widths:
         done = side.run(batches, top, size.steps, size.uncounted, processor)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
