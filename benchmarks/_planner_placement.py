@@ -13,9 +13,8 @@ For each job:
 
 All train the same batches with the real kernel and volume, in turns, after their pools were filled, as they are in a job that goes on, with
 the most used rows of the profile, and after ``warm`` batches; the step is the median of the rounds' medians, a ratio the median of the
-rounds' ratios. Rows are put into all homes
-in turns: what was written last was seen to be read faster from this device. Where a plan has every table in memory, it trains as stock
-TorchRec does, without a pipeline, and no ids of batches wait.
+rounds' ratios. Rows are put into all homes in turns: what was written last was seen to be read faster from this device. Where a plan has
+every table in memory, it trains as stock TorchRec does, without a pipeline, and no ids of batches wait.
 
 Where all fits in memory, our planner and sharders are held against TorchRec's; both train in the plain loop.
 """

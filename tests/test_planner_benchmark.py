@@ -57,3 +57,10 @@ def test_the_batches_of_a_mixed_job_have_each_tables_own_lookups() -> None:
     assert batch.sparse_features.lengths().view(2, 8).tolist() == [[2] * 8, [5] * 8]
     assert batch.sparse_features["f1"].values().tolist() == traces[1].ids[1].tolist()
     assert job.traces(3, stream=1)[0].ids.tolist() != traces[0].ids.tolist()
+
+
+def test_rounds_tell_plans_apart_where_few_of_them_disagree() -> None:
+    told = _planner_placement._told_apart
+    assert told([0.9] * 12 + [1.1] * 3)
+    assert not told([0.9] * 11 + [1.1] * 4)
+    assert told([0.9] * 3 + [1.1] * 12)
