@@ -17,6 +17,7 @@ from torchrec_mtrains.planner import (
 )
 from torchrec_mtrains.planner.charges import log_bytes, records_per_block
 from torchrec_mtrains.planner.neighbours import curve_over_ssd
+from torchrec_mtrains.planner.perf_model import ShardUse
 
 from planner_cases import PLENTY, Case, TableCase, tiered_tables
 from torchrec_mtrains.errors import ConfigurationError
