@@ -85,6 +85,10 @@ class Size:
         lookups = c.job.batch_size * statistics.mean(t.pooling for t in c.job.tables)
         return max(self.lookahead + PREFETCHED + 1, min(self.most_warm, int(self.warm_lookups / lookups)))
 
+    def trained(self, c: Configuration) -> int:
+        """Batches, those whose steps are counted included."""
+        return self.warm(c) + len(c.widths) * (self.uncounted + self.steps)
+
 
 def _alike(tables: int, exponent: float, batch: int, pool: float, cache: float = 0.0) -> Configuration:
     job = Job((JobTable(150_000, exponent, 4),) * tables, 64, batch)
@@ -172,7 +176,7 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
         use = replace(use, ssd_curve=None) if crowded else use
         pool, behind = (rows if rows == table.rows else min(rows, table.used_rows) for rows in (pool_rows, pool_rows + cache_rows))
         busy += model.tiered(use, pool, behind - pool)[0]
-        missed += float(model.begun(use, pool) * (use.misses(pool) - use.misses(behind) + use.reads(behind)))
+        missed += float(model.begun(use, pool) * (use.misses(pool) - use.misses(behind) + use.reads(pool, behind - pool)))
         unique += table.unique_rows_per_batch
     step = model.predict(busy[None])
     return _Predicted(step.step_ms, missed / unique, step.bottleneck, step.busy_ms[0].tolist())
@@ -180,21 +184,27 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
 
 def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, float]]:
     """``unique_rows``: of a batch. Rows of batches that were begun twice may be missing twice."""
-    processor = Processor()
-    side.run(batches, WARM_TOP, 0, size.warm(c), processor)
-    found = {}
+    processor, found = Processor(), {}
+    first = min(size.warm(c), size.trained(c) // 2)
+    side.run(batches, WARM_TOP, 0, first, processor)
+    missed = _missed(side.counters())
+    if first < size.warm(c):
+        side.run(batches, WARM_TOP, 0, size.warm(c) - first, processor)
     for top in c.widths:
         done = side.run(batches, top, size.steps, size.uncounted, processor)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
-        ratio = (per_step["misses"] + per_step["refetched_rows"]) / unique_rows
-        found[top] = {"step_ms": 1e3 * statistics.median(done.seconds), "miss_ratio": ratio, **per_step}
-    return found
+        found[top] = {"step_ms": 1e3 * statistics.median(done.seconds), **per_step}
+    ratio = (_missed(side.counters()) - missed) / (size.trained(c) - first) / unique_rows
+    return {top: {"miss_ratio": ratio, **measured} for top, measured in found.items()}
+
+
+def _missed(counters: dict[str, int]) -> int:
+    return counters["misses"] + counters["refetched_rows"]
 
 
 def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, root: Path, pmem: Path) -> list[dict[str, Any]]:
     shape = c.job.shape
-    counted = size.warm(c) + len(c.widths) * (size.uncounted + size.steps)
-    traces = c.job.traces(counted + size.lookahead + PREFETCHED + 2)
+    traces = c.job.traces(size.trained(c) + size.lookahead + PREFETCHED + 2)
     access = c.job.profile(traces)
     batches = MixedBatches(shape, traces)
     batches.make(0, len(batches))

@@ -263,8 +263,14 @@ def tiered(
     return Side(name, shape, widths, plan, sharders, prefetch_depth, lookahead)
 
 
-def put_every_row(side: Side) -> None:
-    """Every row is in its home, as it is, in an order of its own: what lies in one block has nothing to do with use."""
+def put_every_row(*sides: Side) -> None:
+    """Every row is in its home, as it is, in an order of its own: what lies in one block has nothing to do with use. Sides take turns, as
+    some devices read what was written last faster."""
+    for _ in itertools.zip_longest(*map(_putting, sides)):
+        pass
+
+
+def _putting(side: Side) -> Iterator[None]:
     for group in side.groups:
         group.flush()
         for home in group._home_tables:
@@ -272,6 +278,7 @@ def put_every_row(side: Side) -> None:
             for ids in torch.arange(home.row_count).split(ROWS_AT_ONCE):
                 home.get(ids, out[: len(ids)])
                 home.put(ids, out[: len(ids)])
+                yield
 
 
 def fill_pools(side: Side) -> None:

@@ -9,6 +9,11 @@ docs/calibrate.md what the figures mean.
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from torchrec_mtrains.spinning import spin_briefly
+
+spin_briefly()  # before torch comes in: measured is what users of ``mtrains`` get
+
 import argparse
 import tempfile
 from collections.abc import Callable

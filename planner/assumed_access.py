@@ -34,7 +34,10 @@ LOOKAHEADS = (0, 8, 64)
 
 CURVE_POINTS = 12
 SMALLEST_POOL = 0.001
-"""Share of the rows. Curves are measured and assumed at ``CURVE_POINTS`` sizes, geometric from here to all rows."""
+"""Share of the rows. Curves are measured and assumed at ``CURVE_POINTS`` sizes, geometric from here to all rows, or from what a batch needs
+where that is more."""
+
+_MORE_THAN_A_BATCH = 1.25  # batches differ, of a sample more so, and the smallest pool is to hold each of them
 
 SAMPLE_SCALES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 """Batches, where unique rows are measured and assumed."""
@@ -51,10 +54,10 @@ _SETTLED = 1e-4  # of the misses, from one round to the next
 _SMALL_SHARE = 0.1  # of the pool: eviction_order.h
 
 
-def curve_sizes(rows: int) -> list[int]:
-    """The pool sizes of a table's curve, the smallest first."""
-    shares = np.geomspace(SMALLEST_POOL, 1, CURVE_POINTS)
-    return sorted({max(1, round(rows * share)) for share in shares})
+def curve_sizes(rows: int, unique_rows: float) -> list[int]:
+    """The pool sizes of a table's curve, the smallest first. ``unique_rows``: of a batch, which a pool has to hold."""
+    smallest = min(rows, max(1.0, SMALLEST_POOL * rows, _MORE_THAN_A_BATCH * unique_rows))
+    return np.unique(np.rint(np.geomspace(smallest, rows, CURVE_POINTS)).astype(np.int64)).tolist()
 
 
 def _groups(rows: int, exponent: float) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +167,7 @@ def _assumed(rows: int, lookups_per_batch: float, batch_samples: int, zipf_expon
     counts, probability = _groups(rows, zipf_exponent)
     use = np.clip(-np.expm1(-lookups_per_batch * probability), 1e-12, 1 - 1e-12)
     unique = min(float((counts * use).sum()), lookups_per_batch, float(rows))
-    pools = np.array([p for p in curve_sizes(rows) if unique <= p < rows], np.float64)
+    pools = np.array([p for p in curve_sizes(rows, unique) if unique <= p < rows], np.float64)
 
     def curve(misses: np.ndarray, lookahead: int = 0) -> MissCurve:
         falling = tuple(np.minimum.accumulate(np.minimum(unique, misses)).tolist()) if len(pools) else ()

@@ -43,7 +43,7 @@ class GpuProposer(TieredProposer):
             least = min(needs, key=lambda need: sum(max(0, more) for more in need.values()))
             for tier, more in least.items():
                 if more > 0:
-                    what = f"table {name!r} needs {have[tier] + more} bytes on one rank, the largest has {have[tier]}"
+                    what = f"table {name!r} needs {have[tier] + more} bytes on one rank, {more} more than any has beside ids that wait"
                     return self._error(tier, more, what)
         offered, ranks = candidates(self._tables, self._model, False), self.capacity.ranks(self._model)
         closest = solve(offered.choices, ranks, _SHORTAGE_SECONDS).assignment

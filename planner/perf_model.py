@@ -49,7 +49,7 @@ QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
 _NOT_OVERLAPPED = 0.5  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
 _BEGUN_WITHOUT_ROOM = 1.5  # times a batch is, where of two prefetched ones the second gives way: counted in six jobs (docs/calibrate.md)
-_MORE_THAN_IN_FLIGHT = 1.1  # a batch's rows differ, and neighbours take slots
+_MORE_THAN_IN_FLIGHT = 1.03  # the fullest of batches, and of between what a profile counts: 1 to 2% (docs/calibrate.md)
 _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forward, and read and written by the optimizer
 
 
@@ -88,9 +88,13 @@ class ShardUse:
         """Rows a step that are not among so many of the shard. Shapes: any → the same."""
         return self._at(rows_held, self.curve.misses_per_batch)
 
-    def reads(self, rows_held: Any) -> Floats:
-        """Of those misses, the ones that an SSD below so many rows reads. Shapes: any → the same."""
-        return self._at(rows_held, (self.ssd_curve or self.curve).misses_per_batch)
+    def reads(self, pool_rows: Any, cache_rows: Any = 0) -> Floats:
+        """Of those misses, the ones that an SSD below a pool and a cache reads. Neighbours come into the pool, so no more than it has room
+        for. Shapes: any, any → the same."""
+        if self.ssd_curve is None:
+            return self.misses(np.add(pool_rows, cache_rows))
+        spared = [self.misses(held) - self._at(held, self.ssd_curve.misses_per_batch) for held in (pool_rows, np.add(pool_rows, cache_rows))]
+        return np.asarray(self.misses(np.add(pool_rows, cache_rows)) - np.minimum(*spared))
 
     def write_backs(self, rows_held: Any) -> Floats:
         """Changed rows a step that leave those. Shapes: any → the same."""
@@ -186,8 +190,7 @@ class PerfModel:
         """Busy times of a shard above an SSD, by sizes of its pool and its PMem cache. Shapes: (n,), (n,) → (n, resources)."""
         pool, cache = np.broadcast_arrays(*np.atleast_1d(np.asarray(pool_rows, np.float64), np.asarray(cache_rows, np.float64)))
         missed = use.misses(pool)  # or brought by a neighbour: admitted all the same
-        behind = np.minimum(pool + cache, use.rows)  # a cache is exclusive
-        cold, written = np.minimum(missed, use.reads(behind)), use.write_backs(behind)
+        cold, written = np.minimum(missed, use.reads(pool, cache)), use.write_backs(pool + cache)  # a cache is exclusive
         hits = np.where(cache > 0, missed - cold, 0.0)
         kernel, busy = self.hardware.kernel, np.tile(self._stock(use), (len(pool), 1))
         busy[:, CPU] += kernel.step_overhead_us_per_table * 1e-3

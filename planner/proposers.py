@@ -6,6 +6,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Storage, StorageReservation, Topology
@@ -63,7 +64,7 @@ class TieredProposer(Proposer):
         waiting = getattr(enumerator, "waiting_ids", WaitingIds())
         for of_rank in storage:
             of_rank.ssd = max(0, of_rank.ssd - self._kept_by_volume)
-            of_rank.ddr -= waiting.of_rank  # below 0 where not even that fits, so that what is short is known
+            of_rank.ddr -= waiting.of_rank  # below 0 where not even ids fit: what is short includes theirs
         self.capacity = Capacity(storage, min(bytes_in(s, "pmem") for s in storage))
         options: dict[str, list[ShardingOption]] = defaultdict(list)
         for option in search_space:
@@ -130,8 +131,9 @@ class TieredProposer(Proposer):
             yield from self._without_tiers()
         if self._fits:
             return
-        if all(self._tables) and (len(self.capacity.storage) > 1 or self._by_room() is not None):
-            self.result = search(self._tables, self.capacity, self._model, self._seconds, self._by_room)
+        by_room = cache(self._by_room)
+        if all(self._tables) and (len(self.capacity.storage) > 1 or by_room() is not None):
+            self.result = search(self._tables, self.capacity, self._model, self._seconds, by_room)
         if self.result is not None:
             yield self.result.options
         elif (least := self._least_in_memory()) is not None:

@@ -170,7 +170,7 @@ class TieredShardingOption(ShardingOption):
         behind, missed = self.pool_rows + self.cache_rows, 0.0
         for kind in alike(self):
             use = self.uses[kind[0]]
-            missed += len(kind) * float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(behind))
+            missed += len(kind) * float(use.misses(self.pool_rows) - use.misses(behind) + use.reads(self.pool_rows, self.cache_rows))
         return max(0.0, 1 - missed / unique) if unique else 1.0
 
     def _resize(self, pool_rows: int, cache_rows: int) -> None:

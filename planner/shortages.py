@@ -17,6 +17,7 @@ _ADVICE = {
     "ssd": "Raise the ssd's capacity_bytes, commit a checkpoint more often or keep fewer of them (CheckpointSchedule: what they hold is "
     "charged), add ranks, raise ddr_budget_bytes so that fewer tables need the SSD, or shrink the tables",
 }
+_BESIDE = {"ddr": " beside ids of batches that wait", "ssd": ""}
 
 
 def shortage(
@@ -55,8 +56,9 @@ def _shortage(footprint: Footprint, stock: Sequence[Sequence[ShardingOption]], c
     totals = footprint.totals()
     need = totals[-1].ddr
     if need > everything.ddr:
-        what = f"the tables need {need} bytes even with the smallest pools, the ranks have {max(0, everything.ddr)} beside ids that wait"
-        return "ddr", need - everything.ddr, what
+        short = need - everything.ddr
+        what = f"the tables need {need} bytes even with the smallest pools, {short} more than the ranks have{_BESIDE['ddr']}"
+        return "ddr", short, what
     need = min(total.ssd for total in totals if total.ddr <= everything.ddr)
     if need > everything.ssd:
         what = f"the tables that do not fit in memory need {need} bytes, the ranks have {everything.ssd}"
@@ -76,9 +78,9 @@ def _shard_too_large(name: str, options: Sequence[ShardingOption], capacity: Seq
         key=lambda need: [max(0, need[tier] - have[tier]) for tier in _ADVICE],
     )
     for tier in _ADVICE:
-        if need[tier] > have[tier]:
-            what = f"table {name!r} needs {need[tier]} bytes on one rank, the largest has {max(0, have[tier])}"
-            return tier, need[tier] - have[tier], what
+        short = need[tier] - have[tier]
+        if short > 0:
+            return tier, short, f"table {name!r} needs {need[tier]} bytes on one rank, {short} more than any has{_BESIDE[tier]}"
     return None
 
 

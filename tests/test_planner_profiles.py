@@ -17,6 +17,7 @@ from torchrec_mtrains.planner import (
 )
 from torchrec_mtrains.planner.charges import log_bytes, records_per_block
 from torchrec_mtrains.planner.neighbours import curve_over_ssd
+from torchrec_mtrains.planner.perf_model import ShardUse
 
 from planner_cases import PLENTY, Case, TableCase, tiered_tables
 from torchrec_mtrains.errors import ConfigurationError
@@ -156,3 +157,12 @@ def test_plans_count_on_the_window_and_on_neighbours_only_where_rows_are_prefetc
     pools = [2_000, 5_000, 20_000]
     assert (use(True).reads(pools) < use(True).misses(pools)).all()
     assert (use(True).misses(pools) < use(False).misses(pools)).all()
+
+
+def test_a_cache_does_not_make_room_for_neighbours_in_the_pool() -> None:
+    table = assumed_access(50_000, 2_000, 500)
+    curve, over = table.miss_curve_for(500, 8), curve_over_ssd(table, 500, 30, 8)
+    use = ShardUse(50_000, 2_000, table.unique_rows_per_batch, 64, 68, curve, 50_000, ssd_curve=over)
+    tight, roomy, held = curve.pool_rows[1], curve.pool_rows[6], curve.pool_rows[7]
+    assert use.misses(held) - use.reads(held) > 2 * (use.misses(tight) - use.reads(tight))
+    assert use.reads(tight, held - tight) > use.reads(roomy, held - roomy)

@@ -64,21 +64,34 @@ class TableMeter:
     """One table of a job, measured batch by batch. ``batches``: how many there will be, as far as known."""
 
     def __init__(self, table: TableShape, batch_samples: int, batches: int | None, options: ProfileOptions) -> None:
-        self.table, self._batch_samples, self._row_bytes = table, batch_samples, options.row_bytes
+        self.table, self._batch_samples, self._options = table, batch_samples, options
         self._sampled = min(table.rows, max(LEAST_SAMPLED_ROWS, min(MOST_SAMPLED_ROWS, round(table.rows * options.sample_share))))
-        self._sizes = curve_sizes(table.rows)
         self._drift_batches = max(1, (batches or _UNKNOWN_BATCHES) // DRIFT_WINDOWS)
-        self._native = _core.TableProfiler(
-            table.rows, self._sampled, options.seed, self._sizes, list(LOOKAHEADS), options.prefetch_depth, self._drift_batches
-        )
         self._batches, self._every = 0, 1
-        self._moments = [self._counted()]
+        self._moments: list[list[dict[str, Any]]] = []
+        self._native: Any = None
+
+    def _begin(self, ids: np.ndarray) -> None:
+        """With pools that can hold a batch like this one."""
+        self._sizes = curve_sizes(self.table.rows, len(np.unique(ids)))
+        self._native = _core.TableProfiler(
+            self.table.rows,
+            self._sampled,
+            self._options.seed,
+            self._sizes,
+            list(LOOKAHEADS),
+            self._options.prefetch_depth,
+            self._drift_batches,
+        )
+        self._moments.append(self._counted())
 
     def push(self, ids: np.ndarray) -> None:
         """The ids of one global batch, (n,) int32 or int64.
 
         Raises: IdOutOfRangeError.
         """
+        if self._native is None:
+            self._begin(ids)
         self._native.push(ids)
         self._batches += 1
         if self._batches % self._every == 0:
@@ -118,7 +131,7 @@ class TableMeter:
             drift_batches=self._drift_batches,
             miss_curves=tuple(curves[:-1]),
             lru_miss_curve=curves[-1],
-            row_bytes=self._row_bytes,
+            row_bytes=self._options.row_bytes,
         )
 
     def _curve(self, window: int, used_rows: int, unique: float) -> MissCurve:
