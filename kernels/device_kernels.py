@@ -26,6 +26,9 @@ IDS, OFFSETS, OUT, COUNT, STRIDE, SEQ, BEFORE, DIRTY, ANNOUNCED, FIRST = (tl.con
 LATER_IDS, LATER_OFFSETS, LATER_COUNT, LATER_STRIDE, LATER_SHIFT = (tl.constexpr(i) for i in range(10, 15))
 """Of ``batch``: addresses, then numbers; and of a batch that is announced with it."""
 
+PLACE = tl.constexpr(2)
+"""Numbers of a place, side by side: its stamp and its window."""
+
 _BATCH = tl.constexpr(BATCH)
 
 
@@ -40,6 +43,24 @@ def feature_at(offsets, stride, at, FEATURES: tl.constexpr, SEARCH: tl.constexpr
         low = tl.where(ends_before & (low < high), middle + 1, low)
         high = tl.maximum(low, tl.where(ends_before, high, middle))
     return low
+
+
+@triton.jit
+def id_at(ids, offsets, stride, feature_rows, at, here, FEATURES: tl.constexpr, SEARCH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By position ``at``, of those ``here``: its feature, its id, and whether the feature's table has such a row."""
+    feature = feature_at(offsets, stride, at, FEATURES, SEARCH)
+    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+    return feature, id, here & (id >= 0) & (id < tl.load(feature_rows + feature))
+
+
+@triton.jit
+def stamp_used(stamp_at, now, dirty, here):  # type: ignore[no-untyped-def]
+    """Stamps as used by batch ``now``, at these addresses; whether each is the first to. Of most rows that are in a batch often it is
+    stamped already, and left."""
+    old = tl.load(stamp_at, mask=here, other=0)
+    first = here & ((old >> 1) != now)
+    old = tl.atomic_xchg(stamp_at, 2 * now + (dirty | (old & 1)), mask=first)
+    return first & ((old >> 1) != now)
 
 
 @triton.jit

@@ -29,12 +29,14 @@ from .device_kernels import (
     LATER_SHIFT,
     LATER_STRIDE,
     OUT,
+    PLACE,
     SEQ,
     STRIDE,
     add_by_table,
-    feature_at,
+    id_at,
     ids_and_offsets,
     scan_blocks,
+    stamp_used,
 )
 from .device_sequences import BLOCK
 
@@ -47,18 +49,15 @@ def _set_windows(  # type: ignore[no-untyped-def]
     COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of the rows of positions ``at``, which are in places: the bit of their batch."""
-    here = at < count
-    feature = feature_at(offsets, stride, at, FEATURES, SEARCH)
-    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-    good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+    feature, id, good = id_at(ids, offsets, stride, feature_rows, at, at < count, FEATURES, SEARCH)
     place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
     bit = tl.full([BLOCK], 1, tl.int64) << shift
     there = tl.maximum(place, 0)
-    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
+    has = (tl.load(window + PLACE * there, mask=place >= 0, other=0) & bit) != 0
     if COMES:
-        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
+        tl.atomic_or(window + PLACE * there, bit, mask=(place >= 0) & ~has)
     else:
-        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
+        tl.atomic_and(window + PLACE * there, ~bit, mask=(place >= 0) & has)
 
 
 @triton.jit
@@ -85,9 +84,7 @@ def _look(  # type: ignore[no-untyped-def]
         out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
         here = at < count
         now, dirty = tl.load(batch + SEQ), tl.load(batch + DIRTY)
-        feature = feature_at(offsets, tl.load(batch + STRIDE), at, FEATURES, SEARCH)
-        id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-        good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+        feature, id, good = id_at(ids, offsets, tl.load(batch + STRIDE), feature_rows, at, here, FEATURES, SEARCH)
         row = tl.load(feature_row + feature) + id
         place = tl.load(place_of_row + row, mask=good, other=-1).to(tl.int64)
         hit = good & (place >= 0) & (place < slots)
@@ -97,18 +94,13 @@ def _look(  # type: ignore[no-untyped-def]
         tl.store(missing_out + at, missing.to(tl.int8))
         tl.store(row_out + at, row, mask=missing)
         tl.store(feature_out + at, feature.to(tl.int32), mask=missing)
-        # One exchange a distinct slot, nearly: whoever finds the batch's stamp there leaves it.
-        slot = tl.where(hit, place, sink)
-        old = tl.load(stamp + slot, mask=hit, other=0)
-        first = hit & ((old >> 1) != now)
-        old = tl.atomic_xchg(stamp + slot, 2 * now + (dirty | (old & 1)), mask=first)
-        first = first & ((old >> 1) != now)
+        first = stamp_used(stamp + PLACE * tl.where(hit, place, sink), now, dirty, hit)
         number = tl.load(batch + ANNOUNCED)
         if number > 0:
             bit = tl.full([BLOCK], 1, tl.int64) << (number % WINDOW)
             has = good & (place >= 0)
-            awaited = has & ((tl.load(window + tl.maximum(place, 0), mask=has, other=0) & bit) != 0)
-            tl.atomic_and(window + tl.maximum(place, 0), ~bit, mask=awaited)
+            awaited = has & ((tl.load(window + PLACE * tl.maximum(place, 0), mask=has, other=0) & bit) != 0)
+            tl.atomic_and(window + PLACE * tl.maximum(place, 0), ~bit, mask=awaited)
         add_by_table(hits, tl.load(feature_table + feature), first.to(tl.int64), here)
         bad_here, missing_here = tl.sum((here & ~good).to(tl.int64)), tl.sum(missing.to(tl.int64))
         if bad_here > 0:
@@ -174,9 +166,9 @@ def _win(  # type: ignore[no-untyped-def]
             at = (block % queue_blocks) * BLOCK + i
             here = at < tl.load(queue_fill + table)
             q = tl.load(queue_start + table) + at
-            place = tl.load(queue_place + q, mask=here, other=0)
-            fresh = here & (tl.load(stamp + place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
-            fresh = fresh & (tl.load(window + place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
+            place = tl.load(queue_place + q, mask=here, other=0).to(tl.int64)
+            fresh = here & (tl.load(stamp + PLACE * place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
+            fresh = fresh & (tl.load(window + PLACE * place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
             tl.store(fresh_out + block.to(tl.int64) * BLOCK + i, fresh.to(tl.int8))
             fresh_here = tl.sum(fresh.to(tl.int32))
             tl.store(block_fresh + block, fresh_here)
@@ -279,18 +271,18 @@ def _commit(  # type: ignore[no-untyped-def]
             slot = tl.load(chosen + i, mask=won, other=0).to(tl.int64)
             first = tl.load(first_row + table)
             now, dirty = 2 * tl.load(batch + SEQ), tl.load(batch + DIRTY)
-            leaves, left = tl.load(row_of_place + slot, mask=won, other=-1), tl.load(stamp + slot, mask=won, other=0)
+            leaves, left = tl.load(row_of_place + slot, mask=won, other=-1), tl.load(stamp + PLACE * slot, mask=won, other=0)
             held = won & (leaves >= 0)
-            was_dirty = tl.load(stamp + host, mask=won, other=0) & 1
-            of_slot, of_host = tl.load(window + slot, mask=won, other=0), tl.load(window + host, mask=won, other=0)
+            was_dirty = tl.load(stamp + PLACE * host, mask=won, other=0) & 1
+            of_slot, of_host = tl.load(window + PLACE * slot, mask=won, other=0), tl.load(window + PLACE * host, mask=won, other=0)
             tl.store(place_of_row + row, slot.to(tl.int32), mask=won)
             tl.store(place_of_row + first + leaves, host.to(tl.int32), mask=held)
             tl.store(row_of_place + slot, (row - first).to(tl.int32), mask=won)
             tl.store(row_of_place + host, leaves, mask=won)
-            tl.store(stamp + slot, now + (dirty | was_dirty), mask=won)
-            tl.store(stamp + host, tl.where(held, now + (left & 1), -1), mask=won)
-            tl.store(window + slot, of_host, mask=won)
-            tl.store(window + host, of_slot, mask=won)
+            tl.store(stamp + PLACE * slot, now + (dirty | was_dirty), mask=won)
+            tl.store(stamp + PLACE * host, tl.where(held, now + (left & 1), -1), mask=won)
+            tl.store(window + PLACE * slot, of_host, mask=won)
+            tl.store(window + PLACE * host, of_slot, mask=won)
             tl.store(slots_out + i, slot.to(tl.int32), mask=won)
             tl.store(hosts_out + i, host.to(tl.int32), mask=won)
             tl.store(tables_out + i, table.to(tl.int32), mask=won)
