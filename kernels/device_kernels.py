@@ -6,6 +6,9 @@ So nothing depends on the host once a batch has begun: what varies from batch to
 as large as they may have to be, and programs without work return. The sequence of launches is the same for every batch
 (``device_sequences`` has it replayed as a graph). Triton comes with PyTorch's CUDA wheels.
 
+Atomics are relaxed: what others need of a launch they read in a later one. Triton's own choice orders all that a program reads and writes
+around each.
+
     device_kernels_attempt    an attempt of ``DeviceDirectory``, and announcements
     device_kernels_queue      the part of it that makes a queue of candidates anew
     device_kernels_stamps     a batch of a group whose rows all have slots of their own
@@ -59,7 +62,7 @@ def stamp_used(stamp_at, now, dirty, here):  # type: ignore[no-untyped-def]
     stamped already, and left. Read past the multiprocessor's own cache, which does not see what others stamp."""
     old = tl.load(stamp_at, mask=here, other=0, cache_modifier=".cg")
     first = here & ((old >> 1) != now)
-    old = tl.atomic_xchg(stamp_at, 2 * now + (dirty | (old & 1)), mask=first)
+    old = tl.atomic_xchg(stamp_at, 2 * now + (dirty | (old & 1)), mask=first, sem="relaxed")
     return first & ((old >> 1) != now)
 
 
@@ -69,9 +72,9 @@ def add_by_table(counts, table, amount, here):
     last = tl.max(tl.where(here, table, 0))
     first = tl.min(tl.where(here, table, last))
     if first == last:
-        tl.atomic_add(counts + first, tl.sum(tl.where(here, amount, 0)))
+        tl.atomic_add(counts + first, tl.sum(tl.where(here, amount, 0)), sem="relaxed")
     else:
-        tl.atomic_add(counts + table, amount, mask=here & (amount != 0))
+        tl.atomic_add(counts + table, amount, mask=here & (amount != 0), sem="relaxed")
 
 
 @triton.jit

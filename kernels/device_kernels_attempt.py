@@ -56,9 +56,9 @@ def _set_windows(  # type: ignore[no-untyped-def]
     there = tl.maximum(place, 0)
     has = (tl.load(window + PLACE * there, mask=place >= 0, other=0, cache_modifier=".cg") & bit) != 0
     if COMES:
-        tl.atomic_or(window + PLACE * there, bit, mask=(place >= 0) & ~has)
+        tl.atomic_or(window + PLACE * there, bit, mask=(place >= 0) & ~has, sem="relaxed")
     else:
-        tl.atomic_and(window + PLACE * there, ~bit, mask=(place >= 0) & has)
+        tl.atomic_and(window + PLACE * there, ~bit, mask=(place >= 0) & has, sem="relaxed")
 
 
 @triton.jit
@@ -102,13 +102,13 @@ def _look(  # type: ignore[no-untyped-def]
             has = good & (place >= 0)
             window_at = window + PLACE * tl.maximum(place, 0)
             awaited = has & ((tl.load(window_at, mask=has, other=0, cache_modifier=".cg") & bit) != 0)
-            tl.atomic_and(window_at, ~bit, mask=awaited)
+            tl.atomic_and(window_at, ~bit, mask=awaited, sem="relaxed")
         add_by_table(hits, tl.load(feature_table + feature), first.to(tl.int64), here)
         bad_here, missing_here = tl.sum((here & ~good).to(tl.int64)), tl.sum(missing.to(tl.int64))
         if bad_here > 0:
-            tl.atomic_add(bad, bad_here)
+            tl.atomic_add(bad, bad_here, sem="relaxed")
         if missing_here > 0:
-            tl.atomic_add(missing_count, missing_here)
+            tl.atomic_add(missing_count, missing_here, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["stride", "count", "shift"])
@@ -137,7 +137,7 @@ def _claim(missing_in, row_in, place_of_row, missing_count, BLOCK: tl.constexpr)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         missing = tl.load(missing_in + at) != 0
         row = tl.load(row_in + at, mask=missing, other=0)
-        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=missing)
+        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=missing, sem="relaxed")
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def _win(  # type: ignore[no-untyped-def]
             fresh_here = tl.sum(fresh.to(tl.int32))
             tl.store(block_fresh + block, fresh_here)
             if fresh_here > 0:
-                tl.atomic_add(available + table, fresh_here.to(tl.int64))
+                tl.atomic_add(available + table, fresh_here.to(tl.int64), sem="relaxed")
 
 
 @triton.jit

@@ -45,7 +45,8 @@ def _age(  # type: ignore[no-untyped-def]
             tl.store(bucket_out + place, bucket, mask=here)
             counts = tl.histogram(bucket, 2 * BUCKETS)
             b = tl.arange(0, 2 * BUCKETS)
-            tl.atomic_add(bins + table.to(tl.int64) * (2 * BUCKETS) + b, counts.to(tl.int64), mask=(counts > 0) & (b < stays))
+            bin = bins + table.to(tl.int64) * (2 * BUCKETS) + b
+            tl.atomic_add(bin, counts.to(tl.int64), mask=(counts > 0) & (b < stays), sem="relaxed")
 
 
 @triton.jit

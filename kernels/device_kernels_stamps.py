@@ -34,7 +34,7 @@ def _use(  # type: ignore[no-untyped-def]
         add_by_table(counters + 1, tl.load(feature_table + feature), first.to(tl.int64), here)
         bad_here = tl.sum((here & ~good).to(tl.int64))
         if bad_here > 0:
-            tl.atomic_add(counters, bad_here)
+            tl.atomic_add(counters, bad_here, sem="relaxed")
 
 
 @triton.jit
