@@ -103,27 +103,23 @@ def tiered(shape: Shape, optimizer: EmbOptimType, pool_rows: int, *below: Cache 
 
 
 class Loop:
-    """Training steps with a batch prefetched between another's forward and its backward, on a stream of its own: the next one, as
-    TorchRec's prefetch pipeline does, or ``ahead`` batches on; by ``thread``, if there is one, beside the backward. ``lookahead`` further
-    batches are announced."""
+    """Training steps with the next batch prefetched between a batch's forward and its backward, on a stream of its own, as TorchRec's
+    prefetch pipeline does; by ``thread``, if there is one, beside the backward. ``lookahead`` further batches are announced."""
 
     def __init__(self, tbe: Any, batches: Batches, prefetch: bool, lookahead: int = 0) -> None:
         self.tbe, self.batches, self.prefetch, self.lookahead, self.at = tbe, batches, prefetch, lookahead, 0
-        self.ahead = 1
-        self.prefetched, self.announced = 0, 1  # batches; up to this one
+        self.announced = 1  # up to this batch
         self.main, self.stream = torch.cuda.current_stream(), torch.cuda.Stream()
         self.thread: ThreadPoolExecutor | None = None
         self.gradient: torch.Tensor | None = None
         if prefetch:
             self._prefetch(0)
 
-    def _prefetch(self, last: int) -> None:
+    def _prefetch(self, i: int) -> None:
         torch.cuda.set_stream(self.stream)
-        for i in range(self.prefetched, last + 1):
-            self.tbe.prefetch(*self.batches[i], forward_stream=self.main)
-        self.prefetched = last + 1
-        self.announced = max(self.announced, last)
-        while self.announced < last + self.lookahead:
+        self.tbe.prefetch(*self.batches[i], forward_stream=self.main)
+        self.announced = max(self.announced, i)
+        while self.announced < i + self.lookahead:
             self.announced += 1
             self.tbe.announce(*self.batches[self.announced])
         torch.cuda.set_stream(self.main)
@@ -136,8 +132,7 @@ class Loop:
         self.at += 1
         done = None
         if self.prefetch:
-            last = self.at + self.ahead - 1
-            done = self.thread.submit(self._prefetch, last) if self.thread else self._prefetch(last)
+            done = self.thread.submit(self._prefetch, self.at) if self.thread else self._prefetch(self.at)
         if self.gradient is None:
             self.gradient = torch.randn(output.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
         output.backward(self.gradient)

@@ -107,7 +107,7 @@ def main() -> None:
     if "steps" in args.parts:
         results["steps"] = steps(shape, batches, share, warm_up, count)
     if "ssd" in args.parts:
-        results["ssd"] = on_ssd(shape, SGD, batches, 8, 4, args.folder)
+        results["ssd"] = on_ssd(shape, SGD, batches, 8, 2, args.folder)
         print(results["ssd"], flush=True)
     print_figures(table(results))
     print(f"took {perf_counter() - start:.0f} s")

@@ -57,7 +57,7 @@ def id_at(ids, offsets, stride, feature_rows, at, here, FEATURES: tl.constexpr, 
 
 
 @triton.jit
-def stamp_used(stamp_at, now, dirty, here):  # type: ignore[no-untyped-def]
+def stamp_used(stamp_at, now, dirty, here):
     """Stamps as used by batch ``now``, at these addresses; whether each is the first to. Of most rows that are in a batch often it is
     stamped already, and left. Read past the multiprocessor's own cache, which does not see what others stamp."""
     old = tl.load(stamp_at, mask=here, other=0, cache_modifier=".cg")

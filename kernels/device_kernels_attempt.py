@@ -219,8 +219,8 @@ def _fits(bad, decided, misses, below, available, tables, TABLES_POW2: tl.conste
 @triton.jit
 def _choose(  # type: ignore[no-untyped-def]
     batch, bad, missing_count, hits, decided, misses, below, available, fresh_in, fresh_starts, queue_place, queue_start, queue_fill,
-    chosen, summary, wins_in, win_starts, winners, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr,
-    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
+    chosen, summary, wins_in, win_starts, winners, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr,
+    TABLES_POW2: tl.constexpr, OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
     if tl.program_id(0) == 0:
