@@ -27,14 +27,14 @@ from ..errors import ConfigurationError
 from .hardware_profile import LinkProfile, MemoryProfile
 from .perf_model import DDR, GPU, PCIE, RESOURCES, SSD, TIERS, Floats, PerfModel, ShardUse
 
-_TBE_SHARE_OF_HBM = 0.45  # of the rate of reading in order, that the stock TBE has over rows
+_TBE_SHARE_OF_HBM = 0.47  # of the rate of reading in order, that the stock TBE has over rows
 _READ_AND_WRITTEN = 2  # of a batch's rows, by the optimizer
 _STEP_MS = 0.035  # of the host: launches, events and hooks of a group of tiered tables, less what prepared arguments save
 _NS_PER_LOOKUP = 0.085  # of the directory
 _ROWS_SHARE_OF_BUS = 0.75  # of the rate of copies in both directions, that kernels have over rows
 _HELD_UP = 0.4  # of the time for which rows of ours move, that training takes longer
 _UVM_NS_PER_LOOKUP = 3.8
-_UVM_NS_PER_MISS = 36.0
+_UVM_NS_PER_MISS = 32.0
 _UVM_MISSES = 1.5  # of an LRU cache, ÷ those of our policy with its lookahead
 
 
