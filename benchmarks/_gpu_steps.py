@@ -15,7 +15,7 @@ from _common import median
 from _gpu_groups import DEVICE, Batches, Loop, Shape, fused, tiered
 from torchrec_mtrains.tiers import Cache, DdrCache, Home, SsdHome
 
-ROUNDS = 5
+ROUNDS = 9
 SLEEP_CYCLES, STEPS_ASLEEP = 40_000_000, 10
 """How long the device sleeps while the host launches so many steps."""
 

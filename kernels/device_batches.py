@@ -47,6 +47,9 @@ from .device_streams import Streams
 MOVE_ROWS = 65536
 """Rows that a flush copies to host memory at a time; a guess."""
 
+PIECE_ROWS = 8192
+"""Rows of a table that are evicted, and then read, at a time: the disk reads a piece while the host evicts the next. A guess."""
+
 MOST_LATE, BATCHES_PER_LATE, LATE_EVERY = 4, 4, 64
 """Of tickets that are let go late: at most; one for a pool's room for the rows of so many batches; counted anew every so many batches."""
 
@@ -83,15 +86,27 @@ class _Held:
 
 
 @dataclass
+class _Read:
+    """Some rows of a table on their way from below into host places."""
+
+    volume: Any
+    token: int
+    misses: slice  # of those from below
+
+    def wait(self) -> None:
+        """Raises: what it failed with."""
+        self.volume.wait(self.token)
+
+
+@dataclass
 class _Fill:
     """Rows from below on their way: into which host places native code reads them, and for which slots."""
 
     seq: int
-    reads: list[tuple[Any, int, list[int]]]  # volume, token, tables
+    reads: list[_Read]  # in the order of misses
     slots: Tensor  # through the group, by miss
     hosts: Tensor
     table: Tensor
-    counts: list[int]  # by table
 
 
 @dataclass
@@ -304,12 +319,12 @@ class DeviceBatches:
             slots, choice, counts, below_counts = places
             total, below_total = sum(counts), sum(below_counts)
             table, hosts = misses.table[:total], misses.was[:total]
-            reads: list[tuple[Any, int, list[int]]] = []
+            reads: list[_Read] = []
             if choice is not None:
                 from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
                 hosts = hosts.index_copy(0, from_below, choice)
                 self._attempts = False
-                reads = self._read_below(misses, from_below, choice, below_counts, dirty)
+                reads = self._read_below(misses, from_below, choice, below_counts, seq, dirty)
         except BaseException:
             directory.unclaim(misses)
             raise
@@ -318,7 +333,7 @@ class DeviceBatches:
         sums[len(self.tables) : 3 * len(self.tables)] += counts + below_counts
         if below_total:
             mine = [x.index_select(0, from_below) for x in (slots, hosts, table)]
-            self._fill = _Fill(seq, reads, mine[0], mine[1], mine[2], below_counts)
+            self._fill = _Fill(seq, reads, *mine)
             in_host = torch.nonzero_static(~misses.below[:total], size=total - below_total).squeeze(1)
             slots, hosts, table = (x.index_select(0, in_host) for x in (slots, hosts, table))
         if total > below_total:
@@ -392,40 +407,38 @@ class DeviceBatches:
             f"changed. Raise pool_rows to at least {needed + others}, use smaller batches, or drop outputs that need no backward"
         )
 
-    def _read_below(self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], dirty: bool) -> list[tuple[Any, int, list[int]]]:
-        """Evicts what is in host places into the volumes, and starts reading missed rows into them. Returns (volume, token, tables)."""
+    def _read_below(self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], seq: int, dirty: bool) -> list[_Read]:
+        """Evicts what is in host places into the volumes, and starts reading missed rows into them, piece by piece.
+
+        Raises: what evicting or reading failed with; what came before that is in host places, and misses say so.
+        """
         directory, table = self.directory, misses.table.index_select(0, which)
         rows = misses.row.index_select(0, which) - directory._first_row.index_select(0, table)
         columns = [rows, hosts, directory.row_of_place.index_select(0, hosts).long(), directory.stamp.index_select(0, hosts)]
         rows_, hosts_, leaving, stamps = torch.stack(columns).cpu().numpy()
         self._streams.finish_moves()  # out of these places, and into them
-        by_volume: dict[int, tuple[Any, list[Any], list[int]]] = {}
-        first = 0
-        for t, count in enumerate(counts):
-            mine, first = slice(first, first + count), first + count
-            if not count:
-                continue
-            of, places = self.tables[t], (hosts_[mine] - directory.first_place[HOST][t]).astype(np.int32)
-            parts = [native_part(p) for p in of.lower]
-            for is_dirty in (False, True):
-                goes = (leaving[mine] >= 0) & ((stamps[mine] & 1) == is_dirty)
-                if goes.any():
-                    _core.evict_rows(of.volume, of.id, leaving[mine][goes], places[goes], parts, is_dirty)
-                    self._counts[t].host_evictions += int(goes.sum())
-                    self._counts[t].host_write_backs += int(goes.sum()) * is_dirty
-            request = _core.GetRequest(of.id, np.ascontiguousarray(rows_[mine]), places, parts, dirty)
-            _, requests, tables = by_volume.setdefault(id(of.volume), (of.volume, [], []))
-            requests.append(request)
-            tables.append(t)
-        directory.give_up(hosts, table)
-        reads: list[tuple[Any, int, list[int]]] = []
+        reads: list[_Read] = []
         try:
-            for volume, requests, tables in by_volume.values():
-                reads.append((volume, _core.submit_gets(volume, requests), tables))
+            for t, mine in _pieces(counts):
+                of, places = self.tables[t], (hosts_[mine] - directory.first_place[HOST][t]).astype(np.int32)
+                parts = [native_part(p) for p in of.lower]
+                for is_dirty in (False, True):
+                    goes = (leaving[mine] >= 0) & ((stamps[mine] & 1) == is_dirty)
+                    if goes.any():
+                        _core.evict_rows(of.volume, of.id, leaving[mine][goes], places[goes], parts, is_dirty)
+                        self._counts[t].host_evictions += int(goes.sum())
+                        self._counts[t].host_write_backs += int(goes.sum()) * is_dirty
+                request = _core.GetRequest(of.id, np.ascontiguousarray(rows_[mine]), places, parts, dirty)
+                reads.append(_Read(of.volume, _core.submit_gets(of.volume, [request]), mine))
         except BaseException:
-            for volume, token, _ in reads:  # they write into host places until then
-                volume.wait(token)
+            for read in reads:
+                mine = read.misses
+                directory.give_up(hosts[mine], table[mine])
+                with suppress(errors.MTrainsError):  # rows that could not be read are below
+                    read.wait()
+                    directory.arrive(misses, which[mine], hosts[mine], seq, dirty)
             raise
+        directory.give_up(hosts, table)
         return reads
 
     def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
@@ -450,29 +463,26 @@ class DeviceBatches:
             self._finish(fill)
 
     def _finish(self, fill: _Fill) -> None:
-        failed: list[int] = []
+        failed: list[slice] = []
         cause: BaseException | None = None
-        for volume, token, tables in fill.reads:
+        for read in fill.reads:
             try:
-                volume.wait(token)
+                read.wait()
             except BaseException as e:
                 cause = cause or e
-                failed += tables
-        if not failed:
+                failed.append(read.misses)
+        if cause is None:
             self._move(fill.slots, fill.hosts, fill.table)
             if fill.seq in self._held:
                 self._held[fill.seq].ready.append(self._streams.moves_now())
             return
-        first = 0
-        for t, count in enumerate(fill.counts):
-            mine, first = slice(first, first + count), first + count
-            if t in failed:
+        for mine in (read.misses for read in fill.reads):
+            if mine in failed:
                 self.directory.give_back(fill.slots[mine], fill.hosts[mine], fill.table[mine])
-            elif count:
+            else:
                 self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine])
         for seq in [s for s, held in self._held.items() if s >= fill.seq and not held.hard]:
             self._lose(seq)
-        assert cause is not None
         raise cause
 
     @contextmanager
@@ -549,9 +559,9 @@ class DeviceBatches:
             return len(self._held)
 
     def __del__(self) -> None:
-        for volume, token, _ in self._fill.reads if self._fill is not None else ():
+        for read in self._fill.reads if self._fill is not None else ():
             with suppress(errors.MTrainsError):  # nobody waits for these rows any more
-                volume.wait(token)  # it writes into host places until then
+                read.wait()  # it writes into host places until then
 
 
 def directory_type(device: torch.device) -> type[DeviceDirectory]:
@@ -564,6 +574,15 @@ def _fill_host_places(table: DeviceTable) -> None:
     for first in range(0, table.rows, MOVE_ROWS):
         rows = np.arange(first, min(first + MOVE_ROWS, table.rows))
         table.volume.wait(_core.submit_gets(table.volume, [_core.GetRequest(table.id, rows, rows.astype(np.int32), parts, False)]))
+
+
+def _pieces(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Of so many rows a table, in the order of tables: (table, which of all)."""
+    start = 0
+    for table, count in enumerate(counts):
+        for first in range(start, start + count, PIECE_ROWS):
+            yield table, slice(first, min(first + PIECE_ROWS, start + count))
+        start += count
 
 
 def _short(have: Sequence[int], wanted: Sequence[int]) -> bool:

@@ -170,8 +170,9 @@ class DeviceDirectory(GroupIds):
         self._sink_place = self.places
         self.place_of_row = self._filled(self._sink_row + 1, -1, _INT32)
         self.row_of_place = self._filled(self.places + 1, -1, _INT32)
-        self.stamp = self._filled(self.places + 1, -1, _INT64)
-        self.window = self._filled(self.places + 1, 0, _INT64)
+        # Side by side: who needs a place's one needs its other, and memory is read in pieces of 32 bytes.
+        self.stamp, self.window = self._filled(2 * (self.places + 1), -1, _INT64).view(-1, 2).unbind(1)
+        self.window.zero_()
         self._first_row, self._first_place = self._tensor(self.first_row), [self._tensor(f) for f in self.first_place]
         self._table_numbers = torch.arange(self.tables + 1, device=device)
         self._queues = [self._empty_queue() for _ in range(3)]
@@ -398,6 +399,13 @@ class DeviceDirectory(GroupIds):
         self.row_of_place.index_fill_(0, places, -1)
         self.stamp.index_fill_(0, places, -1)
         self.window.index_fill_(0, places, 0)
+
+    def arrive(self, misses: Misses, which: Tensor, hosts: Tensor, seq: int, dirty: bool) -> None:
+        """After claim: these missed rows from below are in these free host places, and ``unclaim`` leaves them there. Shapes: (n,)."""
+        table = misses.table.index_select(0, which)
+        misses.was.index_copy_(0, which, hosts)
+        self.row_of_place.index_copy_(0, hosts, (misses.row.index_select(0, which) - self._first_row.index_select(0, table)).int())
+        self.stamp.index_fill_(0, hosts, 2 * seq + dirty)
 
     def give_back(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Takes ``commit`` back where the missed rows did not come: they are below, and what was in their slots is there again."""

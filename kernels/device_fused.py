@@ -49,7 +49,7 @@ class _Scratch:
         self.bucket = empty(directory.slots)
         self.whole, self.rest = empty(tables), empty(tables, _INT64)
         self.whole_counts, self.part_counts, self.taken_starts, self.part_starts = (empty(tables * self.slot_blocks) for _ in range(4))
-        self.decided = empty(2 + 2 * tables, _INT64)
+        self.decided, self.winners = empty(3 + 2 * tables, _INT64), empty(capacity)
         self.chosen = empty(min(capacity, directory.slots))
         self.batch = empty(BATCH, _INT64)
         self.counters = empty(2 + 4 * tables + tables * BINS, _INT64)
@@ -182,7 +182,7 @@ class FusedDirectory(DeviceDirectory):
         pow2 = {"FEATURES_POW2": _pow2(features + 1), "TABLES_POW2": _pow2(tables)}
         ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
         blocks = sequence.capacity // BLOCK
-        by_position, by_candidate, by_slot = (blocks,), (tables * s.queue_blocks,), (tables, s.slot_blocks)
+        by_position, by_slot = (blocks,), (tables, s.slot_blocks)
         by_block, first_slot = {"BLOCK": BLOCK}, self._first_place[SLOT]
         start[(-(-s.counters.numel() // 2048),)](sequence.given, s.batch, s.counters, s.counters.numel(), BLOCK=2048)
         k._look[(2 * blocks,)](
@@ -215,13 +215,13 @@ class FusedDirectory(DeviceDirectory):
             s.decided, first_slot, s.bucket, s.whole, s.rest, s.taken_starts, s.part_starts, self._queue_start, self.stamp, self.window,
             self._queue_place, self._queue_stamp, self._queue_window, STAYS=STAYS, BLOCK=SLOT_BLOCK,
         )  # fmt: skip
-        k._choose[by_candidate](
+        k._choose[(tables * s.queue_blocks + blocks,)](
             s.batch, s.bad, s.missing_count, s.hits, s.decided, s.misses, s.below, s.available, s.fresh, s.fresh_starts, self._queue_place,
-            self._queue_start, self._queue_fill, s.chosen, sequence.summary, s.queue_blocks, tables, FEATURES=features, **pow2, **offsets32,
-            **by_block,
+            self._queue_start, self._queue_fill, s.chosen, sequence.summary, s.wins, s.win_starts, s.winners, s.queue_blocks, tables,
+            FEATURES=features, **pow2, **offsets32, **by_block,
         )  # fmt: skip
         k._commit[by_position](
-            s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.wins, s.win_starts, s.row, s.feature,
+            s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.winners, s.row, s.feature,
             self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
             self.write_backs, moves.slots, moves.hosts, moves.tables, moves.count, sequence.summary[-1:], tables,
             TABLES_POW2=pow2["TABLES_POW2"], **by_block,

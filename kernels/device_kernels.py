@@ -6,6 +6,9 @@ So nothing depends on the host once a batch has begun: what varies from batch to
 as large as they may have to be, and programs without work return. The sequence of launches is the same for every batch
 (``device_sequences`` has it replayed as a graph). Triton comes with PyTorch's CUDA wheels.
 
+Atomics are relaxed: what others need of a launch they read in a later one. Triton's own choice orders all that a program reads and writes
+around each.
+
     device_kernels_attempt    an attempt of ``DeviceDirectory``, and announcements
     device_kernels_queue      the part of it that makes a queue of candidates anew
     device_kernels_stamps     a batch of a group whose rows all have slots of their own
@@ -26,6 +29,9 @@ IDS, OFFSETS, OUT, COUNT, STRIDE, SEQ, BEFORE, DIRTY, ANNOUNCED, FIRST = (tl.con
 LATER_IDS, LATER_OFFSETS, LATER_COUNT, LATER_STRIDE, LATER_SHIFT = (tl.constexpr(i) for i in range(10, 15))
 """Of ``batch``: addresses, then numbers; and of a batch that is announced with it."""
 
+PLACE = tl.constexpr(2)
+"""Numbers of a place, side by side: its stamp and its window."""
+
 _BATCH = tl.constexpr(BATCH)
 
 
@@ -43,14 +49,32 @@ def feature_at(offsets, stride, at, FEATURES: tl.constexpr, SEARCH: tl.constexpr
 
 
 @triton.jit
+def id_at(ids, offsets, stride, feature_rows, at, here, FEATURES: tl.constexpr, SEARCH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By position ``at``, of those ``here``: its feature, its id, and whether the feature's table has such a row."""
+    feature = feature_at(offsets, stride, at, FEATURES, SEARCH)
+    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
+    return feature, id, here & (id >= 0) & (id < tl.load(feature_rows + feature))
+
+
+@triton.jit
+def stamp_used(stamp_at, now, dirty, here):
+    """Stamps as used by batch ``now``, at these addresses; whether each is the first to. Of most rows that are in a batch often it is
+    stamped already, and left. Read past the multiprocessor's own cache, which does not see what others stamp."""
+    old = tl.load(stamp_at, mask=here, other=0, cache_modifier=".cg")
+    first = here & ((old >> 1) != now)
+    old = tl.atomic_xchg(stamp_at, 2 * now + (dirty | (old & 1)), mask=first, sem="relaxed")
+    return first & ((old >> 1) != now)
+
+
+@triton.jit
 def add_by_table(counts, table, amount, here):
     """Adds to the counter of each table. Tables are sorted, so a block nearly always has one."""
     last = tl.max(tl.where(here, table, 0))
     first = tl.min(tl.where(here, table, last))
     if first == last:
-        tl.atomic_add(counts + first, tl.sum(tl.where(here, amount, 0)))
+        tl.atomic_add(counts + first, tl.sum(tl.where(here, amount, 0)), sem="relaxed")
     else:
-        tl.atomic_add(counts + table, amount, mask=here & (amount != 0))
+        tl.atomic_add(counts + table, amount, mask=here & (amount != 0), sem="relaxed")
 
 
 @triton.jit

@@ -7,11 +7,12 @@ written everywhere:
     win         by position that misses: whether its claim won. By candidate: whether it is fresh. Both counted by block and table
     scan        one program: where each block's winners and candidates begin; whether a table has too few candidates
     age … queue if so, the queue anew (``device_kernels_queue``)
-    choose      by candidate: the k-th of a table is for its k-th miss. The summary, for the host
+    choose      by candidate: the k-th of a table is for its k-th miss. By position: the list of winners. The summary, for the host
     commit      by winner: rows and places; or the claim taken back. The summary's seal
     settle      by position that misses: its slot
 
-``decided``: whether the queue is made anew, whether offsets are sound, then by table the first winner, and the first candidate.
+``decided``: whether the queue is made anew, whether offsets are sound, then by table the first winner, and the first candidate, and
+how many winners there are.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from .device_kernels import (
     LATER_SHIFT,
     LATER_STRIDE,
     OUT,
+    PLACE,
     SEQ,
     STRIDE,
     add_by_table,
-    feature_at,
+    id_at,
     ids_and_offsets,
     scan_blocks,
+    stamp_used,
 )
 from .device_sequences import BLOCK
 
@@ -47,18 +50,15 @@ def _set_windows(  # type: ignore[no-untyped-def]
     COMES: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of the rows of positions ``at``, which are in places: the bit of their batch."""
-    here = at < count
-    feature = feature_at(offsets, stride, at, FEATURES, SEARCH)
-    id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-    good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+    feature, id, good = id_at(ids, offsets, stride, feature_rows, at, at < count, FEATURES, SEARCH)
     place = tl.load(place_of_row + tl.load(feature_row + feature) + id, mask=good, other=-1).to(tl.int64)
     bit = tl.full([BLOCK], 1, tl.int64) << shift
     there = tl.maximum(place, 0)
-    has = (tl.load(window + there, mask=place >= 0, other=0) & bit) != 0
+    has = (tl.load(window + PLACE * there, mask=place >= 0, other=0, cache_modifier=".cg") & bit) != 0
     if COMES:
-        tl.atomic_or(window + there, bit, mask=(place >= 0) & ~has)
+        tl.atomic_or(window + PLACE * there, bit, mask=(place >= 0) & ~has, sem="relaxed")
     else:
-        tl.atomic_and(window + there, ~bit, mask=(place >= 0) & has)
+        tl.atomic_and(window + PLACE * there, ~bit, mask=(place >= 0) & has, sem="relaxed")
 
 
 @triton.jit
@@ -85,9 +85,7 @@ def _look(  # type: ignore[no-untyped-def]
         out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
         here = at < count
         now, dirty = tl.load(batch + SEQ), tl.load(batch + DIRTY)
-        feature = feature_at(offsets, tl.load(batch + STRIDE), at, FEATURES, SEARCH)
-        id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-        good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
+        feature, id, good = id_at(ids, offsets, tl.load(batch + STRIDE), feature_rows, at, here, FEATURES, SEARCH)
         row = tl.load(feature_row + feature) + id
         place = tl.load(place_of_row + row, mask=good, other=-1).to(tl.int64)
         hit = good & (place >= 0) & (place < slots)
@@ -97,24 +95,20 @@ def _look(  # type: ignore[no-untyped-def]
         tl.store(missing_out + at, missing.to(tl.int8))
         tl.store(row_out + at, row, mask=missing)
         tl.store(feature_out + at, feature.to(tl.int32), mask=missing)
-        # One exchange a distinct slot, nearly: whoever finds the batch's stamp there leaves it.
-        slot = tl.where(hit, place, sink)
-        old = tl.load(stamp + slot, mask=hit, other=0)
-        first = hit & ((old >> 1) != now)
-        old = tl.atomic_xchg(stamp + slot, 2 * now + (dirty | (old & 1)), mask=first)
-        first = first & ((old >> 1) != now)
+        first = stamp_used(stamp + PLACE * tl.where(hit, place, sink), now, dirty, hit)
         number = tl.load(batch + ANNOUNCED)
         if number > 0:
             bit = tl.full([BLOCK], 1, tl.int64) << (number % WINDOW)
             has = good & (place >= 0)
-            awaited = has & ((tl.load(window + tl.maximum(place, 0), mask=has, other=0) & bit) != 0)
-            tl.atomic_and(window + tl.maximum(place, 0), ~bit, mask=awaited)
+            window_at = window + PLACE * tl.maximum(place, 0)
+            awaited = has & ((tl.load(window_at, mask=has, other=0, cache_modifier=".cg") & bit) != 0)
+            tl.atomic_and(window_at, ~bit, mask=awaited, sem="relaxed")
         add_by_table(hits, tl.load(feature_table + feature), first.to(tl.int64), here)
         bad_here, missing_here = tl.sum((here & ~good).to(tl.int64)), tl.sum(missing.to(tl.int64))
         if bad_here > 0:
-            tl.atomic_add(bad, bad_here)
+            tl.atomic_add(bad, bad_here, sem="relaxed")
         if missing_here > 0:
-            tl.atomic_add(missing_count, missing_here)
+            tl.atomic_add(missing_count, missing_here, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["stride", "count", "shift"])
@@ -143,7 +137,7 @@ def _claim(missing_in, row_in, place_of_row, missing_count, BLOCK: tl.constexpr)
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         missing = tl.load(missing_in + at) != 0
         row = tl.load(row_in + at, mask=missing, other=0)
-        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=missing)
+        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=missing, sem="relaxed")
 
 
 @triton.jit
@@ -174,14 +168,14 @@ def _win(  # type: ignore[no-untyped-def]
             at = (block % queue_blocks) * BLOCK + i
             here = at < tl.load(queue_fill + table)
             q = tl.load(queue_start + table) + at
-            place = tl.load(queue_place + q, mask=here, other=0)
-            fresh = here & (tl.load(stamp + place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
-            fresh = fresh & (tl.load(window + place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
+            place = tl.load(queue_place + q, mask=here, other=0).to(tl.int64)
+            fresh = here & (tl.load(stamp + PLACE * place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
+            fresh = fresh & (tl.load(window + PLACE * place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
             tl.store(fresh_out + block.to(tl.int64) * BLOCK + i, fresh.to(tl.int8))
             fresh_here = tl.sum(fresh.to(tl.int32))
             tl.store(block_fresh + block, fresh_here)
             if fresh_here > 0:
-                tl.atomic_add(available + table, fresh_here.to(tl.int64))
+                tl.atomic_add(available + table, fresh_here.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -206,6 +200,7 @@ def _scan(  # type: ignore[no-untyped-def]
         wanted, have = tl.load(misses + t, mask=t < tables, other=0), tl.load(available + t, mask=t < tables, other=0)
         tl.store(decided + 2 + t, tl.cumsum(wanted, 0) - wanted, mask=t < tables)
         tl.store(decided + 2 + tables + t, tl.cumsum(have, 0) - have, mask=t < tables)
+        tl.store(decided + 2 + 2 * tables, tl.sum(wanted))
         if (tl.load(bad) == 0) & (broken == 0):  # a batch that is refused changes no queue
             refills = tl.max((have < wanted).to(tl.int32))
     tl.store(decided, refills.to(tl.int64))
@@ -224,8 +219,8 @@ def _fits(bad, decided, misses, below, available, tables, TABLES_POW2: tl.conste
 @triton.jit
 def _choose(  # type: ignore[no-untyped-def]
     batch, bad, missing_count, hits, decided, misses, below, available, fresh_in, fresh_starts, queue_place, queue_start, queue_fill,
-    chosen, summary, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr,
-    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
+    chosen, summary, wins_in, win_starts, winners, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr,
+    TABLES_POW2: tl.constexpr, OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
     if tl.program_id(0) == 0:
@@ -239,9 +234,15 @@ def _choose(  # type: ignore[no-untyped-def]
         f = tl.arange(0, FEATURES_POW2)
         begins = tl.load(offsets + f * tl.load(batch + STRIDE), mask=f <= FEATURES, other=0).to(tl.int64)
         tl.store(summary + 2 + 3 * tables + f, begins, mask=f <= FEATURES)
-    if fits & (tl.load(missing_count) > 0):
+    i = tl.arange(0, BLOCK)
+    if tl.program_id(0) >= tables * queue_blocks:
+        if tl.load(missing_count) > 0:
+            block = tl.program_id(0) - tables * queue_blocks
+            won = tl.load(wins_in + block * BLOCK + i) != 0
+            rank = tl.load(win_starts + block) + tl.cumsum(won.to(tl.int32), 0) - 1
+            tl.store(winners + rank, block * BLOCK + i, mask=won)
+    elif fits & (tl.load(missing_count) > 0):
         table = tl.program_id(0) // queue_blocks
-        i = tl.arange(0, BLOCK)
         at = (tl.program_id(0) % queue_blocks) * BLOCK + i
         here = at < tl.load(queue_fill + table)
         remade = tl.load(decided) != 0
@@ -255,49 +256,46 @@ def _choose(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _commit(  # type: ignore[no-untyped-def]
-    batch, bad, missing_count, decided, misses, below, available, wins_in, win_starts, row_in, feature_in, feature_table, chosen,
-    first_row, place_of_row, row_of_place, stamp, window, evictions, write_backs, slots_out, hosts_out, tables_out, count_out, seal,
-    tables, TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr,
+    batch, bad, missing_count, decided, misses, below, available, winners, row_in, feature_in, feature_table, chosen, first_row,
+    place_of_row, row_of_place, stamp, window, evictions, write_backs, slots_out, hosts_out, tables_out, count_out, seal, tables,
+    TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
-    missing = tl.load(missing_count)
-    if tl.program_id(0) == 0:
-        t = tl.arange(0, TABLES_POW2)
-        total = tl.sum(tl.load(misses + t, mask=t < tables, other=0))
-        tl.store(count_out, tl.where(fits & (missing > 0), total, 0))
-        tl.store(count_out + 1, tl.load(batch + COUNT))
-        tl.store(seal, tl.load(batch + SEQ))  # behind the summary, which an earlier launch has written
-    if missing > 0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        won = tl.load(wins_in + at) != 0
-        row = tl.load(row_in + at, mask=won, other=0)
-        out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
-        host = tl.load(out + at, mask=won, other=0)
+    total = tl.load(decided + 2 + 2 * tables, mask=tl.load(missing_count) > 0, other=0)
+    if tl.program_id(0).to(tl.int64) * BLOCK < tl.maximum(total, 1):
+        fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
+        if tl.program_id(0) == 0:
+            tl.store(count_out, tl.where(fits, total, 0))
+            tl.store(count_out + 1, tl.load(batch + COUNT))
+            tl.store(seal, tl.load(batch + SEQ))  # behind the summary, which an earlier launch has written
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        here = i < total
+        at = tl.load(winners + i, mask=here, other=0)
+        row = tl.load(row_in + at, mask=here, other=0)
+        host = tl.load(tl.load(batch + OUT).to(tl.pointer_type(tl.int64)) + at, mask=here, other=0)
         if fits:
-            i = tl.load(win_starts + tl.program_id(0)) + tl.cumsum(won.to(tl.int32), 0) - 1
-            table = tl.load(feature_table + tl.load(feature_in + at, mask=won, other=0), mask=won, other=0)
-            slot = tl.load(chosen + i, mask=won, other=0).to(tl.int64)
+            table = tl.load(feature_table + tl.load(feature_in + at, mask=here, other=0), mask=here, other=0)
+            slot = tl.load(chosen + i, mask=here, other=0).to(tl.int64)
             first = tl.load(first_row + table)
             now, dirty = 2 * tl.load(batch + SEQ), tl.load(batch + DIRTY)
-            leaves, left = tl.load(row_of_place + slot, mask=won, other=-1), tl.load(stamp + slot, mask=won, other=0)
-            held = won & (leaves >= 0)
-            was_dirty = tl.load(stamp + host, mask=won, other=0) & 1
-            of_slot, of_host = tl.load(window + slot, mask=won, other=0), tl.load(window + host, mask=won, other=0)
-            tl.store(place_of_row + row, slot.to(tl.int32), mask=won)
+            leaves, left = tl.load(row_of_place + slot, mask=here, other=-1), tl.load(stamp + PLACE * slot, mask=here, other=0)
+            held = here & (leaves >= 0)
+            was_dirty = tl.load(stamp + PLACE * host, mask=here, other=0) & 1
+            of_slot, of_host = tl.load(window + PLACE * slot, mask=here, other=0), tl.load(window + PLACE * host, mask=here, other=0)
+            tl.store(place_of_row + row, slot.to(tl.int32), mask=here)
             tl.store(place_of_row + first + leaves, host.to(tl.int32), mask=held)
-            tl.store(row_of_place + slot, (row - first).to(tl.int32), mask=won)
-            tl.store(row_of_place + host, leaves, mask=won)
-            tl.store(stamp + slot, now + (dirty | was_dirty), mask=won)
-            tl.store(stamp + host, tl.where(held, now + (left & 1), -1), mask=won)
-            tl.store(window + slot, of_host, mask=won)
-            tl.store(window + host, of_slot, mask=won)
-            tl.store(slots_out + i, slot.to(tl.int32), mask=won)
-            tl.store(hosts_out + i, host.to(tl.int32), mask=won)
-            tl.store(tables_out + i, table.to(tl.int32), mask=won)
-            add_by_table(evictions, table, held.to(tl.int64), won)
-            add_by_table(write_backs, table, tl.where(held, left & 1, 0), won)
+            tl.store(row_of_place + slot, (row - first).to(tl.int32), mask=here)
+            tl.store(row_of_place + host, leaves, mask=here)
+            tl.store(stamp + PLACE * slot, now + (dirty | was_dirty), mask=here)
+            tl.store(stamp + PLACE * host, tl.where(held, now + (left & 1), -1), mask=here)
+            tl.store(window + PLACE * slot, of_host, mask=here)
+            tl.store(window + PLACE * host, of_slot, mask=here)
+            tl.store(slots_out + i, slot.to(tl.int32), mask=here)
+            tl.store(hosts_out + i, host.to(tl.int32), mask=here)
+            tl.store(tables_out + i, table.to(tl.int32), mask=here)
+            add_by_table(evictions, table, held.to(tl.int64), here)
+            add_by_table(write_backs, table, tl.where(held, left & 1, 0), here)
         else:
-            tl.store(place_of_row + row, host.to(tl.int32), mask=won)
+            tl.store(place_of_row + row, host.to(tl.int32), mask=here)
 
 
 @triton.jit

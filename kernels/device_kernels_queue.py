@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_kernels import BEFORE, FIRST, SEQ
+from .device_kernels import BEFORE, FIRST, PLACE, SEQ
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _age(  # type: ignore[no-untyped-def]
         here = place < end
         if start + tl.program_id(1).to(tl.int64) * BLOCK < end:
             stays: tl.constexpr = BUCKETS + WINDOW + 1
-            used, awaited = tl.load(stamp + place, mask=here, other=0), tl.load(window + place, mask=here, other=0)
+            used, awaited = tl.load(stamp + PLACE * place, mask=here, other=0), tl.load(window + PLACE * place, mask=here, other=0)
             age = tl.load(batch + SEQ) - (used >> 1)
             far: tl.constexpr = BUCKETS // 2
             age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
@@ -45,7 +45,8 @@ def _age(  # type: ignore[no-untyped-def]
             tl.store(bucket_out + place, bucket, mask=here)
             counts = tl.histogram(bucket, 2 * BUCKETS)
             b = tl.arange(0, 2 * BUCKETS)
-            tl.atomic_add(bins + table.to(tl.int64) * (2 * BUCKETS) + b, counts.to(tl.int64), mask=(counts > 0) & (b < stays))
+            bin = bins + table.to(tl.int64) * (2 * BUCKETS) + b
+            tl.atomic_add(bin, counts.to(tl.int64), mask=(counts > 0) & (b < stays), sem="relaxed")
 
 
 @triton.jit
@@ -66,18 +67,23 @@ def _threshold(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _sorted(first_slot, bucket_in, whole_in, STAYS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of this program's slots: its number, places, whether they are in buckets that are taken whole, and whether in the next one."""
+    table = tl.program_id(0)
+    start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
+    place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bucket, whole = tl.load(bucket_in + place, mask=place < end, other=STAYS), tl.load(whole_in + table)
+    return table * tl.num_programs(1) + tl.program_id(1), place, bucket < whole, (bucket == whole) & (bucket < STAYS)
+
+
+@triton.jit
 def _count_old(  # type: ignore[no-untyped-def]
     decided, first_slot, bucket_in, whole_in, whole_counts, part_counts, STAYS: tl.constexpr, BLOCK: tl.constexpr
 ):
     if tl.load(decided) != 0:
-        table = tl.program_id(0)
-        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
-        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        bucket = tl.load(bucket_in + place, mask=place < end, other=STAYS)
-        whole = tl.load(whole_in + table)
-        block = table * tl.num_programs(1) + tl.program_id(1)
-        tl.store(whole_counts + block, tl.sum((bucket < whole).to(tl.int32)))
-        tl.store(part_counts + block, tl.sum(((bucket == whole) & (bucket < STAYS)).to(tl.int32)))
+        block, _place, whole, part = _sorted(first_slot, bucket_in, whole_in, STAYS, BLOCK)
+        tl.store(whole_counts + block, tl.sum(whole.to(tl.int32)))
+        tl.store(part_counts + block, tl.sum(part.to(tl.int32)))
 
 
 @triton.jit
@@ -111,15 +117,10 @@ def _queue(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if tl.load(decided) != 0:
         table = tl.program_id(0)
-        start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
-        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        bucket = tl.load(bucket_in + place, mask=place < end, other=STAYS)
-        whole = tl.load(whole_in + table)
-        block = table * tl.num_programs(1) + tl.program_id(1)
-        part = (bucket == whole) & (bucket < STAYS)
+        block, place, whole, part = _sorted(first_slot, bucket_in, whole_in, STAYS, BLOCK)
         rank = tl.load(part_starts + block) + tl.cumsum(part.to(tl.int32), 0) - 1
-        taken = (bucket < whole) | (part & (rank < tl.load(rest_in + table)))
+        taken = whole | (part & (rank < tl.load(rest_in + table)))
         q = tl.load(queue_start + table) + tl.load(taken_starts + block) + tl.cumsum(taken.to(tl.int32), 0) - 1
         tl.store(queue_place + q, place.to(tl.int32), mask=taken)
-        tl.store(queue_stamp + q, tl.load(stamp + place, mask=taken, other=0), mask=taken)
-        tl.store(queue_window + q, tl.load(window + place, mask=taken, other=0), mask=taken)
+        tl.store(queue_stamp + q, tl.load(stamp + PLACE * place, mask=taken, other=0), mask=taken)
+        tl.store(queue_window + q, tl.load(window + PLACE * place, mask=taken, other=0), mask=taken)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_kernels import COUNT, DIRTY, SEQ, STRIDE, add_by_table, feature_at, ids_and_offsets, start
+from .device_kernels import COUNT, DIRTY, SEQ, STRIDE, add_by_table, id_at, ids_and_offsets, stamp_used, start
 from .device_sequences import BLOCK
 
 
@@ -29,18 +29,12 @@ def _use(  # type: ignore[no-untyped-def]
         ids, offsets = ids_and_offsets(batch, IDS32, OFFSETS32)
         here = at < count
         now, dirty = tl.load(batch + SEQ), tl.load(batch + DIRTY)
-        feature = feature_at(offsets, tl.load(batch + STRIDE), at, FEATURES, SEARCH)
-        id = tl.load(ids + at, mask=here, other=0).to(tl.int64)
-        good = here & (id >= 0) & (id < tl.load(feature_rows + feature))
-        slot = tl.load(feature_slot + feature) + id
-        old = tl.load(stamp + slot, mask=good, other=0)
-        first = good & ((old >> 1) != now)  # of most rows that are in a batch often it is stamped already
-        old = tl.atomic_xchg(stamp + slot, 2 * now + (dirty | (old & 1)), mask=first)
-        first = first & ((old >> 1) != now)
+        feature, id, good = id_at(ids, offsets, tl.load(batch + STRIDE), feature_rows, at, here, FEATURES, SEARCH)
+        first = stamp_used(stamp + tl.load(feature_slot + feature) + id, now, dirty, good)
         add_by_table(counters + 1, tl.load(feature_table + feature), first.to(tl.int64), here)
         bad_here = tl.sum((here & ~good).to(tl.int64))
         if bad_here > 0:
-            tl.atomic_add(counters, bad_here)
+            tl.atomic_add(counters, bad_here, sem="relaxed")
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What a step costs where the pools are in HBM. As ``perf_model.py``, with two more resources::
 
-    gpu     the stream that trains: dense compute, the stock TBE over HBM, communication, the directory of ours, and rows that kernels move
-            over the bus meanwhile, since they hold up what runs beside them
+    gpu     the stream that trains: dense compute, the stock TBE over HBM, communication, the directory of ours, and a part of the time for
+            which kernels move rows over the bus, since they hold up what runs beside them
     pcie    rows over the bus, in both directions, of each rank's own
 
     a row missed in ours     its record comes, and a victim's goes: two records
@@ -10,7 +10,7 @@
 
 The SSD is busy as on a CPU, and so is the host's thread that reads and writes it (``tiers``). Predicted is the largest of them.
 
-The constants were fitted to one run of benchmarks/gpu.py on an H100 (docs/gpu.md, 2026-11-25), whose steps they give back within 12%:
+The constants were fitted to one run of benchmarks/gpu.py on an H200 (docs/gpu.md, 2026-11-26), whose steps they give back within 12%:
 10 tables of 1M × 128 in FP32, 1.06M lookups of 320 thousand rows, pools of 80% and 10% of what is used, SGD and Adam
 (tests/test_gpu_planner.py).
 """
@@ -27,14 +27,15 @@ from ..errors import ConfigurationError
 from .hardware_profile import LinkProfile, MemoryProfile
 from .perf_model import DDR, GPU, PCIE, RESOURCES, SSD, TIERS, Floats, PerfModel, ShardUse
 
-_TBE_SHARE_OF_HBM = 0.52  # of the rate of reading in order, that the stock TBE has over rows
+_TBE_SHARE_OF_HBM = 0.47  # of the rate of reading in order, that the stock TBE has over rows
 _READ_AND_WRITTEN = 2  # of a batch's rows, by the optimizer
-_STEP_MS = 0.31  # of the host: launches, events and hooks of a group of tiered tables
+_STEP_MS = 0.035  # of the host: launches, events and hooks of a group of tiered tables, less what prepared arguments save
 _NS_PER_LOOKUP = 0.085  # of the directory
-_ROWS_SHARE_OF_BUS = 0.8  # of the rate of copies in both directions, that kernels have over rows
-_UVM_NS_PER_LOOKUP = 3.5
-_UVM_NS_PER_MISS = 35.0
-_UVM_MISSES = 1.15  # of an LRU cache, ÷ those of our policy with its lookahead
+_ROWS_SHARE_OF_BUS = 0.75  # of the rate of copies in both directions, that kernels have over rows
+_HELD_UP = 0.4  # of the time for which rows of ours move, that training takes longer
+_UVM_NS_PER_LOOKUP = 3.8
+_UVM_NS_PER_MISS = 32.0
+_UVM_MISSES = 1.5  # of an LRU cache, ÷ those of our policy with its lookahead
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,17 @@ class GpuPerfModel(PerfModel):
         missed = np.minimum(use.unique_rows, _UVM_MISSES * use.misses(cached))
         busy = np.tile(self._stock(use), (len(cached), 1))
         busy[:, GPU] += (use.lookups * _UVM_NS_PER_LOOKUP + missed * _UVM_NS_PER_MISS) * 1e-6
-        return self._over_the_bus(busy, 2 * (missed * use.weight_bytes + use.unique_rows * state_bytes))
+        return self._over_the_bus(busy, 2 * (missed * use.weight_bytes + use.unique_rows * state_bytes), 1.0)
 
     def _pooled(self, use: ShardUse, missed: Floats) -> Floats:
         busy = np.tile(self._stock(use), (len(missed), 1))
         busy[:, GPU] += use.lookups * _NS_PER_LOOKUP * 1e-6
-        return self._over_the_bus(busy, 2 * missed * use.record_bytes)
+        return self._over_the_bus(busy, 2 * missed * use.record_bytes, _HELD_UP)
 
-    def _over_the_bus(self, busy: Floats, moved_bytes: Floats) -> Floats:
-        busy[:, GPU] += 1e3 * moved_bytes / (_ROWS_SHARE_OF_BUS * self._pcie.both_bytes_per_s)
-        busy[:, PCIE] += 1e3 * moved_bytes / self._pcie.both_bytes_per_s
+    def _over_the_bus(self, busy: Floats, moved_bytes: Floats, held_up: float) -> Floats:
+        moving_ms = 1e3 * moved_bytes / (_ROWS_SHARE_OF_BUS * self._pcie.both_bytes_per_s)
+        busy[:, GPU] += held_up * moving_ms
+        busy[:, PCIE] += moving_ms
         busy[:, DDR] += 1e3 * moved_bytes / self.hardware.ddr.read_bytes_per_s
         return busy
 

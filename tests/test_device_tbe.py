@@ -12,13 +12,13 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
-from torchrec_mtrains.kernels import device_batches
+from torchrec_mtrains.kernels import _core, device_batches
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
 from test_tier_chains import damage
-from torchrec_mtrains.errors import ConfigurationError, DamagedRecordError
+from torchrec_mtrains.errors import ConfigurationError, DamagedRecordError, VolumeFullError
 from torchrec_mtrains.tiers import Cache, DdrCache, DdrHome, Home, SsdHome, TierChain
 
 ROWS, POOL = 100, 10
@@ -90,6 +90,39 @@ def test_rows_that_cannot_be_read_leave_the_pool_and_what_was_in_their_slots_is_
     for mine, before in zip(tbe.read_rows(0, 50, 10), values, strict=True):
         assert torch.equal(mine, before)
     train(tbe, 50)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 4])
+def test_rows_are_read_while_others_are_evicted_and_none_is_lost_where_evicting_fails(
+    folder: str, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    monkeypatch.setattr(device_batches, "PIECE_ROWS", 3)
+    tbe, stock = make(SsdHome((folder,), capacity_bytes=64 << 20)), make(DdrHome(), pool_rows=ROWS)
+    for first in [*range(0, 60, POOL), 0]:
+        for of in (tbe, stock):
+            train(of, first)
+    in_host_places = tbe.tier_stats()[0][1]["resident_rows"]
+    evict, pieces = _core.evict_rows, []
+
+    def evict_some(*args: Any) -> None:
+        pieces.append(args)
+        if len(pieces) == fails_at:
+            raise VolumeFullError("no room")
+        evict(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(_core, "evict_rows", evict_some)
+        with pytest.raises(VolumeFullError):
+            train(tbe, 20)
+    tbe._pool.check()
+    assert tbe.tier_stats()[0][1]["resident_rows"] == in_host_places, "what was read before is there"
+    for after in (None, 20, 70):
+        if after is not None:
+            for of in (tbe, stock):
+                train(of, after)
+        for mine, theirs in zip(tbe.read_rows(0, 0, ROWS), stock.read_rows(0, 0, ROWS), strict=True):
+            assert torch.equal(mine, theirs)
+    assert tbe.tier_stats()[0][1]["misses"] == 8 * POOL + POOL - 3 * (fails_at - 1), "they were not read again"
 
 
 def test_large_pools_let_tickets_go_late_and_batches_that_need_their_slots_have_them(monkeypatch: pytest.MonkeyPatch) -> None:

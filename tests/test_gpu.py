@@ -157,7 +157,7 @@ def planned(folder: str) -> ShardingPlan:
     """Ours above an SSD and UVM caching beside a fused table, in budgets that hold neither."""
     kernels = {"t0": "customized_kernel", "t1": "fused_uvm_caching", "t2": "fused", "t3": "customized_kernel"}
     planner = TieredShardingPlanner(
-        TieredTopology(1, "cuda", hbm_budget_bytes=105 << 10, ddr_budget_bytes=40 << 10, ssd=SsdHome((folder,), capacity_bytes=256 << 20)),
+        TieredTopology(1, "cuda", hbm_budget_bytes=260 << 10, ddr_budget_bytes=202 << 10, ssd=SsdHome((folder,), capacity_bytes=256 << 20)),
         batch_size=JOB.batch_size,
         constraints={
             name: TieredParameterConstraints(
