@@ -93,7 +93,9 @@ class ShardUse:
         for. Shapes: any, any → the same."""
         if self.ssd_curve is None:
             return self.misses(np.add(pool_rows, cache_rows))
-        spared = [self.misses(held) - self._at(held, self.ssd_curve.misses_per_batch) for held in (pool_rows, np.add(pool_rows, cache_rows))]
+        spared = [
+            self.misses(held) - self._at(held, self.ssd_curve.misses_per_batch) for held in (pool_rows, np.add(pool_rows, cache_rows))
+        ]
         return np.asarray(self.misses(np.add(pool_rows, cache_rows)) - np.minimum(*spared))
 
     def write_backs(self, rows_held: Any) -> Floats:
