@@ -389,7 +389,9 @@ def figures(found: dict[str, Any]) -> list[Figure]:
         rounds = [_of_rounds(line, other) for line in others]
         ratios = [median(of_line) for of_line in rounds]
         made.append(Figure(f"placement: cases in which {other} has our plan", len(found["lines"]) - len(others), digits=0))
-        made.append(Figure(f"placement: cases whose rounds do not tell ours from {other}", sum(not _told_apart(r) for r in rounds), digits=0))
+        made.append(
+            Figure(f"placement: cases whose rounds do not tell ours from {other}", sum(not _told_apart(r) for r in rounds), digits=0)
+        )
         made.append(Figure(f"placement: our step ÷ {other}, median", median(ratios), digits=3))
         made.append(Figure(f"placement: our step ÷ {other}, worst", max(ratios), "< 1", digits=3))
     ratios = [median(_of_rounds(line, "stock")) for line in found["in_memory"]]

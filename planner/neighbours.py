@@ -7,8 +7,8 @@ has room for beside the batches in flight, if it keeps just the rows that are us
 Which reads of its block there are follows from how a log is written: rows that leave the pool together lie in one block. So when a row
 comes back ``age`` batches after its last use, its block was last written about then, and the B - 1 rows beside it are as old. They come
 back as all rows do that a pool misses: ``returned(age)`` is the share of misses whose row was used last at most so many batches before, the
-longest of the profile's ``reuse_batches``. A row beside that was read is not live there any more. So where nobody spares a share f of misses,
-a row is spared with probability ::
+longest of the profile's ``reuse_batches``. A row beside that was read is not live there any more. With a share f of misses unspared, a
+row is spared with probability ::
 
     1 - exp(-f · (B - 1) · (returned(age) - returned(age - reach)))
 

@@ -93,8 +93,9 @@ class ShardUse:
         for. Shapes: any, any → the same."""
         if self.ssd_curve is None:
             return self.misses(np.add(pool_rows, cache_rows))
-        spared = [self.misses(held) - self._at(held, self.ssd_curve.misses_per_batch) for held in (pool_rows, np.add(pool_rows, cache_rows))]
-        return np.asarray(self.misses(np.add(pool_rows, cache_rows)) - np.minimum(*spared))
+        over, held = self.ssd_curve.misses_per_batch, np.add(pool_rows, cache_rows)
+        spared = np.minimum(self.misses(pool_rows) - self._at(pool_rows, over), self.misses(held) - self._at(held, over))
+        return np.asarray(self.misses(held) - spared)
 
     def write_backs(self, rows_held: Any) -> Floats:
         """Changed rows a step that leave those. Shapes: any → the same."""
