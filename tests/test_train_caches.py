@@ -59,7 +59,7 @@ def test_what_misses_the_pool_comes_to_the_caches_and_what_misses_them_to_the_ho
     done = jobs.run(jobs.options(tmp_path, pmem))
     pool, cache, generated, ssd = tier_rows(done)
     assert cache.tier == "pmem (caches)"
-    assert cache.lookups == pool.lookups - pool.hits
+    assert cache.lookups == pool.writes == pool.lookups - pool.hits + sum(t["refetched_rows"] for t in done.tables)
     assert cache.lookups - cache.hits == generated.lookups
     assert generated.lookups - generated.hits == ssd.lookups
     assert 0 < cache.hits < cache.lookups
