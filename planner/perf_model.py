@@ -4,7 +4,7 @@ A step is training of one batch and, beside it, prefetching of later ones::
 
     cpu     the training thread: dense compute, lookups and updates of the stock TBE, communication, overhead of modules
     tiers   the threads that prefetch: directory, misses, reads, write-backs. Where torch's threads take all cores, this is time of the
-            training thread, and counted there: a copy ends when its slowest thread does. So is half of the SSD's time, which
+            training thread, and counted there: a copy ends when its slowest thread does. So is a part of the SSD's time, which
             then waits for a core to be driven by. Where a pool cannot hold the rows of all batches in flight, what is prefetched
             into it gives way and is done again, and all of this is the training thread's
     ddr     bytes of rows, read and written                                  ┐
@@ -47,7 +47,7 @@ CPU, TIERS, DDR, PMEM, SSD, GPU, PCIE = range(7)
 PREFETCH_DEPTH = 2  # of ``TieredTrainPipeline``, left its own choice
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
-_NOT_OVERLAPPED = 0.5  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
+_NOT_OVERLAPPED = 0.3  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
 _BEGUN_WITHOUT_ROOM = 1.5  # times a batch is, where of two prefetched ones the second gives way: counted in six jobs (docs/calibrate.md)
 _MORE_THAN_IN_FLIGHT = 1.03  # the fullest of batches, and of between what a profile counts: 1 to 2% (docs/calibrate.md)
 _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forward, and read and written by the optimizer
