@@ -140,7 +140,7 @@ def main() -> None:
     facts, start = print_machine(), perf_counter()
     sections: dict[str, Any] = {}
     lines: list[Figure] = []
-    with tempfile.TemporaryDirectory(dir=args.path) as root, tempfile.TemporaryDirectory(dir=args.pmem_path) as pmem:
+    with tempfile.TemporaryDirectory(dir=args.path.resolve()) as root, tempfile.TemporaryDirectory(dir=args.pmem_path) as pmem:
         run = _Run(args, Path(root), Path(pmem))
         for name in args.only:
             print(f"== {name}, after {perf_counter() - start:,.0f} s", flush=True)

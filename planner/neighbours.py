@@ -88,10 +88,12 @@ def _unspared(
     weight = taken / np.maximum(share, 1e-12)
     never_weight = np.minimum(never, share) / np.maximum(share, 1e-12)
 
-    def returned(age: Floats) -> Floats:
-        """Shapes: (n, ages) → (n, ages)."""
-        part = (age[:, :, None] - from_[:, None]) / np.maximum(longest - from_, 1e-12)[:, None]
-        return np.asarray((weight[:, None] * np.clip(part, 0.0, 1.0)).sum(axis=2))
+    ends = np.stack([from_, longest + 0 * from_], axis=2).reshape(len(missed_rows), -1)
+    up_to = np.repeat(np.cumsum(weight, axis=1), 2, axis=1) - np.stack([weight, 0 * weight], axis=2).reshape(len(missed_rows), -1)
+
+    def returned(ages: Floats) -> Floats:
+        """Of misses, the share whose last use was at most so many batches before. Shapes: (n, ages) → (n, ages)."""
+        return np.array([np.interp(*of_pool) for of_pool in zip(ages, ends, up_to, strict=True)])
 
     middles = (np.arange(_AGES) + 0.5) / _AGES
     ages = (from_[:, :, None] + (longest - from_)[:, :, None] * middles).reshape(len(missed_rows), -1)

@@ -113,14 +113,17 @@ def _plan(
         solution = solve(offered.choices, ranks, _FIRST_SHARE * seconds, _found(offered, known))
         if not np.isfinite(solution.objective_ms):
             return fill(known, capacity.storage, capacity.pmem_bytes, 0 * model.base_ms)
+    placed = offered.placed(solution.assignment.candidate, solution.assignment.rank)
     for finer in _FINER:
         chosen = [(offered.options[i], offered.sizes[i]) for i in solution.assignment.candidate]
         between = sizes_between(offered, ranks, solution.assignment)
         offered = candidates(tables, model, pmem, [sizes for _, sizes in between or chosen], finer, [sizes for _, sizes in chosen])
         starts = [Assignment(_indices(offered, plan), solution.assignment.rank) for plan in (chosen, between) if plan]
         steps = [objective_ms(offered.choices, ranks, start) for start in starts]
-        solution = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, starts[int(np.argmin(steps))])
-    placed = offered.placed(solution.assignment.candidate, solution.assignment.rank)
+        finer_one = solve(offered.choices, ranks, (1 - _FIRST_SHARE) / len(_FINER) * seconds, starts[int(np.argmin(steps))])
+        if not np.isfinite(finer_one.objective_ms):
+            break  # it gave up where some bytes were still too many
+        solution, placed = finer_one, offered.placed(finer_one.assignment.candidate, finer_one.assignment.rank)
     return fill(placed, capacity.storage, capacity.pmem_bytes, solution.relaxation.busy_price)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from hypothesis import assume, given, settings
@@ -23,6 +24,8 @@ from torchrec_mtrains.planner import (
     TieredParameterConstraints,
     TieredTopology,
 )
+from torchrec_mtrains.planner.assignment import Solution, solve
+from torchrec_mtrains.planner.choices import Assignment, Choices
 from torchrec_mtrains.planner.planners import _sendable
 from torchrec_mtrains.planner.search import predicted
 
@@ -43,6 +46,23 @@ def plan_or_none(case: Case, ddr: int, ssd: int | None) -> Any:
 
 
 # -- what always holds
+
+
+def test_a_finer_round_of_the_search_that_ends_without_a_plan_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search whose work is used up may end where some bytes are still too many."""
+    rounds: list[Solution] = []
+
+    def first_fits(choices: Choices, *args: Any, **kwargs: Any) -> Solution:
+        found = solve(choices, *args, **kwargs)
+        rounds.append(found)
+        largest = Assignment(choices.starts[1:] - 1, np.zeros(choices.tables, np.int64))
+        return found if len(rounds) == 1 else Solution(largest, math.inf, found.relaxation)
+
+    monkeypatch.setattr("torchrec_mtrains.planner.search.solve", first_fits)
+    case = Case([TableCase(50_000, 32), TableCase(60_000, 32)])
+    need_ddr, _ = case.needs(case.plan(6 * MIB, PLENTY))
+    assert len(rounds) > 1
+    assert max(need_ddr.values()) <= 6 * MIB
 
 
 @MANY
