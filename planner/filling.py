@@ -10,6 +10,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
@@ -70,8 +71,18 @@ def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes
     def left(t: _Growing, tier: str) -> float:
         return float(free[tier][t.ranks].min())
 
-    def take(t: _Growing, tier: str, bytes_: int) -> None:
-        np.subtract.at(free[tier], t.ranks, bytes_)
+    def grow(t: _Growing, pool_rows: int, cache_rows: int) -> None:
+        """To these sizes, charged to the byte: records of a cache are in whole pages."""
+        bytes_in: dict[str, Callable[[int, int, int], Any]] = {
+            "ddr": t.option.ddr_bytes,
+            "hbm": t.option.hbm_bytes,
+            "pmem": lambda shard, _, cache: t.option.pmem_bytes_of(shard, cache),
+        }
+        for tier, bytes_of in bytes_in.items():
+            for kind in t.kinds:
+                more = bytes_of(kind[0], pool_rows, cache_rows) - bytes_of(kind[0], t.pool_rows, t.cache_rows)
+                np.subtract.at(free[tier], [t.option.shards[i].rank for i in kind], more)
+        t.pool_rows, t.cache_rows = pool_rows, cache_rows
 
     def more_cache(t: _Growing, share: float) -> int:
         if not t.cache_rows:
@@ -80,25 +91,22 @@ def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes
         rows = int(share * records) // t.option.record_bytes, int(share * left(t, t.option.pool_tier)) // t.option.cached_index_bytes
         return min(t.room, *rows)
 
-    def grow_cache(t: _Growing, rows: int) -> None:
-        t.cache_rows += rows
-        take(t, t.option.cache_tier, rows * t.option.record_bytes)
-        take(t, t.option.pool_tier, rows * t.option.cached_index_bytes)
-
     def more_pool(t: _Growing, share: float) -> int:
         most = min(t.room, t.option.most_pool_rows(t.cache_rows) - t.pool_rows)
         return min(most, t.option.more_slots(share * left(t, t.option.pool_tier)))
 
-    def grow_pool(t: _Growing, rows: int) -> None:
-        grown = t.pool_rows + rows
-        for tier, bytes_of in (("ddr", t.option.ddr_bytes), ("hbm", t.option.hbm_bytes)):
-            for kind in t.kinds:
-                more = bytes_of(kind[0], grown, t.cache_rows) - bytes_of(kind[0], t.pool_rows, t.cache_rows)
-                np.subtract.at(free[tier], [t.option.shards[i].rank for i in kind], more)
-        t.pool_rows = grown
-
-    _pour(tables, more_cache, grow_cache, lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes))
-    _pour(tables, more_pool, grow_pool, lambda t, rows: t.gain(rows, 0) / (rows * t.option.slot_bytes))
+    _pour(
+        tables,
+        more_cache,
+        lambda t, rows: grow(t, t.pool_rows, t.cache_rows + rows),
+        lambda t, rows: t.gain(0, rows) / (rows * t.option.record_bytes),
+    )
+    _pour(
+        tables,
+        more_pool,
+        lambda t, rows: grow(t, t.pool_rows + rows, t.cache_rows),
+        lambda t, rows: t.gain(rows, 0) / (rows * t.option.slot_bytes),
+    )
     grown = {t.option.fqn: t for t in tables}
     return [_resized(grown[o.fqn]) if o.fqn in grown else o for o in plan]
 
