@@ -16,8 +16,8 @@ A step cannot be faster than either of
     compute + misses × CPU a miss   the step in memory, and per miss: what native threads spend, and the main thread beyond that side's
     blocks ÷ IOPS                   what was read of the SSD, ÷ what the device does with nothing above it
 
-Where the second is more than the step in memory, the figures take the device as what bounds the step. Torch's workers are
-left out of CPU a miss: they spin where the main thread waits. Reads go around the page cache (O_DIRECT).
+Figures are held against the larger of the two. Torch's workers are left out of CPU a miss: they spin where the main thread waits. Reads go
+around the page cache (O_DIRECT).
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         "over_compute_bound": over_rounds(lambda r, _: step("pools")(r) / compute_bound(r)),
         "over_device_bound": over_rounds(lambda r, rate: step("pools")(r) / max(1e-9, device_bound(r, rate))),
     }
-    return f | {"bound_by": "device" if f["device_bound_ms"] > f["step_ms"]["memory"] else "compute"}
+    return f | {"bound_by": "device" if f["device_bound_ms"] > f["compute_bound_ms"] else "compute"}
 
 
 def print_part(p: dict[str, Any]) -> None:

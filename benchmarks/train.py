@@ -73,7 +73,8 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
         shapes = {"steps": Shape((args.rows,) * 8, 64, 1024, 4), "criteo": Shape(criteo_rows(6 * args.rows), 64, 1024, 4)}
         dense = (*(Dense(f"{ms} ms", ms, cores) for ms in (5, 40, 120)), Dense(SPARE_CORE, 120, max(1, cores - 1)))
         still = Part("zipf 1.05", args.warm, tuple(d.name for d in dense))
-        parts = (still, *(Part(name, args.warm // 4, ("40 ms",)) for name in ("zipf 1.05, drifting", "zipf 0.9", "zipf 0.9, drifting")))
+        others = {"zipf 1.05, drifting": ("40 ms",), "zipf 0.9": ("40 ms", "120 ms"), "zipf 0.9, drifting": ("40 ms", "120 ms")}
+        parts = (still, *(Part(name, args.warm // 4, tops) for name, tops in others.items()))
         turns = Turns(args.rounds, args.steps, uncounted=2, probe_seconds=0.5)
         of_section = {
             "steps": dict(dense=dense, parts=parts),
