@@ -1,10 +1,13 @@
 // A slot pool trains like a table in memory: one thread begins batches and trains them, others wait for and release them.
 #include "slot_pool.h"
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "check.h"
@@ -280,6 +283,52 @@ std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
   std::vector<int64_t> rows;
   for (int64_t r = begin; r < end; ++r) rows.push_back(r);
   return rows;
+}
+
+// Refuses its first get, some time after that has come.
+class Refusing final : public Volume {
+ public:
+  TableId table(const TableSpec& spec, const Initializer& init) override { return volume_.table(spec, init); }
+  void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts) override {
+    volume_.put(table, rows, slots, parts);
+  }
+  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready) override {
+    if (!came.exchange(true)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      throw Error(ErrorKind::kVolumeIo, "refused");
+    }
+    return volume_.submit_get(std::move(requests), std::move(ready));
+  }
+  Neighbours wait(uint64_t token) override { return volume_.wait(token); }
+  void flush() override {}
+  void checkpoint(uint64_t) override {}
+  std::vector<uint64_t> epochs() const override { return {}; }
+  void restore(uint64_t) override {}
+  VolumeStats stats() const override { return volume_.stats(); }
+  const char* backend() const override { return "memory"; }
+  std::string id() const override { return "memory, refusing"; }
+  void close() override { volume_.close(); }
+
+  std::atomic<bool> came{false};
+
+ private:
+  MemoryVolume volume_;
+};
+
+TEST("a forward cannot claim a batch whose reads are being refused") {
+  Refusing volume;
+  Trainer trainer(volume);
+  Trainer::Step step = step_of({1, 2}, {3});
+  trainer.begin(step, false);
+  while (!volume.came) std::this_thread::yield();
+  CHECK(!trainer.pool->acquire(step.seq, true));
+  trainer.pool->check();
+  trainer.begin(step, true);
+  trainer.pool->wait(step.seq);
+  trainer.train(step);
+  trainer.pool->release(step.seq);
+  CHECK_EQ(trainer.pool->stats(0).batches, 1);
+  trainer.check_all();
 }
 
 TEST("of a batch that gave way, what was announced still is") {
