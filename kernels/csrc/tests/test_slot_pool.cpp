@@ -345,10 +345,10 @@ TEST("of a batch that gave way, what was announced still is") {
   CHECK(!trainer.pool->acquire(trainer.begin(coming, false), true));
   CHECK_EQ(trainer.pool->announced(), 2);
   trainer.pool->check();
+  trainer.pool->release(full.seq);
   Trainer::Step between = step_of({}, rows_between(kPoolRows[1], kPoolRows[1] + 5));
   trainer.begin(between, true);
   for (int64_t row = 0; row < 10; ++row) CHECK(trainer.pool->slot_of_row(1, row) >= 0);
-  trainer.pool->release(full.seq);
   trainer.pool->release(between.seq);
   CHECK(trainer.pool->acquire(trainer.begin(coming, false), true));
   CHECK_EQ(trainer.pool->announced(), 1);
