@@ -148,9 +148,8 @@ def test_a_bug_planted_in_the_core_fails_a_native_test(copy: Copy, bug: str):
         assert copy.binary.read_bytes() != copy.sound
         run = copy.test(sentence, hangs_after_s)
         print(run.stdout)
-        assert run.returncode == 1
-        assert re.search(r"[1-9]\d* failed", run.stdout)
-    except subprocess.TimeoutExpired:  # a hang is caught too
+        assert run.returncode < 0 or (run.returncode == 1 and re.search(r"[1-9]\d* failed", run.stdout))
+    except subprocess.TimeoutExpired:  # a hang is caught too, and so is a crash
         pass
     finally:
         copy.write(name, sound)
