@@ -121,6 +121,9 @@ class DeviceTBE(TieredTBE):
     def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
         return self._begun(ids, False, dirty, announced, 0)
 
+    def _begin_those_that_gave_way(self) -> None:
+        """Their forward does."""
+
     def _begun(self, ids: Ids, hard: bool, dirty: bool, announced: int, lost: int) -> Ticket | None:
         begun = self._pool.begin(ids.batch, hard, dirty, announced, lost)
         return None if begun is None else Ticket(begun[0], begun[1], ids, dirty)

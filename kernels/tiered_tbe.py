@@ -292,6 +292,13 @@ class TieredTBE(RowAccess, nn.Module):
         slots, address = self._slots_for(ids)
         return Ticket(self._pool.prefetch(ids.batch, address, dirty, announced), slots, ids, dirty)
 
+    def _begin_those_that_gave_way(self) -> None:
+        """There may be room for them now, and their turn is before that of others."""
+        for ticket in self._waiting:
+            if not self._pool.alive(ticket.seq):
+                ticket.slots, address = self._slots_for(ticket.ids)
+                ticket.seq = self._pool.prefetch(ticket.ids.batch, address, ticket.dirty, lost=ticket.seq)
+
     def _slots_for(self, ids: Ids) -> tuple[Tensor, int]:
         """Where the slots of ids will be, and its address for the pool; 0: ids are slots, since every pool has one for each of its rows."""
         if not self._evicting:
@@ -364,6 +371,9 @@ class TieredTBE(RowAccess, nn.Module):
         del forward_stream
         if self._all_there():
             return
+        if len(self._waiting) >= WAITING_LIMIT:
+            self._waiting.keep(lambda t: self._pool.alive(t.seq))
+        self._begin_those_that_gave_way()
         number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
         ticket = self._begin_soft(ids, torch.is_grad_enabled(), number)
         if ticket is not None:
@@ -375,8 +385,6 @@ class TieredTBE(RowAccess, nn.Module):
 
     def _keep(self, ticket: Ticket, indices: Tensor) -> None:
         """For the forward of these ids; whoever loses it releases it."""
-        if len(self._waiting) >= WAITING_LIMIT:
-            self._waiting.keep(lambda t: self._pool.alive(t.seq))
         ticket.unclaimed_in = self._pool
         self._waiting.put(indices, ticket)
 

@@ -48,7 +48,7 @@ PREFETCH_DEPTH = 2  # of ``TieredTrainPipeline``, left its own choice
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
 _NOT_OVERLAPPED = 0.3  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
-_BEGUN_WITHOUT_ROOM = 1.5  # times a batch is, where of two prefetched ones the second gives way: counted in six jobs (docs/calibrate.md)
+_BEGUN_WITHOUT_ROOM = 1.5  # times a batch was, where the second of two prefetched ones gave way: docs/calibrate.md
 _MORE_THAN_IN_FLIGHT = 1.03  # the fullest of batches, and of between what a profile counts: 1 to 2% (docs/calibrate.md)
 _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forward, and read and written by the optimizer
 

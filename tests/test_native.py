@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
@@ -114,9 +115,9 @@ class Copy:
             for path in self.build.rglob(made):
                 path.unlink()
 
-    def test(self, sentence: str) -> subprocess.CompletedProcess[str]:
+    def test(self, sentence: str, limit_s: float) -> subprocess.CompletedProcess[str]:
         command = [self.binary, "--rounds", "4", sentence]
-        return subprocess.run(command, cwd=self.build, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=self.build, capture_output=True, text=True, timeout=limit_s)
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +139,17 @@ def test_a_bug_planted_in_the_core_fails_a_native_test(copy: Copy, bug: str):
     copy.write(name, sound)
     copy.make()
     assert copy.binary.read_bytes() == copy.sound
-    assert copy.test(sentence).returncode == 0
+    start = perf_counter()
+    assert copy.test(sentence, limit_s=1200).returncode == 0
+    hangs_after_s = 60 + 10 * (perf_counter() - start)  # what else runs on the machine has its part in both
     copy.write(name, sound.replace(old, new))
     try:
         copy.make()
         assert copy.binary.read_bytes() != copy.sound
-        run = copy.test(sentence)
+        run = copy.test(sentence, hangs_after_s)
         print(run.stdout)
-        assert run.returncode == 1
-        assert re.search(r"[1-9]\d* failed", run.stdout)
-    except subprocess.TimeoutExpired:  # a hang is caught too
+        assert run.returncode < 0 or (run.returncode == 1 and re.search(r"[1-9]\d* failed", run.stdout))
+    except subprocess.TimeoutExpired:  # a hang is caught too, and so is a crash
         pass
     finally:
         copy.write(name, sound)

@@ -72,11 +72,11 @@ void bind_slots(nb::module_& m) {
            "batch"_a)
       .def("withdraw", &SlotPool::withdraw, "announced"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("prefetch",
-           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced) {
+           [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced, uint64_t lost) {
              nb::gil_scoped_release unlocked;
-             return self.prefetch(batch, reinterpret_cast<int64_t*>(slots), dirty, announced);
+             return self.prefetch(batch, reinterpret_cast<int64_t*>(slots), dirty, announced, lost);
            },
-           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0)
+           "batch"_a, "slots"_a, "dirty"_a, "announced"_a = 0, "lost"_a = 0)
       .def("begin",
            [](SlotPool& self, const Batch& batch, uintptr_t slots, bool dirty, uint64_t announced, uint64_t lost) {
              nb::gil_scoped_release unlocked;

@@ -58,7 +58,9 @@ void LogWriter::wait_for_buffer(LogStream& stream, Lock& lock) {
   require_open(closed_, volume_);
   if (stream.chunk) return;  // another thread's, which has room: whoever fills the last block sends it off
   if (stream.spare.empty()) require_sound();
-  next_segment(stream);
+}
+
+void LogWriter::begin_chunk(LogStream& stream) {
   LogChunk* chunk = stream.chunk = stream.spare.back();
   stream.spare.pop_back();
   chunk->segment = stream.current.get();
@@ -68,7 +70,10 @@ void LogWriter::wait_for_buffer(LogStream& stream, Lock& lock) {
 }
 
 LogWriter::Block LogWriter::next_block(LogStream& stream) {
-  if (!queue_) next_segment(stream);
+  if (!stream.chunk) {
+    next_segment(stream);
+    if (queue_) begin_chunk(stream);
+  }
   LogSegment& segment = *stream.current;
   const uint32_t number = segment.blocks++;
   segment.unsynced = true;

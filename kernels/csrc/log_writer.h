@@ -43,7 +43,7 @@ struct LogStream {
   uint64_t promised_blocks = 0;  // to puts under way: each may wait, and others must leave it its room
   std::shared_ptr<LogSegment> current;
   std::deque<std::shared_ptr<LogSegment>> ready;  // made ahead, still empty
-  LogChunk* chunk = nullptr;                      // being filled
+  LogChunk* chunk = nullptr;                      // being filled: has a block
   std::vector<std::unique_ptr<LogChunk>> chunks;  // all, with their buffers
   std::vector<LogChunk*> spare;
 
@@ -89,6 +89,7 @@ class LogWriter {
 
  private:
   void next_segment(LogStream& stream);
+  void begin_chunk(LogStream& stream);  // in its current segment
   void dispatch(LogStream& stream);
 
   const std::string volume_;

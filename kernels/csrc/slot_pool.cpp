@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "errors.h"
 #include "trace.h"
@@ -122,16 +123,25 @@ void SlotPool::withdraw_locked(uint64_t announced) {
 
 // -- batches
 
-uint64_t SlotPool::add_ticket(Ticket ticket) {
+uint64_t SlotPool::add_ticket(Ticket ticket, uint64_t lost) {
   const uint64_t seq = ++last_seq_;
+  if (const auto at = gave_way_.find(lost); at != gave_way_.end()) ticket.standing = at->second;
+  if (ticket.standing.turn == 0) ticket.standing.turn = seq;
   tickets_.emplace(seq, std::move(ticket));
   return seq;
 }
 
-uint64_t SlotPool::prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced) {
-  Ticket ticket{Stage::kQueued, false, checked(batch, features_), slots, dirty, announced, {}};
+void SlotPool::give_way(uint64_t seq) {
+  const auto at = tickets_.find(seq);
+  gave_way_[seq] = at->second.standing;
+  tickets_.erase(at);
+}
+
+uint64_t SlotPool::prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced, uint64_t lost) {
+  Ticket ticket{Stage::kQueued, false, checked(batch, features_), slots, dirty, {announced}, {}};
   std::lock_guard lock(tickets_mutex_);
-  const uint64_t seq = add_ticket(std::move(ticket));
+  const uint64_t seq = add_ticket(std::move(ticket), lost);
+  gave_way_.erase(lost);
   tasks_->post([this, seq] { begin_queued(seq); });
   return seq;
 }
@@ -139,77 +149,77 @@ uint64_t SlotPool::prefetch(const Batch& batch, int64_t* slots, bool dirty, uint
 void SlotPool::begin_queued(uint64_t seq) {
   std::lock_guard lock(mutex_);
   Ticket* mine;
+  bool in_turn;
   {
     std::lock_guard guard(tickets_mutex_);
     const auto at = tickets_.find(seq);
     if (at == tickets_.end()) return;  // released
     mine = &at->second;
     mine->stage = Stage::kBeginning;
+    const auto before = [turn = mine->standing.turn](const auto& other) { return other.second.turn < turn; };
+    in_turn = std::none_of(gave_way_.begin(), gave_way_.end(), before);
   }
-  const uint64_t announced = mine->announced;
   bool begun = false;
   try {
-    begun = look_up(seq, *mine, false);
-    if (!begun) ++declined_;
+    begun = in_turn && look_up(seq, *mine);
   } catch (const Error&) {  // the forward does the work, and meets the error where it can be told
-    withdraw_locked(announced);
   }
-  {
+  if (!begun) {
     std::lock_guard guard(tickets_mutex_);
-    if (!begun) tickets_.erase(seq);
+    give_way(seq);
+    ++declined_;
   }
   stage_changed_.notify_all();
 }
 
 uint64_t SlotPool::begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced, uint64_t lost) {
-  Ticket ticket{Stage::kBeginning, true, checked(batch, features_), slots, dirty, announced, {}};
+  Ticket ticket{Stage::kBeginning, true, checked(batch, features_), slots, dirty, {announced}, {}};
   const auto lock = idle();
   uint64_t seq;
   Ticket* mine;
-  bool counted;
   {
     std::lock_guard guard(tickets_mutex_);
-    seq = add_ticket(std::move(ticket));
+    seq = add_ticket(std::move(ticket), lost);
     mine = &tickets_.at(seq);
-    counted = lost_.contains(lost);
   }
   try {
-    look_up(seq, *mine, counted);
+    look_up(seq, *mine);
   } catch (...) {
     withdraw_locked(announced);
     std::lock_guard guard(tickets_mutex_);
+    if (const auto at = gave_way_.find(lost); at != gave_way_.end()) at->second = mine->standing;
     tickets_.erase(seq);
     throw;
   }
   std::lock_guard guard(tickets_mutex_);
-  lost_.erase(lost);
+  gave_way_.erase(lost);
   return seq;
 }
 
-bool SlotPool::look_up(uint64_t seq, Ticket& ticket, bool counted) {
+bool SlotPool::look_up(uint64_t seq, Ticket& ticket) {
   const TraceSpan span("look up", static_cast<uint64_t>(ticket.ids.batch.id_count));
   renumber_if_due(seq);
   const Stamp stamp = stamp_of(seq, ticket.dirty);
-  const uint64_t bit = bit_of(ticket.announced);
+  const uint64_t bit = bit_of(ticket.standing.announced);
   std::vector<int64_t> unique(tables_.size(), 0);
   ticket.ids.by_feature([&](size_t f, const auto* ids, int64_t begin, int64_t end) {
     const size_t t = table_of(f);
     unique[t] += directories_[t].lookup(ids, begin, end, stamp, bit, ticket.slots);
   });
-  if (ticket.announced) end_announced(ticket.announced);
   try {
     if (!reserve_all(ticket, stamp)) {
-      rollback();
+      rollback(ticket);
       return false;
     }
     for (size_t t = 0; t < tables_.size(); ++t) evict_victims(t);
   } catch (...) {
-    rollback();
+    rollback(ticket);
     throw;
   }
+  if (ticket.standing.announced) end_announced(std::exchange(ticket.standing.announced, 0));
   for (size_t t = 0; t < tables_.size(); ++t) {
     const auto missed = static_cast<int64_t>(directories_[t].missed_rows().size());
-    if (counted) {
+    if (ticket.standing.counted) {
       stats_[t].refetched_rows += missed;
       continue;
     }
@@ -217,21 +227,26 @@ bool SlotPool::look_up(uint64_t seq, Ticket& ticket, bool counted) {
     stats_[t].unique_rows += unique[t] + missed;
     stats_[t].misses += missed;
   }
-  for (size_t f = 0; !counted && f < table_of_feature_.size(); ++f) {
+  for (size_t f = 0; !ticket.standing.counted && f < table_of_feature_.size(); ++f) {
     stats_[table_of(f)].lookups += ticket.ids.bounds[f + 1] - ticket.ids.bounds[f];
   }
+  ticket.standing.counted = true;
+  begun_seq_ = seq;
+  start_fills(seq, ticket, stamp);
   {
     std::lock_guard guard(tickets_mutex_);
     ticket.stage = Stage::kBegun;
   }
-  begun_seq_ = seq;
-  start_fills(seq, ticket, stamp);
   set_filled();
   return true;
 }
 
-void SlotPool::rollback() {
+void SlotPool::rollback(const Ticket& ticket) {
   for (SlotDirectory& d : directories_) d.rollback();
+  if (!ticket.standing.announced) return;
+  ticket.ids.by_feature([&](size_t f, const auto* ids, int64_t begin, int64_t end) {  // the lookup took it for begun
+    directories_[table_of(f)].announce(ids, begin, end, bit_of(ticket.standing.announced));
+  });
 }
 
 bool SlotPool::reserve_all(const Ticket& mine, Stamp stamp) {
@@ -307,8 +322,7 @@ bool SlotPool::revoke_youngest() {
   std::lock_guard lock(tickets_mutex_);
   const auto at = tickets_.find(youngest);
   if (at == tickets_.end() || at->second.hard) return true;  // released or acquired meanwhile
-  tickets_.erase(at);
-  lost_.insert(youngest);
+  give_way(youngest);
   ++revoked_;
   return true;
 }
@@ -357,21 +371,22 @@ void SlotPool::wait(uint64_t seq) {
 
 void SlotPool::release(uint64_t seq) noexcept {
   std::unique_lock lock(tickets_mutex_);
-  lost_.erase(seq);
   auto at = tickets_.find(seq);
-  if (at != tickets_.end() && at->second.stage == Stage::kQueued) {
-    const uint64_t announced = at->second.announced;
-    tickets_.erase(at);
+  stage_changed_.wait(lock, [&] {
+    at = tickets_.find(seq);
+    return at == tickets_.end() || at->second.stage != Stage::kBeginning;
+  });
+  const auto gone = gave_way_.find(seq);
+  if (gone != gave_way_.end() || (at != tickets_.end() && at->second.stage == Stage::kQueued)) {
+    const uint64_t announced = gone != gave_way_.end() ? gone->second.announced : at->second.standing.announced;
+    gave_way_.erase(seq);
+    tickets_.erase(seq);
     lock.unlock();
     if (!announced) return;
     std::lock_guard rows(mutex_);
     withdraw_locked(announced);
     return;
   }
-  stage_changed_.wait(lock, [&] {
-    at = tickets_.find(seq);
-    return at == tickets_.end() || at->second.stage == Stage::kBegun;
-  });
   if (at == tickets_.end()) return;
   lock.unlock();
   if (filled_seq_ < seq) {
@@ -383,6 +398,7 @@ void SlotPool::release(uint64_t seq) noexcept {
   }
   lock.lock();
   tickets_.erase(seq);
+  gave_way_.erase(seq);  // it has, meanwhile
 }
 
 bool SlotPool::alive(uint64_t seq) const {

@@ -5,7 +5,8 @@
 //   soft      from then to forward: the youngest are revoked when a forward needs room;
 //   hard      from forward to the end of its backward: never revoked, its slots are never victims;
 //   released  gone. Releasing twice is harmless.
-// A soft ticket that is revoked is lost: its batch begins anew, and is counted once.
+// A queued ticket that finds no room gives way, and so does a soft one that is revoked: it is gone, and its batch begins anew, which is
+// counted once. Until then no later one is prefetched: it would take the room that this one waits for, and lose it to its forward.
 // Tickets are numbered by `seq`, which grows by one a batch; 0 is no ticket. The ids that a ticket was begun with, and its slots
 // array, belong to the caller and must outlive the ticket: the array is the exact list of what the ticket pins. Where every pool has a
 // slot for each of its rows, ids are slots, and there need be no array (null).
@@ -35,7 +36,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -79,12 +79,13 @@ class SlotPool {
   uint64_t announce(const Batch& batch);
   void withdraw(uint64_t announced);  // it will not come after all
 
-  // Starts a batch on the task thread. Where it finds no room, acquire says so, and the forward does the work.
-  uint64_t prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced);
+  // Starts a batch on the task thread. Where it gives way, acquire says so, and the forward does the work. `lost`: the ticket that this
+  // batch had, which gave way (alive says so), or 0; what was announced for it still is, and is not given again.
+  uint64_t prefetch(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced, uint64_t lost);
   // Starts a batch for a forward, after all that were prefetched: revokes soft tickets, the youngest first, and throws
-  // kPoolTooSmall when hard tickets alone leave no room. `lost`: the ticket that this batch had, which acquire refused, or 0.
+  // kPoolTooSmall when hard tickets alone leave no room.
   uint64_t begin(const Batch& batch, int64_t* slots, bool dirty, uint64_t announced, uint64_t lost);
-  bool acquire(uint64_t seq, bool dirty);  // soft -> hard; false when there was no room, or it was revoked
+  bool acquire(uint64_t seq, bool dirty);  // soft -> hard; false when it gave way
   void wait(uint64_t seq);                 // every fill up to this ticket's is in its slots
   void release(uint64_t seq) noexcept;
   bool alive(uint64_t seq) const;
@@ -114,13 +115,18 @@ class SlotPool {
 
  private:
   enum class Stage { kQueued, kBeginning, kBegun };
+  struct Standing {          // of a batch, which it keeps when its ticket gives way
+    uint64_t announced;      // and not begun, or 0
+    uint64_t turn = 0;       // the number of its first ticket
+    bool counted = false;
+  };
   struct Ticket {
     Stage stage;
     bool hard;
     CheckedBatch ids;
     int64_t* slots;  // one an id; null: the ids
     bool dirty;
-    uint64_t announced;
+    Standing standing;
     std::exception_ptr error;  // of a fill that it needs
 
     // with_slot(slot), of every id of the feature; while it is looked up, slots of rows that it misses may be negative.
@@ -147,9 +153,10 @@ class SlotPool {
   std::unique_lock<std::mutex> idle() const;  // what was prefetched has begun
   uint32_t oldest_outstanding() const;
   void renumber_if_due(uint64_t seq);
-  uint64_t add_ticket(Ticket ticket);
+  uint64_t add_ticket(Ticket ticket, uint64_t lost);
   void begin_queued(uint64_t seq);
-  bool look_up(uint64_t seq, Ticket& ticket, bool counted);
+  void give_way(uint64_t seq);
+  bool look_up(uint64_t seq, Ticket& ticket);
   uint64_t bit_of(uint64_t announced) const;
   void end_announced(uint64_t announced);
   void set_first_announced();
@@ -171,7 +178,7 @@ class SlotPool {
   void finish_ready_fills();
   void set_filled();
   void drain(uint64_t up_to_seq);
-  void rollback();
+  void rollback(const Ticket& ticket);
   void require_rows(size_t table, int64_t first_row, int64_t count) const;
 
   std::vector<SlotPoolTable> tables_;
@@ -192,7 +199,7 @@ class SlotPool {
 
   std::map<uint64_t, Ticket> tickets_;  // outstanding
   std::map<uint64_t, CheckedBatch> announced_;  // and not begun
-  std::set<uint64_t> lost_;  // soft tickets that have gone, whose batch is counted and has not begun anew
+  std::map<uint64_t, Standing> gave_way_;  // whose batches have not begun anew
   uint64_t last_seq_ = 0, last_announced_ = 0;
   std::condition_variable stage_changed_;
   mutable std::mutex tickets_mutex_;

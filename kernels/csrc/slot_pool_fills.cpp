@@ -68,11 +68,6 @@ void SlotPool::start_fills(uint64_t seq, const Ticket& ticket, Stamp stamp) {
       } catch (...) {  // its rows have left the pool; this batch fails with its own error
       }
     }
-    {
-      std::lock_guard lock(tickets_mutex_);
-      if (!ticket.hard) lost_.insert(seq);
-      tickets_.erase(seq);
-    }
     std::rethrow_exception(cause);
   }
   fills_.push_back(std::move(fill));
@@ -105,8 +100,7 @@ std::exception_ptr SlotPool::finish(const Fill& fill) {
     if (ticket.hard || ticket.stage != Stage::kBegun) {
       ++at;
     } else {
-      lost_.insert(at->first);
-      at = tickets_.erase(at);
+      give_way((at++)->first);
     }
   }
   return first;

@@ -171,7 +171,7 @@ int64_t SlotPool::warm(size_t table, std::span<const int64_t> rows) {
     }
     renumber_if_due(begun_seq_);
     const Stamp stamp = stamp_of(begun_seq_, false);
-    Ticket ticket{Stage::kBeginning, false, {}, slots.data(), false, 0, {}};
+    Ticket ticket{Stage::kBeginning, false, {}, slots.data(), false, {}, {}};
     d.lookup(batch.data(), 0, static_cast<int64_t>(batch.size()), stamp, 0, slots.data());
     read += static_cast<int64_t>(d.missed_rows().size());
     d.reserve(0, stamp, nullptr);  // free slots alone: there are enough

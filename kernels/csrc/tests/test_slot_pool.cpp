@@ -1,10 +1,13 @@
 // A slot pool trains like a table in memory: one thread begins batches and trains them, others wait for and release them.
 #include "slot_pool.h"
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "check.h"
@@ -59,7 +62,7 @@ struct Trainer {
     const uint64_t announced = std::exchange(step.announced, 0), lost = step.seq;
     int64_t* const slots = ids_are_slots ? nullptr : step.slots.data();
     return step.seq = hard ? pool->begin(batch_of(step), slots, true, announced, lost)
-                           : pool->prefetch(batch_of(step), slots, true, announced);
+                           : pool->prefetch(batch_of(step), slots, true, announced, lost);
   }
   // Every row of the batch is what it was, and becomes the next version, in its slot.
   void train(const Step& step) {
@@ -169,7 +172,12 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps, bool whole
     }
     std::unique_ptr<Trainer::Step> step = std::move(ahead.front());
     ahead.pop_front();
-    if (trainer.pool->acquire(step->seq, true)) {
+    bool acquired = trainer.pool->acquire(step->seq, true);
+    if (!acquired && random() % 2) {
+      begin_when_released(*step, false);
+      acquired = trainer.pool->acquire(step->seq, true);
+    }
+    if (acquired) {
       ++prefetched;
     } else {
       begin_when_released(*step, true);
@@ -190,6 +198,10 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps, bool whole
   releasers.join();
   CHECK_EQ(trainer.pool->outstanding(), 0);
   CHECK_EQ(trainer.pool->announced(), 0);
+  const auto last = trainer.draw(random);
+  trainer.begin(*last, false);
+  CHECK(trainer.pool->acquire(last->seq, true));  // none that gave way is before it
+  trainer.pool->release(last->seq);
   trainer.check_all();
   const SlotPoolStats stats = trainer.pool->stats(0);
   CHECK(prefetched > 0 && withdrawn > 0);
@@ -253,6 +265,115 @@ TEST("a batch that does not fit beside hard tickets is refused and changes nothi
   trainer.pool->wait(small.seq);
   trainer.train(small);
   trainer.pool->release(small.seq);
+  trainer.check_all();
+}
+
+// All rows of table 0 are ids of its first feature.
+Trainer::Step step_of(std::vector<int64_t> of_table_0, std::vector<int64_t> of_table_1) {
+  Trainer::Step step;
+  const auto first = static_cast<int64_t>(of_table_0.size());
+  step.ids = std::move(of_table_0);
+  step.ids.insert(step.ids.end(), of_table_1.begin(), of_table_1.end());
+  step.offsets = {0, first, first, static_cast<int64_t>(step.ids.size())};
+  step.slots.assign(step.ids.size(), -1);
+  return step;
+}
+
+std::vector<int64_t> rows_between(int64_t begin, int64_t end) {
+  std::vector<int64_t> rows;
+  for (int64_t r = begin; r < end; ++r) rows.push_back(r);
+  return rows;
+}
+
+// Refuses its first get, some time after that has come.
+class Refusing final : public Volume {
+ public:
+  TableId table(const TableSpec& spec, const Initializer& init) override { return volume_.table(spec, init); }
+  void put(TableId table, std::span<const int64_t> rows, std::span<const int32_t> slots, std::span<const Part> parts) override {
+    volume_.put(table, rows, slots, parts);
+  }
+  uint64_t submit_get(std::vector<GetRequest> requests, std::function<void()> ready) override {
+    if (!came.exchange(true)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      throw Error(ErrorKind::kVolumeIo, "refused");
+    }
+    return volume_.submit_get(std::move(requests), std::move(ready));
+  }
+  Neighbours wait(uint64_t token) override { return volume_.wait(token); }
+  void flush() override {}
+  void checkpoint(uint64_t) override {}
+  std::vector<uint64_t> epochs() const override { return {}; }
+  void restore(uint64_t) override {}
+  VolumeStats stats() const override { return volume_.stats(); }
+  const char* backend() const override { return "memory"; }
+  std::string id() const override { return "memory, refusing"; }
+  void close() override { volume_.close(); }
+
+  std::atomic<bool> came{false};
+
+ private:
+  MemoryVolume volume_;
+};
+
+TEST("a forward cannot claim a batch whose reads are being refused") {
+  Refusing volume;
+  Trainer trainer(volume);
+  Trainer::Step step = step_of({1, 2}, {3});
+  trainer.begin(step, false);
+  while (!volume.came) std::this_thread::yield();
+  CHECK(!trainer.pool->acquire(step.seq, true));
+  trainer.pool->check();
+  trainer.begin(step, true);
+  trainer.pool->wait(step.seq);
+  trainer.train(step);
+  trainer.pool->release(step.seq);
+  CHECK_EQ(trainer.pool->stats(0).batches, 1);
+  trainer.check_all();
+}
+
+TEST("of a batch that gave way, what was announced still is") {
+  MemoryVolume volume;
+  Trainer trainer(volume);
+  // Table 0 is full of a batch that trains. Of table 1 the coming batch uses rows 0 to 9, a later one all others that are there.
+  Trainer::Step others = step_of({}, rows_between(0, kPoolRows[1])), full = step_of(rows_between(0, kPoolRows[0]), {});
+  Trainer::Step coming = step_of({kRows[0] - 1}, rows_between(0, 10)), later = step_of({}, rows_between(10, kPoolRows[1]));
+  trainer.begin(others, true);
+  trainer.pool->release(others.seq);
+  trainer.announce(coming);
+  trainer.announce(later);
+  trainer.begin(full, true);
+  CHECK(!trainer.pool->acquire(trainer.begin(coming, false), true));
+  CHECK_EQ(trainer.pool->announced(), 2);
+  trainer.pool->check();
+  trainer.pool->release(full.seq);
+  Trainer::Step between = step_of({}, rows_between(kPoolRows[1], kPoolRows[1] + 5));
+  trainer.begin(between, true);
+  for (int64_t row = 0; row < 10; ++row) CHECK(trainer.pool->slot_of_row(1, row) >= 0);
+  trainer.pool->release(between.seq);
+  CHECK(trainer.pool->acquire(trainer.begin(coming, false), true));
+  CHECK_EQ(trainer.pool->announced(), 1);
+  CHECK_EQ(trainer.pool->stats(1).misses, kPoolRows[1] + 5);
+  trainer.pool->release(coming.seq);
+  trainer.pool->withdraw(later.announced);
+  trainer.check_all();
+}
+
+TEST("a batch that gave way and does not come is not announced any more, and none waits for it") {
+  MemoryVolume volume;
+  Trainer trainer(volume);
+  Trainer::Step full = step_of(rows_between(0, kPoolRows[0]), {}), first = step_of({200}, {1}), second = step_of({0}, {1});
+  trainer.begin(full, true);
+  trainer.announce(first);
+  trainer.announce(second);
+  CHECK(!trainer.pool->acquire(trainer.begin(first, false), true));
+  CHECK(!trainer.pool->acquire(trainer.begin(second, false), true));  // it has room, but is not the next
+  CHECK_EQ(trainer.pool->announced(), 2);
+  trainer.pool->release(first.seq);
+  CHECK_EQ(trainer.pool->announced(), 1);
+  CHECK(trainer.pool->acquire(trainer.begin(second, false), true));
+  CHECK_EQ(trainer.pool->announced(), 0);
+  trainer.pool->release(second.seq);
+  trainer.pool->release(full.seq);
   trainer.check_all();
 }
 

@@ -227,6 +227,29 @@ TEST("a put that waits for buffers when the volume closes gives the typed error,
   CHECK_EQ(volume->stats().write_ios, writes);
 }
 
+TEST("of two flushes that wait for a buffer the one that finds nothing to write writes nothing") {
+  const Folder folder;
+  LogOptions options = options_for("pread", {folder.path()}, 1u << 30);
+  const auto gate = std::make_shared<Gate>();
+  options.system = gate;
+  const auto volume = open_volume(options);
+  const TableId table = volume->table({"t", 3 * kRows, kBytes}, {});
+  // As many as fit into the chunks, and one that is left in the open block.
+  std::vector<int64_t> rows;
+  while (volume->stats().write_ios < 8) {
+    rows.push_back(static_cast<int64_t>(rows.size()));
+    put_versions(*volume, table, kBytes, {rows.back()}, {1});
+  }
+  Threads threads;
+  for (int i = 0; i < 2; ++i) threads.start([&] { volume->flush(); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // both wait
+  gate->open = true;
+  gate->open.notify_all();
+  threads.join();
+  CHECK_EQ(volume->stats().write_ios, 9u);
+  CHECK(get_versions(*volume, table, kBytes, rows) == std::vector<uint64_t>(rows.size(), 1));
+}
+
 TEST_ON_EACH_MEDIUM("a volume that closes under readers and writers gives each its values or the typed error") {
   Random random = fresh_random();
   for (uint32_t i = 0; i < 25 * rounds(); ++i) {
