@@ -73,10 +73,13 @@ def capacity_for(ids: int) -> int:
     return max(BLOCK, 1 << max(0, ids - 1).bit_length())
 
 
-def captured(launch: Callable[[], None]) -> Any:
-    """What ``launch`` queues on the current stream, which must not be the default one, as a graph."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    launch()
-    graph.capture_end()
+def captured(launch: Callable[[], object], pool: Any = None, keep: bool = False) -> Any:
+    """What ``launch`` queues on the current stream, which must not be the default one, as a graph; to ``keep``: one that can be looked into
+    and is not instantiated yet. Its memory is from ``pool``, or its own."""
+    graph = torch.cuda.CUDAGraph(keep_graph=keep)
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        launch()
+    finally:
+        graph.capture_end()
     return graph
