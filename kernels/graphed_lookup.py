@@ -1,12 +1,12 @@
 """``GraphedLookup``: the forward and the backward, with its fused update, of a stock TBE as CUDA graphs, for batches of one shape.
 
-A backward launches some 16 kernels, and a forward calls through layers of dispatch: together 0.5 ms of the host, of a step that takes a GPU
-as long. What they launch depends on the shape of a batch alone, which is how many ids and bags it has. So both are captured, by
-running the operator itself, and replayed over buffers of their own: ids, offsets and the gradient are copied in, the output is copied out.
+A backward launches some 25 kernels, and a forward calls through layers of dispatch: together 0.4 to 0.8 ms of the host, of a step that takes
+a GPU 0.5. What they launch depends on the shape of a batch alone, which is how many ids and bags it has. So both are captured, by
+running the operator itself, and replayed.
 
-Two things do change: the learning rate, and for optimizers that count steps the number of the step. Both are parameters of kernels. Where they
-are is found by capturing twice, with different ones, into the same memory (``_core.GraphNumbers``); a capture that differs in
-anything else is refused, and the operator called as ever.
+What changes from batch to batch are parameters of the captured kernels: where ids, offsets, output and gradient are; the learning rate; for
+optimizers that count steps the number of the step. They are found by capturing twice, with other ones, and set before each launch
+(``_core.GraphNumbers``). Two captures that differ in anything else are refused, and the operator is called as ever.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from .device_streams import device_calls
 DRIVER_FUNCTIONS = (
     "cuGraphGetNodes", "cuGraphNodeGetType", "cuGraphKernelNodeGetParams_v2", "cuGraphExecKernelNodeSetParams_v2", "cuFuncGetParamInfo",
 )  # fmt: skip
+
+GRADIENT_ALIGNMENT = 16
+"""Bytes. The operator copies a gradient that does not begin at a multiple of it, which no capture shows."""
 
 _TRIALS = ((0.25, 1_000_003), (0.75, 2_000_003))
 """Learning rates and steps of the two captures, which are replaced before the first launch."""
@@ -50,6 +53,17 @@ def driver_functions() -> list[int]:
     return [ctypes.cast(getattr(driver, name), ctypes.c_void_p).value or 0 for name in DRIVER_FUNCTIONS]
 
 
+@dataclass
+class _Trial:
+    """A capture, and the numbers that it was made with."""
+
+    forward: Any
+    backward: Any
+    of_forward: list[bytes]
+    of_backward: list[bytes]
+    memory: tuple[Tensor, ...]  # that no other trial may have been given
+
+
 class GraphedLookup:
     """Of ``operator``, for batches of the shape that is among ``arguments``, on the current device.
 
@@ -58,84 +72,84 @@ class GraphedLookup:
 
     def __init__(self, operator: Any, arguments: list[Any], at: Positions) -> None:
         self._operator, self._at, self._calls = operator, at, device_calls()
-        self._arguments = arguments.copy()
-        self.indices, self.offsets = arguments[at.indices].clone(), arguments[at.offsets].clone()
-        self._arguments[at.indices], self._arguments[at.offsets] = self.indices, self.offsets
-        self._device = self.indices.device
+        self._device = arguments[at.indices].device
         self._stream = torch.cuda.Stream(self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._output: Any = None
         with torch.cuda.stream(self._stream), torch.enable_grad():
-            self._arguments[at.placeholder] = arguments[at.placeholder].detach().requires_grad_()
-            self._gradient = torch.empty_like(operator(*self._arguments))
+            self._like = torch.empty_like(operator(*arguments), device="meta")
             pool = torch.cuda.graph_pool_handle()
-            # The first one makes the memory, which the others then share out alike.
-            _, (_, other), graphs = [self._captured(pool, *trial) for trial in (_TRIALS[1], _TRIALS[1], _TRIALS[0])]
-        self._forward, self._backward = graphs
-        numbers = [self._as_bytes(*trial) for trial in _TRIALS]
-        self._numbers = _core.GraphNumbers(driver_functions(), self._backward.raw_cuda_graph(), other.raw_cuda_graph(), *numbers)
-        for graph in graphs:
+            # The first trial makes the pool's memory, which the others then share out alike.
+            _, other, mine = [self._captured(arguments, pool, which) for which in (1, 1, 0)]
+        functions, self._graphs = driver_functions(), (mine.forward, mine.backward)
+        self._in_forward, self._in_backward = (
+            _core.GraphNumbers(functions, a.raw_cuda_graph(), b.raw_cuda_graph(), numbers, others)
+            for a, b, numbers, others in (
+                (mine.forward, other.forward, mine.of_forward, other.of_forward),
+                (mine.backward, other.backward, mine.of_backward, other.of_backward),
+            )
+        )
+        for graph in self._graphs:
             graph.instantiate()
-        self._executables = self._forward.raw_cuda_graph_exec(), self._backward.raw_cuda_graph_exec()
+        self._forward, self._backward = (graph.raw_cuda_graph_exec() for graph in self._graphs)
         self._last_raw_stream = self._stream.cuda_stream
-        self._turn = 0
 
-    def _captured(self, pool: Any, learning_rate: float, step: int) -> tuple[Any, Any]:
-        """The forward and the backward; ``_output`` is theirs."""
-        self._output = None
-        arguments, outputs = self._with_numbers(learning_rate, step), []
-        forward = captured(lambda: outputs.append(self._operator(*arguments)), pool, keep=True)
-        leaf = arguments[self._at.placeholder]  # ``backward`` would visit it on the stream where it was made
-        backward = captured(lambda: torch.autograd.grad(outputs, leaf, self._gradient, allow_unused=True), pool, keep=True)
-        self._output = outputs[0].detach()
-        return forward, backward
+    def _captured(self, arguments: list[Any], pool: Any, which: int) -> _Trial:
+        """Nothing runs, so memory without content does. Of the pool's, the output has another place in each of two trials, and all else the
+        same: it is swapped with a spare one."""
+        at, arguments, (learning_rate, step) = self._at, arguments.copy(), _TRIALS[which]
+        arguments[at.placeholder] = leaf = arguments[at.placeholder].detach().requires_grad_()  # of this stream, on which it is then visited
+        arguments[at.indices], arguments[at.offsets] = (torch.empty_like(arguments[i]) for i in (at.indices, at.offsets))
+        arguments[at.learning_rate] = torch.full_like(arguments[at.learning_rate], learning_rate)
+        if at.step is not None:
+            argument, element = at.step
+            arguments[argument] = arguments[argument].copy()
+            arguments[argument][element] = step
+        gradient = self._empty()
+        outputs: list[Tensor] = []
+        calls = [lambda: outputs.append(self._operator(*arguments)), lambda: outputs.append(self._empty())]
+        forward = captured(lambda: [call() for call in (calls if which else reversed(calls))], pool, keep=True)
+        output = outputs[0 if which else 1]
+        backward = captured(lambda: torch.autograd.grad(output, leaf, gradient, allow_unused=True), pool, keep=True)
+        numbers = self._numbers_of_forward(arguments, output), self._numbers_of_backward(arguments, gradient)
+        return _Trial(forward, backward, *numbers, (arguments[at.indices], arguments[at.offsets], gradient))
 
-    def _with_numbers(self, learning_rate: float, step: int) -> list[Any]:
-        arguments = self._arguments.copy()
-        at = self._at.learning_rate
-        arguments[at] = torch.full_like(arguments[at], learning_rate)
-        if self._at.step is not None:
-            at, element = self._at.step
-            arguments[at] = arguments[at].copy()
-            arguments[at][element] = step
-        return arguments
+    def _empty(self) -> Tensor:
+        return torch.empty_like(self._like, device=self._device)
 
-    def _as_bytes(self, learning_rate: float, step: int) -> list[bytes]:
-        """As kernels take them."""
-        rate = struct.pack("f", learning_rate)
-        return [rate] if self._at.step is None else [rate, struct.pack("q", step)]
+    def _numbers_of_forward(self, arguments: list[Any], output: Tensor) -> list[bytes]:
+        return _addresses(arguments[self._at.indices], arguments[self._at.offsets], output)
+
+    def _numbers_of_backward(self, arguments: list[Any], gradient: Tensor) -> list[bytes]:
+        at = self._at
+        numbers = _addresses(arguments[at.indices], arguments[at.offsets], gradient)
+        numbers.append(struct.pack("f", arguments[at.learning_rate].item()))
+        if at.step is not None:
+            argument, element = at.step
+            numbers.append(struct.pack("q", arguments[argument][element]))
+        return numbers
 
     def __call__(self, arguments: list[Any]) -> Tensor:
         """The operator's output of a batch of this shape."""
         return _Lookup.apply(arguments[self._at.placeholder], self, arguments)  # type: ignore[no-any-return]
 
-    def forward(self, indices: Tensor, offsets: Tensor) -> tuple[Tensor, int]:
-        """The output, and by what ``backward`` knows whether the batch is still there."""
+    def forward(self, arguments: list[Any]) -> Tensor:
+        """On the current stream."""
         stream = self._current_stream()
-        self._fill(indices, offsets, stream)
-        self._calls.launch(self._executables[0], stream)
-        output = torch.empty_like(self._output)
-        self._calls.copy(output.data_ptr(), self._output.data_ptr(), self._output.nbytes, stream)
-        return output, self._turn
+        output = self._empty()
+        self._in_forward.set(self._forward, self._numbers_of_forward(arguments, output))
+        self._calls.launch(self._forward, stream)
+        return output
 
-    def _fill(self, indices: Tensor, offsets: Tensor, stream: int) -> None:
-        self._turn += 1
-        for mine, given in ((self.indices, indices), (self.offsets, offsets)):
-            self._calls.copy(mine.data_ptr(), given.data_ptr(), mine.nbytes, stream)
-
-    def backward(self, turn: int, arguments: list[Any], gradient: Tensor) -> None:
+    def backward(self, arguments: list[Any], gradient: Tensor) -> None:
         """Changes weights and states as the operator's backward does."""
-        stream, at = self._current_stream(), self._at
-        if turn != self._turn:
-            self._fill(arguments[at.indices], arguments[at.offsets], stream)
-        gradient = gradient.contiguous()
-        self._calls.copy(self._gradient.data_ptr(), gradient.data_ptr(), self._gradient.nbytes, stream)
-        step = 0 if at.step is None else arguments[at.step[0]][at.step[1]]
-        self._numbers.set(self._executables[1], self._as_bytes(arguments[at.learning_rate].item(), step))
-        self._calls.launch(self._executables[1], stream)
+        stream, gradient = self._current_stream(), gradient.contiguous()
+        if gradient.data_ptr() % GRADIENT_ALIGNMENT:
+            gradient = gradient.clone()
+        self._in_backward.set(self._backward, self._numbers_of_backward(arguments, gradient))
+        self._calls.launch(self._backward, stream)
 
     def _current_stream(self) -> int:
-        """The raw one, which waits for the one before: buffers are one batch's at a time."""
+        """The raw one, which waits for the one before: what launches pass on is one batch's at a time."""
         raw: int = torch._C._cuda_getCurrentRawStream(self._device.index)
         if raw != self._last_raw_stream:
             stream = torch.cuda.current_stream(self._device)
@@ -147,12 +161,14 @@ class GraphedLookup:
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _placeholder: Tensor, graphed: GraphedLookup, arguments: list[Any]) -> Tensor:
-        at = graphed._at
-        output, ctx.turn = graphed.forward(arguments[at.indices], arguments[at.offsets])
         ctx.graphed, ctx.arguments = graphed, arguments
-        return output
+        return graphed.forward(arguments)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        ctx.graphed.backward(ctx.turn, ctx.arguments, gradient)
+        ctx.graphed.backward(ctx.arguments, gradient)
         return None, None, None
+
+
+def _addresses(*tensors: Tensor) -> list[bytes]:
+    return [struct.pack("Q", t.data_ptr()) for t in tensors]

@@ -138,8 +138,6 @@ def test_batches_of_one_shape_train_by_graphs_with_new_rates_and_gradients(optim
             tbe.set_learning_rate(0.1 / (1 + i % 3))
         outputs = lookup(*ids(i, True)), theirs(*ids(i, True))
         assert torch.equal(*outputs)
-        for tbe in (ours, theirs) if i % 2 else ():
-            tbe.set_learning_rate(0.05)  # before the backward
         for output in outputs:
             gradient = torch.rand(output.shape[::-1], generator=torch.Generator(DEVICE).manual_seed(i), device=DEVICE).t()
             output.backward(gradient)

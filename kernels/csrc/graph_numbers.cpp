@@ -51,7 +51,11 @@ GraphNumbers::GraphNumbers(const GraphFunctions& functions, Handle graph, Handle
   for (Handle f : {functions.get_nodes, functions.get_type, functions.get_params, functions.set_params, functions.param_info}) {
     if (f == 0) throw Error(ErrorKind::kConfiguration, "a function of the CUDA driver has address 0");
   }
-  if (numbers.size() != others.size()) throw Error(ErrorKind::kConfiguration, "both captures have the same numbers");
+  for (std::size_t n = 0; n < std::max(numbers.size(), others.size()); ++n) {
+    if (n >= numbers.size() || n >= others.size() || numbers[n].empty() || numbers[n].size() != others[n].size() || numbers[n] == others[n]) {
+      throw Error(ErrorKind::kConfiguration, "two captures have as many numbers, of the same widths, which differ");
+    }
+  }
   const std::vector<Handle> mine = nodes_of(graph), theirs = nodes_of(other);
   if (mine.size() != theirs.size()) refuse("have " + std::to_string(mine.size()) + " and " + std::to_string(theirs.size()) + " nodes");
   for (std::size_t i = 0; i < mine.size(); ++i) {
@@ -63,18 +67,32 @@ GraphNumbers::GraphNumbers(const GraphFunctions& functions, Handle graph, Handle
     if (!same_launch(a.launch.data(), b.launch.data()) || a.parameters.size() != b.parameters.size()) {
       refuse("launch node " + std::to_string(i) + " in different ways");
     }
-    for (std::size_t p = 0; p < a.parameters.size(); ++p) {
-      if (a.parameters[p] == b.parameters[p]) continue;
-      std::size_t n = 0;
-      while (n < numbers.size() && !(a.parameters[p] == numbers[n] && b.parameters[p] == others[n])) ++n;
-      if (n == numbers.size()) refuse("differ in parameter " + std::to_string(p) + " of node " + std::to_string(i) + ", which is no number");
-      a.places.push_back({p, n});
-    }
+    for (std::size_t p = 0; p < a.parameters.size(); ++p) find(a.parameters[p], b.parameters[p], others, p, a.places);
     if (!a.places.empty()) kernels_.push_back(std::move(a));
   }
   const std::vector<int> found = places();
   for (std::size_t n = 0; n < found.size(); ++n) {
     if (found[n] == 0) refuse("do not show where number " + std::to_string(n) + " is");
+  }
+}
+
+void GraphNumbers::find(const std::string& mine, const std::string& theirs, const std::vector<std::string>& others, std::size_t parameter,
+                        std::vector<Place>& places) const {
+  if (mine.size() != theirs.size()) refuse("have a kernel with parameters of different widths");
+  for (std::size_t at = 0; at < mine.size();) {
+    if (mine[at] == theirs[at]) {
+      ++at;
+      continue;
+    }
+    std::size_t n = 0, begin = 0, width = 0;
+    for (; n < numbers_.size(); ++n) {
+      width = numbers_[n].size();
+      begin = at / width * width;
+      if (mine.compare(begin, width, numbers_[n]) == 0 && theirs.compare(begin, width, others[n]) == 0) break;
+    }
+    if (n == numbers_.size()) refuse("differ in parameter " + std::to_string(parameter) + " of a kernel, and not in a number");
+    places.push_back({parameter, begin, n});
+    at = begin + width;
   }
 }
 
@@ -114,7 +132,11 @@ void GraphNumbers::set(Handle executable, const std::vector<std::string>& number
     if (numbers[n].size() != numbers_[n].size()) throw Error(ErrorKind::kConfiguration, "a number of another width");
   }
   for (Kernel& kernel : kernels_) {
-    for (const Place& place : kernel.places) kernel.parameters[place.parameter] = numbers[place.number];
+    if (std::none_of(kernel.places.begin(), kernel.places.end(),
+                     [&](const Place& place) { return numbers[place.number] != numbers_[place.number]; })) {
+      continue;
+    }
+    for (const Place& place : kernel.places) kernel.parameters[place.parameter].replace(place.offset, numbers[place.number].size(), numbers[place.number]);
     kernel.addresses.clear();
     for (std::string& p : kernel.parameters) kernel.addresses.push_back(p.data());
     Launch launch;

@@ -1,8 +1,9 @@
-// Numbers that a captured graph was given by the host, which change from launch to launch: a learning rate, the number of a step.
+// Numbers that a captured graph was given by the host, which change from launch to launch: addresses of what it reads and writes, a learning
+// rate, the number of a step.
 //
-// A graph has the parameters of its kernels as they were when it was captured. Two captures of the same launches, into the same memory but with
-// other numbers, show where they are: where the two differ. So whatever else differs, and whatever depends on the numbers in another
-// way than by being them, is found, and refused.
+// A graph has the parameters of its kernels as they were when it was captured. Two captures of the same launches, with the same memory between
+// them but with other numbers, show where those are: where the two differ, in words that are as wide as the number and begin at a
+// multiple of that. So whatever else differs, and whatever depends on a number in another way than by being it, is found, and refused.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +30,12 @@ class GraphNumbers {
   // The next launches of ``executable``, made from ``graph``, have these numbers. Throws kDevice.
   void set(Handle executable, const std::vector<std::string>& numbers);
 
-  // In how many parameters each number is.
+  // In how many places each number is.
   std::vector<int> places() const;
 
  private:
   struct Place {
-    std::size_t parameter, number;
+    std::size_t parameter, offset, number;
   };
   struct Kernel {
     Handle node;
@@ -44,6 +45,8 @@ class GraphNumbers {
     std::vector<Place> places;
   };
 
+  void find(const std::string& mine, const std::string& theirs, const std::vector<std::string>& others, std::size_t parameter,
+            std::vector<Place>& places) const;
   std::vector<Handle> nodes_of(Handle graph) const;
   bool is_kernel(Handle node) const;
   Kernel kernel_at(Handle node) const;
