@@ -1,12 +1,11 @@
-"""What the bus gives to rows that lie scattered in host memory: by kernels that load and store, both ways at once, the best of several.
-
-An upper bound of what an exchange of records can get, whatever else it does. The rows are in the order of addresses, as an exchange has them
-(docs/architecture.md), or side by side.
+"""What the bus gives to rows that lie scattered in host memory: the best of many plain kernels that load and store, as an upper bound of what
+an exchange of records can get, whatever else it does. And to such kernels in one direction beside copies in the other.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,21 @@ import triton
 import triton.language as tl
 from torchrec_mtrains.kernels.device_planes import _mapped
 
-from _gpu_machine import GB, seconds_on_device
+from _gpu_machine import GB, ROW_BYTES, seconds_on_device
 
-TILES, PROGRAMS, WARPS = (2048, 4096, 8192), (22, 33, 66, 132, 264), (1, 2, 4)
-"""Elements of a tile; programs; and their warps."""
+Cut = tuple[int, int, int]
+CUTS: list[Cut] = list(itertools.product((2048, 4096, 8192), (22, 33, 66, 132, 264), (1, 2, 4)))
+"""Elements of a tile, programs, and their warps."""
+
+COLUMNS = ROW_BYTES // 4
+COPIES = 4
+"""Blocks that are copied one after the other beside as many launches, so that beginning and end matter less."""
 
 
 @triton.jit
-def _move(host, device, places, count, READ: tl.constexpr, WRITE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _move(  # type: ignore[no-untyped-def]
+    host, device, places, count, READ: tl.constexpr, WRITE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     column = tl.arange(0, COLUMNS)
     first = tl.program_id(0) * ROWS
     while first < count:
@@ -38,27 +44,53 @@ def _move(host, device, places, count, READ: tl.constexpr, WRITE: tl.constexpr, 
         first += tl.num_programs(0) * ROWS
 
 
-class HostRows:
-    """``host_rows`` rows of ``columns`` floats in host memory, of which ``moved`` come and go."""
+class _Rows:
+    """``count`` of ``host_rows`` rows of host memory, in the order of addresses; scattered, or side by side."""
 
-    def __init__(self, columns: int, host_rows: int, moved: int) -> None:
-        self.columns, self.moved, self.bytes_one_way = columns, moved, moved * columns * 4
-        self.device = torch.zeros(moved, columns, device="cuda")
-        self.host = _mapped(host_rows * columns, self.device)
+    def __init__(self, host_rows: int, count: int) -> None:
+        self.count, self.bytes_one_way = count, count * ROW_BYTES
+        self.device = torch.zeros(count, COLUMNS, device="cuda")
+        self.host = _mapped(host_rows * COLUMNS, self.device)
         self.host.zero_()
-        self.scattered = torch.randperm(host_rows, device="cuda")[:moved].sort().values
-        self.dense = torch.arange(moved, device="cuda")
+        self.places = [torch.randperm(host_rows, device="cuda")[:count].sort().values, torch.arange(count, device="cuda")]
 
-    def move(self, places: torch.Tensor, cut: tuple[int, int, int], read: bool = True, write: bool = True) -> None:
-        """On the current stream. ``cut``: elements of a tile, programs, warps."""
+    def move(self, places: torch.Tensor, cut: Cut, read: bool, write: bool) -> None:
+        """On the current stream."""
         tile, programs, warps = cut
         _move[(programs,)](
-            self.host, self.device, places, self.moved, READ=read, WRITE=write, ROWS=tile // self.columns, COLUMNS=self.columns, num_warps=warps
+            self.host, self.device, places, self.count, READ=read, WRITE=write, ROWS=tile // COLUMNS, COLUMNS=COLUMNS, num_warps=warps
         )  # fmt: skip
 
-    def gb_per_s(self, places: torch.Tensor, cuts: Any = None) -> tuple[float, tuple[int, int, int]]:
-        """Both directions together, of the best cut."""
+    def best(self, launches: int, move: Callable[[torch.Tensor, Cut], None]) -> float:
+        """GB/s of both directions together, of ``launches`` of each."""
         return max(
-            (2 * self.bytes_one_way / seconds_on_device(lambda cut=cut: self.move(places, cut), 3) / GB, cut)
-            for cut in cuts or itertools.product(TILES, PROGRAMS, WARPS)
+            2 * launches * self.bytes_one_way / seconds_on_device(lambda p=p, c=c: move(p, c), 3) / GB  # type: ignore[misc]
+            for p, c in itertools.product(self.places, CUTS)
         )
+
+
+def rows_and_bus(host_rows: int, count: int) -> dict[str, float]:
+    """GB/s of both directions together."""
+    rows, side = _Rows(host_rows, count), torch.cuda.Stream()
+    block, source = torch.empty(count, COLUMNS, pin_memory=True), torch.zeros(count, COLUMNS, device="cuda")
+
+    def beside_copies(reads: bool) -> Callable[[torch.Tensor, Cut], None]:
+        to, from_ = (block, source) if reads else (source, block)
+
+        def move(places: torch.Tensor, cut: Cut) -> None:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(COPIES):
+                    to.copy_(from_, non_blocking=True)
+            for _ in range(COPIES):
+                rows.move(places, cut, reads, not reads)
+            torch.cuda.current_stream().wait_stream(side)
+
+        return move
+
+    result: dict[str, Any] = {
+        "pcie_rows_both_ways_gb_per_s": rows.best(1, lambda places, cut: rows.move(places, cut, True, True)),
+        "pcie_rows_in_copies_out_gb_per_s": rows.best(COPIES, beside_copies(True)),
+        "pcie_rows_out_copies_in_gb_per_s": rows.best(COPIES, beside_copies(False)),
+    }
+    return result

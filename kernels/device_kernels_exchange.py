@@ -73,20 +73,6 @@ def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int, 
 
 
 @triton.jit
-def _rows_at(  # type: ignore[no-untyped-def]
-    first, count, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, ROWS: tl.constexpr
-):
-    """Where rows begin above and below, in elements, and how many they have: none behind the last row."""
-    here = first + tl.arange(0, ROWS) < count
-    at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
-    table = tl.load(tables + at, mask=here, other=0)
-    width = tl.load(widths + table)
-    up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
-    down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
-    return up, down, tl.where(here, width, 0)
-
-
-@triton.jit
 def _exchange(  # type: ignore[no-untyped-def]
     upper, lower, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, count_in,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEWEST: tl.constexpr, WIDE_SHARE: tl.constexpr,
@@ -98,22 +84,22 @@ def _exchange(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) * ROWS
     if tl.program_id(0) >= programs:
         first = count
-    up, down, width = _rows_at(
-        first, count, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, ROWS
-    )
     while first < count:
-        # Without the hints a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
-        width, up, down = tl.multiple_of(width, ALIGN), tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN)
-        mask = column[None, :] < width[:, None]
+        here = first + tl.arange(0, ROWS) < count
+        at = tl.load(order + first + tl.arange(0, ROWS), mask=here, other=0)
+        table = tl.load(tables + at, mask=here, other=0)
+        # Without the hint a masked access is 4 bytes wide, and a warp's are 16 bytes apart: 2.6 GB/s to host memory, measured.
+        width = tl.multiple_of(tl.load(widths + table), ALIGN)
+        up = tl.load(upper_start + table) + (tl.load(slots + at, mask=here, other=0) - tl.load(first_slot + table)) * width
+        down = tl.load(lower_start + table) + (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host + table)) * width
+        up, down = tl.multiple_of(up, ALIGN), tl.multiple_of(down, ALIGN)
+        mask = here[:, None] & (column[None, :] < width[:, None])
         up_at, down_at = upper + up[:, None] + column[None, :], lower + down[:, None] + column[None, :]
         comes = tl.load(down_at, mask=mask)
         goes = tl.load(up_at, mask=mask)
-        first += programs * ROWS
-        up, down, width = _rows_at(  # of the next rows, while these are on the bus
-            first, count, order, slots, hosts, tables, first_slot, first_host, upper_start, lower_start, widths, ROWS
-        )
         tl.store(down_at, goes, mask=mask)
         tl.store(up_at, comes, mask=mask)
+        first += programs * ROWS
 
 
 def exchange(

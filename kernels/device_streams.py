@@ -18,7 +18,7 @@ import torch
 from .. import errors
 from . import _core
 
-FUNCTIONS = ("cudaEventRecord", "cudaStreamWaitEvent", "cudaEventQuery", "cudaGraphLaunch", "cudaGetLastError", "cudaMemcpyAsync")
+FUNCTIONS = ("cudaEventRecord", "cudaStreamWaitEvent", "cudaEventQuery", "cudaGraphLaunch", "cudaGetLastError")
 
 
 @cache

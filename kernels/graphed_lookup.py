@@ -104,12 +104,14 @@ class GraphedLookup:
             argument, element = at.step
             arguments[argument] = arguments[argument].copy()
             arguments[argument][element] = step
-        gradient = self._empty()
+        gradient, nbytes = self._empty(), self._like.nbytes
         outputs: list[Tensor] = []
-        calls = [lambda: outputs.append(self._operator(*arguments)), lambda: outputs.append(self._empty())]
+        spare: list[int] = []  # past ``torch.empty``, which fills what it makes where algorithms are to be deterministic
+        calls = [lambda: outputs.append(self._operator(*arguments)), lambda: spare.append(torch.cuda.caching_allocator_alloc(nbytes))]
         forward = captured(lambda: [call() for call in (calls if which else reversed(calls))], pool, keep=True)
-        output = outputs[0 if which else 1]
+        output = outputs.pop()
         backward = captured(lambda: torch.autograd.grad(output, leaf, gradient, allow_unused=True), pool, keep=True)
+        torch.cuda.caching_allocator_delete(spare[0])
         numbers = self._numbers_of_forward(arguments, output), self._numbers_of_backward(arguments, gradient)
         return _Trial(forward, backward, *numbers, (arguments[at.indices], arguments[at.offsets], gradient))
 

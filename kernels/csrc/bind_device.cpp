@@ -38,15 +38,14 @@ void bind_device(nb::module_& m) {
   calls
       .def("__init__",
            [](DeviceCalls* self, Handle event_record, Handle stream_wait_event, Handle event_query, Handle graph_launch,
-              Handle get_last_error, Handle copy) {
-             new (self) DeviceCalls({event_record, stream_wait_event, event_query, graph_launch, get_last_error, copy});
+              Handle get_last_error) {
+             new (self) DeviceCalls({event_record, stream_wait_event, event_query, graph_launch, get_last_error});
            },
-           "event_record"_a, "stream_wait_event"_a, "event_query"_a, "graph_launch"_a, "get_last_error"_a, "copy"_a)
+           "event_record"_a, "stream_wait_event"_a, "event_query"_a, "graph_launch"_a, "get_last_error"_a)
       .def("record", &DeviceCalls::record, "event"_a, "stream"_a)
       .def("wait", &DeviceCalls::wait, "event"_a, "stream"_a)
       .def("launch", &DeviceCalls::launch, "graph"_a, "stream"_a)
       .def("done", &DeviceCalls::done, "event"_a)
-      .def("copy", &DeviceCalls::copy, "to"_a, "source"_a, "bytes"_a, "stream"_a)
       .def("run", [](const DeviceCalls& self, const DeviceCallList& list, Handle caller) { self.run(list.calls, caller); }, "calls"_a,
            "caller"_a, nb::call_guard<nb::gil_scoped_release>());
   calls.attr("RECORD") = static_cast<int>(DeviceCall::kRecord);

@@ -10,7 +10,7 @@
 namespace mtrains {
 namespace {
 
-constexpr int kSuccess = 0, kNotReady = 600, kDeviceToDevice = 3;
+constexpr int kSuccess = 0, kNotReady = 600;
 constexpr std::chrono::microseconds kSpin{2000}, kPause{20};
 constexpr int kLooks = 64;  // between looks at the clock, and offers of the core
 
@@ -32,7 +32,7 @@ void check(int status, const char* function) {
 
 DeviceCalls::DeviceCalls(const DeviceFunctions& functions) : functions_(functions) {
   for (Handle f : {functions.event_record, functions.stream_wait_event, functions.event_query, functions.graph_launch,
-                   functions.get_last_error, functions.copy}) {
+                   functions.get_last_error}) {
     if (f == 0) throw Error(ErrorKind::kConfiguration, "a function of the CUDA runtime has address 0; load the runtime first");
   }
 }
@@ -57,10 +57,6 @@ bool DeviceCalls::done(Handle event) const {
   }
   check(status, "cudaEventQuery");
   return true;
-}
-
-void DeviceCalls::copy(Handle to, Handle from, std::size_t bytes, Handle stream) const {
-  check(call(functions_.copy, pointer(to), pointer(from), bytes, kDeviceToDevice, pointer(stream)), "cudaMemcpyAsync");
 }
 
 void DeviceCalls::run(const std::vector<DeviceCall>& calls, Handle caller) const {

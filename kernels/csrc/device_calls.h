@@ -6,7 +6,6 @@
 // are called in its order; the first that fails ends it.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -14,9 +13,9 @@ namespace mtrains {
 
 using Handle = std::uint64_t;
 
-// The addresses of cudaEventRecord, cudaStreamWaitEvent, cudaEventQuery, cudaGraphLaunch, cudaGetLastError and cudaMemcpyAsync.
+// The addresses of cudaEventRecord, cudaStreamWaitEvent, cudaEventQuery, cudaGraphLaunch and cudaGetLastError.
 struct DeviceFunctions {
-  Handle event_record, stream_wait_event, event_query, graph_launch, get_last_error, copy;
+  Handle event_record, stream_wait_event, event_query, graph_launch, get_last_error;
 };
 
 struct DeviceCall {
@@ -38,7 +37,6 @@ class DeviceCalls {
   void wait(Handle event, Handle stream) const;
   void launch(Handle graph, Handle stream) const;
   bool done(Handle event) const;
-  void copy(Handle to, Handle from, std::size_t bytes, Handle stream) const;  // within the device's memory
   void run(const std::vector<DeviceCall>& calls, Handle caller) const;
 
  private:
