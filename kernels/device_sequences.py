@@ -12,6 +12,7 @@ One is used again when the host has looked at what it told: then the device has 
 
 from __future__ import annotations
 
+import gc
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -75,11 +76,20 @@ def capacity_for(ids: int) -> int:
 
 def captured(launch: Callable[[], object], pool: Any = None, keep: bool = False) -> Any:
     """What ``launch`` queues on the current stream, which must not be the default one, as a graph; to ``keep``: one that can be looked into
-    and is not instantiated yet. Its memory is from ``pool``, or its own."""
+    and is not instantiated yet. Its memory is from ``pool``, or its own.
+
+    Garbage is not collected meanwhile: what it gives back to the runtime, such as registered memory, ends a capture.
+    """
     graph = torch.cuda.CUDAGraph(keep_graph=keep)
-    graph.capture_begin(pool, capture_error_mode="thread_local")
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        launch()
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            launch()
+        finally:
+            graph.capture_end()
     finally:
-        graph.capture_end()
+        if collects:
+            gc.enable()
     return graph
