@@ -1,5 +1,5 @@
-"""What the bus gives to rows that lie scattered in host memory: the best of many plain kernels that load and store, as an upper bound of what
-an exchange of records can get, whatever else it does. And to such kernels in one direction beside copies in the other.
+"""What the bus gives to rows that lie scattered in host memory: the best of many plain kernels that load and store, as an upper bound of
+what an exchange of records can get, whatever else it does. And to such kernels in one direction beside copies in the other.
 """
 
 from __future__ import annotations

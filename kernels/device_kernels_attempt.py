@@ -248,7 +248,7 @@ def _choose(  # type: ignore[no-untyped-def]
     else:
         table = tl.program_id(0) // queue_blocks
         first, fill = (tl.program_id(0) % queue_blocks) * BLOCK, tl.load(queue_fill + table)
-        if (first < fill) & (tl.load(missing_count) > 0):
+        if (first < fill) & (tl.load(missing_count) > 0):  # noqa: SIM102
             if _fits(bad, decided, misses, below, available, tables, TABLES_POW2):
                 at = first + i
                 here = at < fill

@@ -1,7 +1,7 @@
 """``GraphedLookup``: the forward and the backward, with its fused update, of a stock TBE as CUDA graphs, for batches of one shape.
 
-A backward launches some 25 kernels, and a forward calls through layers of dispatch: together 0.4 to 0.8 ms of the host, of a step that takes
-a GPU 0.5. What they launch depends on the shape of a batch alone, which is how many ids and bags it has. So both are captured, by
+A backward launches some 25 kernels, and a forward calls through layers of dispatch: together 0.4 to 0.8 ms of the host, of a step that
+takes a GPU 0.5. What they launch depends on the shape of a batch alone, which is how many ids and bags it has. So both are captured, by
 running the operator itself, and replayed.
 
 What changes from batch to batch are parameters of the captured kernels: where ids, offsets, output and gradient are; the learning rate; for
@@ -97,7 +97,9 @@ class GraphedLookup:
         """Nothing runs, so memory without content does. Of the pool's, the output has another place in each of two trials, and all else the
         same: it is swapped with a spare one."""
         at, arguments, (learning_rate, step) = self._at, arguments.copy(), _TRIALS[which]
-        arguments[at.placeholder] = leaf = arguments[at.placeholder].detach().requires_grad_()  # of this stream, on which it is then visited
+        arguments[at.placeholder] = leaf = (
+            arguments[at.placeholder].detach().requires_grad_()
+        )  # of this stream, on which it is then visited
         arguments[at.indices], arguments[at.offsets] = (torch.empty_like(arguments[i]) for i in (at.indices, at.offsets))
         arguments[at.learning_rate] = torch.full_like(arguments[at.learning_rate], learning_rate)
         if at.step is not None:

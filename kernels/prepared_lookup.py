@@ -139,7 +139,7 @@ class PreparedLookup:
         tbe, names = self._tbe, call.names
         self._counters = (tbe.iter_cpu, tbe.iter) if call.counted else None
         changing = ("placeholder_autograd_tensor", "indices", "offsets", "learning_rate_tensor")
-        self._at = Positions(*(names.index(name) if name in names else 0 for name in changing), step_at)
+        self._at = Positions(*(names.index(name) if name in names else -1 for name in changing), step_at)  # a CPU's has no placeholder
         self._arguments = [None if name in ("indices", "offsets") else a for name, a in zip(names, call.arguments, strict=True)]
         self._operator, self._recorded = call.operator, None
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import struct
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 from torchrec_mtrains.kernels import _core
+from torchrec_mtrains.kernels.device_sequences import captured
 
 from torchrec_mtrains.errors import ConfigurationError, DeviceError
 
@@ -19,7 +23,8 @@ class Launch(ctypes.Structure):
 
     _fields_ = [
         ("function", ctypes.c_void_p), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
-        ("parameters", ctypes.POINTER(ctypes.c_void_p)), ("extra", ctypes.c_void_p), ("kernel", ctypes.c_void_p), ("context", ctypes.c_void_p),
+        ("parameters", ctypes.POINTER(ctypes.c_void_p)), ("extra", ctypes.c_void_p), ("kernel", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -139,3 +144,29 @@ def test_bad_numbers_and_what_the_driver_reports_are_errors() -> None:
         driver.numbers([i64(16), f32(0.25)], [i64(32), f32(0.75)])
     with pytest.raises(ConfigurationError, match="address 0"):
         _core.GraphNumbers([1, 2, 0, 4, 5], 1, 2, [], [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_collected_while_launches_are_captured(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """What garbage gives back to the runtime ended a capture on a GPU now and then."""
+    calls: list[str] = []
+
+    class Graph:
+        def __init__(self, keep_graph: bool) -> None: ...
+
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+            calls.append("begin")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
+    def launch() -> None:
+        assert not gc.isenabled()
+        if fails:
+            raise ValueError("a launch")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    with pytest.raises(ValueError, match="a launch") if fails else nullcontext():
+        captured(launch)
+    assert calls == ["begin", "end"]
+    assert gc.isenabled()
