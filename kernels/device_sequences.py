@@ -78,7 +78,7 @@ def captured(launch: Callable[[], object], pool: Any = None, keep: bool = False)
     """What ``launch`` queues on the current stream, which must not be the default one, as a graph; to ``keep``: one that can be looked into
     and is not instantiated yet. Its memory is from ``pool``, or its own.
 
-    Garbage is not collected meanwhile: it may hold graphs and registered memory, and the runtime ends a capture in which some are given back.
+    Garbage is not collected meanwhile: it may hold graphs and registered memory, and the runtime ends a capture in which such are freed.
     """
     graph = torch.cuda.CUDAGraph(keep_graph=keep)
     collects = gc.isenabled()

@@ -134,7 +134,7 @@ class GraphedLookup:
 
     def __call__(self, arguments: list[Any]) -> Tensor:
         """The operator's output of a batch of this shape."""
-        return _Lookup.apply(arguments[self._at.placeholder], self, arguments)  # type: ignore[no-any-return]
+        return _Lookup.apply(arguments[self._at.placeholder], self, arguments)
 
     def forward(self, arguments: list[Any]) -> Tensor:
         """On the current stream."""
@@ -169,7 +169,7 @@ class _Lookup(torch.autograd.Function):
         return graphed.forward(arguments)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.graphed.backward(ctx.arguments, gradient)
         return None, None, None
 

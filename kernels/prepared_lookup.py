@@ -139,7 +139,9 @@ class PreparedLookup:
         tbe, names = self._tbe, call.names
         self._counters = (tbe.iter_cpu, tbe.iter) if call.counted else None
         changing = ("placeholder_autograd_tensor", "indices", "offsets", "learning_rate_tensor")
-        self._at = Positions(*(names.index(name) if name in names else -1 for name in changing), step_at)  # a CPU's has no placeholder
+        # A CPU's operator has no placeholder, and its batches no graphs.
+        placeholder, indices, offsets, rate = (names.index(name) if name in names else -1 for name in changing)
+        self._at = Positions(placeholder, indices, offsets, rate, step_at)
         self._arguments = [None if name in ("indices", "offsets") else a for name, a in zip(names, call.arguments, strict=True)]
         self._operator, self._recorded = call.operator, None
 
