@@ -165,17 +165,21 @@ def _win(  # type: ignore[no-untyped-def]
         else:
             block = tl.program_id(0) - blocks
             table = block // queue_blocks
-            at = (block % queue_blocks) * BLOCK + i
-            here = at < tl.load(queue_fill + table)
-            q = tl.load(queue_start + table) + at
-            place = tl.load(queue_place + q, mask=here, other=0).to(tl.int64)
-            fresh = here & (tl.load(stamp + PLACE * place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
-            fresh = fresh & (tl.load(window + PLACE * place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
-            tl.store(fresh_out + block.to(tl.int64) * BLOCK + i, fresh.to(tl.int8))
-            fresh_here = tl.sum(fresh.to(tl.int32))
-            tl.store(block_fresh + block, fresh_here)
-            if fresh_here > 0:
-                tl.atomic_add(available + table, fresh_here.to(tl.int64), sem="relaxed")
+            first, fill = (block % queue_blocks) * BLOCK, tl.load(queue_fill + table)
+            if first >= fill:  # most are: a queue has room for many more than it holds
+                tl.store(block_fresh + block, 0)
+            else:
+                at = first + i
+                here = at < fill
+                q = tl.load(queue_start + table) + at
+                place = tl.load(queue_place + q, mask=here, other=0).to(tl.int64)
+                fresh = here & (tl.load(stamp + PLACE * place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
+                fresh = fresh & (tl.load(window + PLACE * place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
+                tl.store(fresh_out + block.to(tl.int64) * BLOCK + i, fresh.to(tl.int8))
+                fresh_here = tl.sum(fresh.to(tl.int32))
+                tl.store(block_fresh + block, fresh_here)
+                if fresh_here > 0:
+                    tl.atomic_add(available + table, fresh_here.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -222,9 +226,9 @@ def _choose(  # type: ignore[no-untyped-def]
     chosen, summary, wins_in, win_starts, winners, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr,
     TABLES_POW2: tl.constexpr, OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
     if tl.program_id(0) == 0:
         t = tl.arange(0, TABLES_POW2)
+        fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
         tl.store(summary, tl.load(bad))
         tl.store(summary + 1, fits.to(tl.int64))
         tl.store(summary + 2 + t, tl.load(hits + t, mask=t < tables, other=0), mask=t < tables)
@@ -241,17 +245,20 @@ def _choose(  # type: ignore[no-untyped-def]
             won = tl.load(wins_in + block * BLOCK + i) != 0
             rank = tl.load(win_starts + block) + tl.cumsum(won.to(tl.int32), 0) - 1
             tl.store(winners + rank, block * BLOCK + i, mask=won)
-    elif fits & (tl.load(missing_count) > 0):
+    else:
         table = tl.program_id(0) // queue_blocks
-        at = (tl.program_id(0) % queue_blocks) * BLOCK + i
-        here = at < tl.load(queue_fill + table)
-        remade = tl.load(decided) != 0
-        fresh = here & (remade | (tl.load(fresh_in + tl.program_id(0).to(tl.int64) * BLOCK + i) != 0))
-        before = (tl.load(fresh_starts + tl.program_id(0)) - tl.load(decided + 2 + tables + table)).to(tl.int32)
-        rank = tl.where(remade, at, before + tl.cumsum(fresh.to(tl.int32), 0) - 1)
-        taken = fresh & (rank < tl.load(misses + table))
-        place = tl.load(queue_place + tl.load(queue_start + table) + at, mask=taken, other=0)
-        tl.store(chosen + tl.load(decided + 2 + table) + rank, place, mask=taken)
+        first, fill = (tl.program_id(0) % queue_blocks) * BLOCK, tl.load(queue_fill + table)
+        if (first < fill) & (tl.load(missing_count) > 0):  # noqa: SIM102
+            if _fits(bad, decided, misses, below, available, tables, TABLES_POW2):
+                at = first + i
+                here = at < fill
+                remade = tl.load(decided) != 0
+                fresh = here & (remade | (tl.load(fresh_in + tl.program_id(0).to(tl.int64) * BLOCK + i) != 0))
+                before = (tl.load(fresh_starts + tl.program_id(0)) - tl.load(decided + 2 + tables + table)).to(tl.int32)
+                rank = tl.where(remade, at, before + tl.cumsum(fresh.to(tl.int32), 0) - 1)
+                taken = fresh & (rank < tl.load(misses + table))
+                place = tl.load(queue_place + tl.load(queue_start + table) + at, mask=taken, other=0)
+                tl.store(chosen + tl.load(decided + 2 + table) + rank, place, mask=taken)
 
 
 @triton.jit

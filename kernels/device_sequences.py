@@ -12,6 +12,7 @@ One is used again when the host has looked at what it told: then the device has 
 
 from __future__ import annotations
 
+import gc
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -73,10 +74,22 @@ def capacity_for(ids: int) -> int:
     return max(BLOCK, 1 << max(0, ids - 1).bit_length())
 
 
-def captured(launch: Callable[[], None]) -> Any:
-    """What ``launch`` queues on the current stream, which must not be the default one, as a graph."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(capture_error_mode="thread_local")
-    launch()
-    graph.capture_end()
+def captured(launch: Callable[[], object], pool: Any = None, keep: bool = False) -> Any:
+    """What ``launch`` queues on the current stream, which must not be the default one, as a graph; to ``keep``: one that can be looked into
+    and is not instantiated yet. Its memory is from ``pool``, or its own.
+
+    Garbage is not collected meanwhile: it may hold graphs and registered memory, and the runtime ends a capture in which such are freed.
+    """
+    graph = torch.cuda.CUDAGraph(keep_graph=keep)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            launch()
+        finally:
+            graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
     return graph

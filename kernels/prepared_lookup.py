@@ -12,20 +12,34 @@ operator is called with what they have in common. What keeps it equal to the sto
 - Nobody watches the stock forward: no hooks on the module, no reports.
 
 Otherwise, and for weights of samples, features without gradient and variable batches, the stock forward runs.
+
+On a GPU, batches that have as many ids and bags as the ones before are trained by CUDA graphs (``GraphedLookup``), others by the operator.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from .. import errors
+from .graphed_lookup import GraphedLookup, Positions
 
 OPERATORS = frozenset(
     f"fbgemm::split_embedding_codegen_lookup_{optimizer}_function_pt2"
     for optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb")
 )
+PATIENCE = 3
+"""Batches of one shape in a row after which graphs are made for it; twice as many whenever graphs have been made, so that shapes that come
+and go do not cost more than they save."""
+
 _WATCHERS = ("stats_reporter", "_report_input_params", "tbe_input_multiplexer")
+_Shape = tuple[int, int, bool]
+"""How many ids and offsets, and whether algorithms are to be deterministic: what a backward launches depends on that."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -41,14 +55,23 @@ class PreparedLookup:
         self._operator: Any = None
         self._arguments: list[Any] = []
         self._counters: tuple[Tensor, Tensor] | None = None  # of steps, where they are counted
-        self._step_at: tuple[int, int] | None = None  # where among the arguments the number of the step is
+        self._at = Positions(0, 0, 0, 0, None)
         self._optimizer_args = self._tbe.optimizer_args
         self._hopeless = False
+        self._graphed: GraphedLookup | None = None
+        self._graphed_shape: _Shape | None = None
+        self._shape: _Shape | None = None
+        self._in_a_row, self._patience = 0, PATIENCE
 
     @property
     def prepared(self) -> bool:
         """Whether the next batch goes past the stock forward."""
         return self._operator is not None and self._tbe.optimizer_args is self._optimizer_args
+
+    @property
+    def graphed(self) -> bool:
+        """Whether the next batch, if it is like the last one, is trained by graphs."""
+        return self.prepared and self._graphed is not None and self._graphed_shape == self._shape
 
     def __call__(self, indices: Tensor, offsets: Tensor) -> Tensor:
         """Shapes: as the stock forward's, both int64."""
@@ -64,12 +87,30 @@ class PreparedLookup:
                 return tbe(indices, offsets)  # which takes over what a checkpoint has counted
             on_host.add_(1)
             on_device.add_(1)
-            if self._step_at is not None:
-                at, element = self._step_at
-                arguments[at] = arguments[at].copy()
-                arguments[at][element] = step + 1
-        arguments[self._indices_at], arguments[self._offsets_at] = indices, offsets
+            if self._at.step is not None:
+                argument, element = self._at.step
+                arguments[argument] = arguments[argument].copy()
+                arguments[argument][element] = step + 1
+        at = self._at
+        arguments[at.indices], arguments[at.offsets] = indices, offsets
+        if indices.is_cuda and torch.is_grad_enabled() and (graphed := self._graphed_for(indices, offsets, arguments)) is not None:
+            return graphed(arguments)
         return self._operator(*arguments)
+
+    def _graphed_for(self, indices: Tensor, offsets: Tensor, arguments: list[Any]) -> GraphedLookup | None:
+        shape = indices.numel(), offsets.numel(), torch.are_deterministic_algorithms_enabled()
+        self._in_a_row = self._in_a_row + 1 if shape == self._shape else 1
+        self._shape = shape
+        if shape != self._graphed_shape:
+            if self._in_a_row < self._patience or not indices.numel():
+                return None
+            self._patience *= 2
+            self._graphed, self._graphed_shape = None, shape  # the memory of the old ones is given back first
+            try:
+                self._graphed = GraphedLookup(self._operator, arguments, self._at)
+            except (AttributeError, OSError, RuntimeError, errors.ConfigurationError) as e:
+                warnings.warn(f"batches of {shape[0]} ids train without CUDA graphs, with more work for the host: {e}", stacklevel=2)
+        return self._graphed
 
     def _record(self, indices: Tensor, offsets: Tensor) -> Tensor:
         """The stock forward; after the second one in a row that fits the one before, what they have in common."""
@@ -96,8 +137,11 @@ class PreparedLookup:
 
     def _take(self, call: _Call, step_at: tuple[int, int] | None) -> None:
         tbe, names = self._tbe, call.names
-        self._counters, self._step_at = (tbe.iter_cpu, tbe.iter) if call.counted else None, step_at
-        self._indices_at, self._offsets_at = names.index("indices"), names.index("offsets")
+        self._counters = (tbe.iter_cpu, tbe.iter) if call.counted else None
+        changing = ("placeholder_autograd_tensor", "indices", "offsets", "learning_rate_tensor")
+        # A CPU's operator has no placeholder, and its batches no graphs.
+        placeholder, indices, offsets, rate = (names.index(name) if name in names else -1 for name in changing)
+        self._at = Positions(placeholder, indices, offsets, rate, step_at)
         self._arguments = [None if name in ("indices", "offsets") else a for name, a in zip(names, call.arguments, strict=True)]
         self._operator, self._recorded = call.operator, None
 

@@ -13,7 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec_mtrains.kernels.device_tbe import DEVICE_STATES
-from torchrec_mtrains.kernels.prepared_lookup import PreparedLookup
+from torchrec_mtrains.kernels.prepared_lookup import PATIENCE, PreparedLookup
 from torchrec_mtrains.kernels.tiered_tbe import STATES
 
 ON_GPU = torch.cuda.is_available()
@@ -42,9 +42,12 @@ def made(optimizer: EmbOptimType) -> SplitTableBatchedEmbeddingBagsCodegen:
     return tbe
 
 
-def ids(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def ids(seed: int, one_shape: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bags of random lengths; of ``one_shape``: as many ids in all, whatever the seed."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 4, (len(DIMS) * BAGS,), generator=generator)
+    if one_shape:
+        lengths = (torch.arange(len(DIMS) * BAGS) % 4)[torch.randperm(len(DIMS) * BAGS, generator=generator)]
     rows = torch.randint(0, ROWS, (int(lengths.sum()),), generator=generator)
     return rows.to(DEVICE), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(DEVICE)
 
@@ -63,15 +66,17 @@ def deterministic() -> Any:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.name)
 @settings(max_examples=10, deadline=None)
-@given(changes=st.lists(st.sampled_from([*CHANGES, ""]), min_size=6, max_size=12), seed=st.integers(0, 99))
-def test_it_trains_as_the_stock_forward_does_whatever_changes_in_between(optimizer: EmbOptimType, changes: list[str], seed: int) -> None:
+@given(changes=st.lists(st.sampled_from([*CHANGES, "", ""]), min_size=8, max_size=16), seed=st.integers(0, 99), one_shape=st.booleans())
+def test_it_trains_as_the_stock_forward_does_whatever_changes_in_between(
+    optimizer: EmbOptimType, changes: list[str], seed: int, one_shape: bool
+) -> None:
     ours, theirs = made(optimizer), made(optimizer)
     lookup = PreparedLookup(ours)
     for i, change in enumerate(changes):
         if change:
             CHANGES[change](ours)
             CHANGES[change](theirs)
-        batch = ids(seed + i)
+        batch = ids(seed + i, one_shape)
         got, expected = lookup(*batch), theirs(*batch)
         assert torch.equal(got, expected)
         for output in (got, expected):
@@ -103,3 +108,81 @@ def test_whoever_watches_the_stock_forward_sees_every_batch() -> None:
         lookup(*ids(i))
     assert len(seen) == 5
     assert not lookup.prepared
+
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="graphs need a GPU")
+
+
+def graphed(optimizer: EmbOptimType) -> tuple[Any, Any, PreparedLookup]:
+    """Ours, trained by graphs, stock, and what trains ours."""
+    ours, theirs = made(optimizer), made(optimizer)
+    lookup = PreparedLookup(ours)
+    for i in range(2 + PATIENCE):
+        assert not lookup.graphed
+        for output in (lookup(*ids(i, True)), theirs(*ids(i, True))):
+            output.backward(torch.ones_like(output))
+    assert lookup.graphed
+    return ours, theirs, lookup
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(state(ours), state(theirs), strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.name)
+def test_batches_of_one_shape_train_by_graphs_with_new_rates_and_gradients(optimizer: EmbOptimType) -> None:
+    ours, theirs, lookup = graphed(optimizer)
+    for i in range(20):
+        for tbe in (ours, theirs):
+            tbe.set_learning_rate(0.1 / (1 + i % 3))
+        outputs = lookup(*ids(i, True)), theirs(*ids(i, True))
+        assert torch.equal(*outputs)
+        for output in outputs:
+            gradient = torch.rand(output.shape[::-1], generator=torch.Generator(DEVICE).manual_seed(i), device=DEVICE).t()
+            output.backward(gradient)
+    assert lookup.graphed
+    assert_equal(ours, theirs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.name)
+def test_backwards_in_any_order_and_on_any_stream_train_their_own_batches(optimizer: EmbOptimType) -> None:
+    ours, theirs, lookup = graphed(optimizer)
+    torch.cuda.synchronize()
+    for forward in (lookup, theirs):
+        first, second, dropped = (forward(*ids(i, True)) for i in (7, 8, 9))
+        kept = first.detach().clone()
+        del dropped
+        with torch.no_grad():
+            forward(*ids(10, True))
+        second.backward(torch.ones_like(second))
+        first.backward(torch.ones_like(first))
+        assert torch.equal(first.detach(), kept)
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            output = forward(*ids(11, True))
+            output.backward(torch.ones_like(output))
+        torch.cuda.current_stream().wait_stream(other)
+    assert_equal(ours, theirs)
+
+
+@needs_gpu
+def test_shapes_that_come_and_go_have_graphs_made_ever_more_rarely() -> None:
+    ours, theirs, lookup = graphed(EmbOptimType.ADAM)
+    was = []
+    for i in range(12):
+        one_shape = i // 4 % 2 == 0
+        batch = ids(i, True) if one_shape else ids(3)
+        outputs = lookup(*batch), theirs(*batch)
+        was.append(lookup.graphed)
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.backward(torch.ones_like(output))
+    assert was == [True] * 4 + [False] * 4 + [True] * 4
+    for _ in range(2 * PATIENCE):
+        for output in (lookup(*ids(3)), theirs(*ids(3))):
+            output.backward(torch.ones_like(output))
+    assert lookup.graphed
+    assert_equal(ours, theirs)

@@ -3,15 +3,23 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <string>
 #include <tuple>
 
 #include "device_calls.h"
+#include "graph_numbers.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace mtrains;
 
 namespace {
+
+std::vector<std::string> as_strings(const std::vector<nb::bytes>& numbers) {
+  std::vector<std::string> strings;
+  for (const nb::bytes& n : numbers) strings.emplace_back(n.c_str(), n.size());
+  return strings;
+}
 
 // A list of calls, made from Python once.
 struct DeviceCallList {
@@ -44,5 +52,16 @@ void bind_device(nb::module_& m) {
   calls.attr("WAIT") = static_cast<int>(DeviceCall::kWait);
   calls.attr("LAUNCH") = static_cast<int>(DeviceCall::kLaunch);
   calls.attr("CALLER") = DeviceCalls::kCaller;
+  nb::class_<GraphNumbers>(m, "GraphNumbers")
+      .def("__init__",
+           [](GraphNumbers* self, const std::vector<Handle>& functions, Handle graph, Handle other, const std::vector<nb::bytes>& numbers,
+              const std::vector<nb::bytes>& others) {
+             const GraphFunctions named{functions.at(0), functions.at(1), functions.at(2), functions.at(3), functions.at(4)};
+             new (self) GraphNumbers(named, graph, other, as_strings(numbers), as_strings(others));
+           },
+           "functions"_a, "graph"_a, "other"_a, "numbers"_a, "others"_a)
+      .def("set", [](GraphNumbers& self, Handle executable, const std::vector<nb::bytes>& numbers) { self.set(executable, as_strings(numbers)); },
+           "executable"_a, "numbers"_a)
+      .def_prop_ro("places", &GraphNumbers::places);
   m.def("wait_for_number", &wait_for_number, "address"_a, "number"_a, "microseconds"_a, nb::call_guard<nb::gil_scoped_release>());
 }
