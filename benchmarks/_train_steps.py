@@ -143,7 +143,7 @@ def measure(
         print(f"tables made, pools warm after {perf_counter() - start:.0f} s", flush=True)
 
         def iops_now(seed: int) -> float:
-            return _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed).operations_per_s
+            return _core.random_io([str(raw)], PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed).operations_per_s
 
         _settle(iops_now)
         number = 0

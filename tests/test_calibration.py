@@ -97,11 +97,11 @@ def test_a_probe_overwrites_only_when_it_writes(tmp_path: Path) -> None:
     file = tmp_path / "noise"
     write_noise(file, 1 << 20)
     before = file.read_bytes()
-    probe = _core.random_io(str(file), 4096, 4, 1.0, 0.01)
+    probe = _core.random_io([str(file)], 4096, 4, 1.0, 0.01)
     assert file.read_bytes() == before
     assert probe.operations >= 4
     assert 0 < probe.latency_us_p50 <= probe.latency_us_p99
-    _core.random_io(str(file), 4096, 4, 0.0, 0.05)
+    _core.random_io([str(file)], 4096, 4, 0.0, 0.05)
     assert file.read_bytes() != before
     assert file.stat().st_size == len(before)
 
@@ -111,7 +111,7 @@ def test_a_probe_refuses_what_it_cannot_measure(block: int, depth: int, share: f
     file = tmp_path / "noise"
     write_noise(file, 1 << 20)
     with pytest.raises(ConfigurationError, match="random_io needs"):
-        _core.random_io(str(file), block, depth, share, 0.01)
+        _core.random_io([str(file)], block, depth, share, 0.01)
 
 
 @pytest.mark.parametrize(

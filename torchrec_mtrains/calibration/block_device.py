@@ -58,7 +58,7 @@ def _noise(folder: str, file_bytes: int) -> Iterator[str]:
 def _together(pool: ThreadPoolExecutor, files: Sequence[str], point: tuple[int, int, float], seconds: float, seed: int) -> list[Any]:
     block, depth, share = point
     each = max(1, depth // len(files))
-    return list(pool.map(lambda file: _core.random_io(file, block, each, share, seconds, seed=seed), files))
+    return list(pool.map(lambda file: _core.random_io([file], block, each, share, seconds, seed=seed), files))
 
 
 def measure(paths: Sequence[str], effort: Effort, say: Said) -> BlockDeviceProfile:
