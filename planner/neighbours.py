@@ -88,8 +88,8 @@ def _unspared(
     weight = taken / np.maximum(share, 1e-12)
     never_weight = np.minimum(never, share) / np.maximum(share, 1e-12)
 
-    ends = np.stack([from_, longest + 0 * from_], axis=2).reshape(len(missed_rows), -1)
-    up_to = np.repeat(np.cumsum(weight, axis=1), 2, axis=1) - np.stack([weight, 0 * weight], axis=2).reshape(len(missed_rows), -1)
+    ends = np.stack([from_, np.broadcast_to(longest, from_.shape)], axis=2).reshape(len(missed_rows), -1)
+    up_to = np.stack([np.cumsum(weight, axis=1) - weight, np.cumsum(weight, axis=1)], axis=2).reshape(len(missed_rows), -1)
 
     def returned(ages: Floats) -> Floats:
         """Of misses, the share whose last use was at most so many batches before. Shapes: (n, ages) → (n, ages)."""
