@@ -7,7 +7,7 @@ so that a job is profiled on batches that it does not train.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -15,8 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 from torchrec.datasets.utils import Batch
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.sparse.jagged_tensor import KeyedTensor
-from torchrec_mtrains.planner import AccessProfile
+from torchrec_mtrains.planner import AccessProfile, HardwareProfile
+from torchrec_mtrains.planner.alike_shards import copied
+from torchrec_mtrains.planner.perf_model import StepPrediction
+from torchrec_mtrains.planner.search import predicted
+from torchrec_mtrains.planner.sharding_options import TieredShardingOption
 
 from _common import ZipfIds, median
 from _train_dense import Tops
@@ -131,6 +136,17 @@ class Job:
                 times.append(perf_counter() - start)
             medians.append(median(times))
         return 1e3 * min(medians)
+
+
+def predicted_on(options: Sequence[ShardingOption], hardware: HardwareProfile, world_size: int = 1) -> StepPrediction:
+    """The step of a placed plan on another machine than the one that it was made for."""
+    (model,) = {id(o.model): o.model for o in options if isinstance(o, TieredShardingOption)}.values()
+    there = replace(model, hardware=hardware)
+    moved = [copied(o) for o in options]
+    for option in moved:
+        if isinstance(option, TieredShardingOption):
+            option.model = there
+    return predicted(moved, there, world_size)
 
 
 class _ConstantRows(nn.Module):

@@ -106,6 +106,20 @@ def test_a_probe_overwrites_only_when_it_writes(tmp_path: Path) -> None:
     assert file.stat().st_size == len(before)
 
 
+def test_a_probe_works_on_all_its_files_and_on_no_hole_of_them(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("small", "large", "hollow")]
+    for file, size in zip(files, (1 << 20, 3 << 20, 2 << 20), strict=True):
+        write_noise(file, size)
+    before = [file.read_bytes() for file in files]
+    with files[2].open("r+b") as hollow:
+        hollow.truncate(1 << 20)
+        hollow.truncate(64 << 20)  # beyond the first MiB a hole
+    _core.random_io([str(file) for file in files], 4096, 16, 0.0, 0.2)
+    for file, was in zip(files, before, strict=True):
+        assert file.read_bytes()[: 1 << 20] != was[: 1 << 20]
+    assert not any(files[2].read_bytes()[1 << 20 :])
+
+
 @pytest.mark.parametrize(("block", "depth", "share"), [(4095, 1, 1.0), (8192 << 10, 1, 1.0), (4096, 0, 1.0), (4096, 1, 1.1), (0, 1, 1.0)])
 def test_a_probe_refuses_what_it_cannot_measure(block: int, depth: int, share: float, tmp_path: Path) -> None:
     file = tmp_path / "noise"

@@ -1,8 +1,8 @@
 #include "io_probe.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -50,9 +50,9 @@ IoProbe random_io(const std::vector<std::string>& files, uint32_t block_bytes, u
   uint64_t blocks = 0;
   for (const std::string& file : files) {
     opened.push_back(open_to_probe(file, read_share < 1));
-    struct stat info{};
-    if (fstat(opened.back().fd(), &info) != 0) throw_io("open", file, errno);
-    blocks += block_bytes ? static_cast<uint64_t>(info.st_size) / block_bytes : 0;
+    const off_t written = lseek(opened.back().fd(), 0, SEEK_HOLE);
+    if (written < 0 && errno != ENXIO) throw_io("open", file, errno);  // ENXIO: an empty file
+    blocks += block_bytes && written > 0 ? static_cast<uint64_t>(written) / block_bytes : 0;
     ends.push_back(blocks);
   }
   if (blocks == 0 || block_bytes % kPageBytes != 0 || depth < 1 || !(read_share >= 0 && read_share <= 1)) {

@@ -1,0 +1,72 @@
+"""What a device reads in a second at random: of files as they lie now, probe by probe until it has settled.
+
+A disk that is shared with other machines, and cached below, reads what was just written at another rate than what has lain for long, and
+either changes by the hour. So what a model makes of a calibration is two things: the model, and how far the device is from its calibration
+when a job trains. ``read_in_place`` tells them apart: it reads the job's own home where it lies, and nothing else, just before it trains.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torchrec_mtrains.kernels import _core
+from torchrec_mtrains.planner import HardwareProfile
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
+
+from torchrec_mtrains.calibration.block_device import PAGE_BYTES
+
+SETTLED, AT_ONCE, MOST_PROBES = 1.1, 3, 40
+"""A device has settled when so many probes in a row differ by less; after ``MOST_PROBES`` it is taken as it is."""
+
+DRIFTED = 1.5
+"""Times its rate by which a device that changed during a job makes what it was predicted from another device."""
+
+_PROBE_SECONDS = 0.1
+
+
+def until_settled(reads_now: Callable[[int], float], most: int = MOST_PROBES) -> list[float]:
+    """What each probe said, by its number."""
+    seen = [reads_now(number) for number in range(AT_ONCE)]
+    while not has_settled(seen) and len(seen) < most:
+        seen.append(reads_now(len(seen)))
+    return seen
+
+
+def has_settled(seen: list[float]) -> bool:
+    """Whether the last probes agree."""
+    return max(seen[-AT_ONCE:]) <= SETTLED * min(seen[-AT_ONCE:])
+
+
+@dataclass(frozen=True)
+class ReadInPlace:
+    """``reads_per_s``: of 4 KiB, at a volume's depth; the median of the last probes."""
+
+    reads_per_s: float
+    probes: int
+    settled: bool
+
+
+def read_in_place(home: Path, most: int = MOST_PROBES) -> ReadInPlace:
+    """Of the segments below the folder of a home, as far as they are written."""
+    files = [str(file) for file in sorted(home.rglob("segment_*.log"))]
+    seen = until_settled(
+        lambda number: float(_core.random_io(files, PAGE_BYTES, QUEUE_DEPTH, 1.0, _PROBE_SECONDS, "", number).operations_per_s), most
+    )
+    return ReadInPlace(statistics.median(seen[-AT_ONCE:]), len(seen), has_settled(seen))
+
+
+def calibrated_reads(hardware: HardwareProfile) -> float:
+    """A second, of 4 KiB at a volume's depth."""
+    assert hardware.ssd is not None
+    return hardware.ssd.operations_per_s(PAGE_BYTES, QUEUE_DEPTH)
+
+
+def as_read(hardware: HardwareProfile, reads_per_s: float) -> HardwareProfile:
+    """The profile, had its calibration found that the SSD reads so much: all of its rates by that factor."""
+    assert hardware.ssd is not None
+    factor = reads_per_s / calibrated_reads(hardware)
+    points = tuple(replace(p, operations_per_s=p.operations_per_s * factor) for p in hardware.ssd.points)
+    return replace(hardware, ssd=replace(hardware.ssd, points=points))
