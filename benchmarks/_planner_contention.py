@@ -11,9 +11,8 @@ as it reads the homes in place before training (``_device_reads.py``).
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torchrec_mtrains.planner import CheckpointSchedule, HardwareProfile, Tiered
 import torchrec_mtrains as mtrains
 from _common import Figure
 from _device_reads import as_read, calibrated_reads, read_in_place
-from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, predicted_on
+from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, predicted_by, steady_ms
 from _train_dense import Tops
 from _train_sides import DENSE_FEATURES, Processor, Side, put_every_row
 from torchrec_mtrains.job_model import build_model, fused_params
@@ -102,9 +101,10 @@ def _train(rank: int, ranks: int, size: Size, store: str, folder: str, hardware_
     if device is not None:
         options = planner._best_plan
         assert options is not None
-        in_place = predicted_on(options, as_read(hardware, device.reads_per_s), ranks)
+        model = replace(planner._model, hardware=as_read(hardware, device.reads_per_s))
+        in_place = predicted_by(model, options, ranks)
         answers.put(
-            {"measured_ms": 1e3 * statistics.median(done.seconds), "predicted_ms": in_place.step_ms, "bottleneck": in_place.bottleneck}
+            {"measured_ms": steady_ms(done.seconds), "predicted_ms": in_place.step_ms, "bottleneck": in_place.bottleneck}
             | {"predicted_as_calibrated_ms": planner.summary(plan).step_ms, "dense_ms": dense_ms}
             | {"reads_a_step": done.counters["read_ios"] / size.steps, "calibrated": calibrated_reads(hardware)}
             | {"before": asdict(device), "after": asdict(read_in_place(Path(folder)))}
@@ -133,8 +133,8 @@ def measure(root: Path, hardware: HardwareProfile, size: Size) -> dict[str, Any]
     hardware.save(root / "hardware.json")
     print(f"4 KiB reads a second by the calibration: {calibrated_reads(hardware):,.0f}")
     print(
-        f"{'ranks':<7}{'step ms':>9}{'predicted':>11}{'ratio':>7}{'as calibrated':>15}{'ratio':>7}{'reads a step':>14}{'reads/s: before':>17}"
-        f"{'after':>9}  bottleneck"
+        f"{'ranks':<7}{'step ms':>9}{'predicted':>11}{'ratio':>7}{'as calibrated':>15}{'ratio':>7}{'reads a step':>14}"
+        f"{'reads/s: before':>17}{'after':>9}  bottleneck"
     )
     lines = {}
     for ranks in (1, 2):

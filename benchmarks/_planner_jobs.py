@@ -7,7 +7,7 @@ so that a job is profiled on batches that it does not train.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.sparse.jagged_tensor import KeyedTensor
-from torchrec_mtrains.planner import AccessProfile, HardwareProfile
+from torchrec_mtrains.planner import AccessProfile
 from torchrec_mtrains.planner.alike_shards import copied
-from torchrec_mtrains.planner.perf_model import StepPrediction
+from torchrec_mtrains.planner.perf_model import PerfModel, StepPrediction
 from torchrec_mtrains.planner.search import predicted
 from torchrec_mtrains.planner.sharding_options import TieredShardingOption
 
@@ -35,6 +35,7 @@ from torchrec_mtrains.profiling import ProfileOptions, TableMeter
 PREFETCHED = 2
 STATE_BYTES = 4  # of row-wise Adagrad, a row
 _DENSE_ROUNDS = 3
+_STRETCH = 4
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,20 @@ class Job:
         return 1e3 * min(medians)
 
 
-def predicted_on(options: Sequence[ShardingOption], hardware: HardwareProfile, world_size: int = 1) -> StepPrediction:
-    """The step of a placed plan on another machine than the one that it was made for."""
-    (model,) = {id(o.model): o.model for o in options if isinstance(o, TieredShardingOption)}.values()
-    there = replace(model, hardware=hardware)
+def steady_ms(seconds: Sequence[float]) -> float:
+    """Milliseconds a step: the median of what stretches of ``_STRETCH`` steps took on average. Not of steps: where a pool has no room for
+    what is prefetched, every other batch is begun anew, and steps are long and short in turn."""
+    stretches = [seconds[i : i + _STRETCH] for i in range(0, len(seconds) - len(seconds) % _STRETCH, _STRETCH)]
+    return 1e3 * median([sum(s) / len(s) for s in stretches or [seconds]])
+
+
+def predicted_by(model: PerfModel, options: Sequence[ShardingOption], world_size: int = 1) -> StepPrediction:
+    """The step of a placed plan by another model than the one that it was made with."""
     moved = [copied(o) for o in options]
     for option in moved:
         if isinstance(option, TieredShardingOption):
-            option.model = there
-    return predicted(moved, there, world_size)
+            option.model = model
+    return predicted(moved, model, world_size)
 
 
 class _ConstantRows(nn.Module):

@@ -9,7 +9,7 @@ For each configuration:
                 is also made of the calibration with the SSD at that rate, which is what errors are of. Once more after training,
                 which says how far the device drifted meanwhile
     training    through ``TieredTrainPipeline``: batches with a tiny top until pools are full and full of changed rows, then with
-                the top in question; the median step of those counted
+                the top in question; of the counted steps what several in a row took on average, the median
 
 Rows are in their homes before, as in a job that has seen all of them. The lookahead is fixed, so that the window is full when steps
 are counted. Where a drawn job's batches use fewer rows than its pools and caches hold, these are not full: what is trained is no steady
@@ -37,7 +37,7 @@ from torchrec_mtrains.planner.perf_model import PerfModel, ShardUse
 import torchrec_mtrains as mtrains
 from _common import Figure, median
 from _device_reads import DRIFTED, as_read, calibrated_reads, read_in_place
-from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches
+from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, steady_ms
 from _train_sides import Batches, Processor, Side, fill_pools, put_every_row, tiered
 from torchrec_mtrains.process_group import process_group
 
@@ -197,7 +197,7 @@ def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_
     for top in c.widths:
         done = side.run(batches, top, size.steps, size.uncounted, processor)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
-        found[top] = {"step_ms": 1e3 * statistics.median(done.seconds), **per_step}
+        found[top] = {"step_ms": steady_ms(done.seconds), "steps_ms": [1e3 * s for s in done.seconds], **per_step}
     ratio = (_missed(side.counters()) - missed) / (size.trained(c) - first) / unique_rows
     return {top: {"miss_ratio": ratio, **measured} for top, measured in found.items()}
 
@@ -274,9 +274,10 @@ def measure(
 def _line(line: dict[str, Any]) -> str:
     measured, predicted, calibrated, device = (line[name] for name in ("measured", "predicted", "predicted_as_calibrated", "device"))
     restless = "" if device["before"]["settled"] and device["after"]["settled"] else " (not settled)"
+    ratio, as_calibrated = (p["step_ms"] / measured["step_ms"] for p in (predicted, calibrated))
     return (
-        f"{line['configuration']:<64}{line['top']:<11}{measured['step_ms']:>9.2f}{predicted['step_ms']:>10.2f}"
-        f"{predicted['step_ms'] / measured['step_ms']:>6.2f}{calibrated['step_ms']:>14.2f}{calibrated['step_ms'] / measured['step_ms']:>6.2f}"
+        f"{line['configuration']:<64}{line['top']:<11}{measured['step_ms']:>9.2f}{predicted['step_ms']:>10.2f}{ratio:>6.2f}"
+        f"{calibrated['step_ms']:>14.2f}{as_calibrated:>6.2f}"
         f"{measured['miss_ratio']:>9.3f}{predicted['miss_ratio']:>10.3f}"
         f"{device['before']['reads_per_s']:>17,.0f}{device['after']['reads_per_s']:>9,.0f}  {predicted['bottleneck']}{restless}"
     )

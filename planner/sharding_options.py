@@ -24,9 +24,9 @@ class TieredShardingOption(ShardingOption):
     """A sharding option whose every shard has a pool of ``pool_rows`` rows (or all of its rows) above something slower. ``cache_rows``: of
     a cache between the two, in layouts that have one.
 
-    ``shard_rows``: of the largest shard. ``min_pool_rows``: slots that each pool has at least. ``record_bytes``: a row's weights and ``state_bytes``. ``batch_bytes``,
-    ``compute`` and ``uses`` hold, per shard, what batches bring along in the pool's memory, TorchRec's perf of the table in memory, and
-    what a step does to it. ``snapshots``: whether an SSD's volume writes any (``charges.py``).
+    ``shard_rows``: of the largest shard. ``min_pool_rows``: slots that each pool has at least. ``record_bytes``: a row's weights and
+    ``state_bytes``. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what batches bring along in the pool's memory, TorchRec's
+    perf of the table in memory, and what a step does to it. ``snapshots``: whether an SSD's volume writes any (``charges.py``).
     """
 
     kernel: ClassVar[str] = TIERED_KERNEL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from planner_cases import PLENTY, Case, TableCase
 from torchrec.distributed.planner.types import Storage
 from torchrec_mtrains.planner import PmemDevice, TieredEnumerator, TieredTopology
 from torchrec_mtrains.planner.charges import PAGE_BYTES
@@ -11,6 +10,7 @@ from torchrec_mtrains.planner.filling import fill
 from torchrec_mtrains.planner.perf_model import RESOURCES
 from torchrec_mtrains.planner.sharding_options import TieredShardingOption
 
+from planner_cases import PLENTY, Case, TableCase
 from torchrec_mtrains import SsdHome
 
 RECORD_BYTES = 4 * (32 + 1)

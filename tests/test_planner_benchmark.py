@@ -60,7 +60,10 @@ def test_the_batches_of_a_mixed_job_have_each_tables_own_lookups() -> None:
 
 
 def test_rounds_tell_plans_apart_where_few_of_them_disagree() -> None:
-    told = _planner_placement._told_apart
+    told = _planner_placement.told_apart
     assert told([0.9] * 12 + [1.1] * 3)
     assert not told([0.9] * 11 + [1.1] * 4)
     assert told([0.9] * 3 + [1.1] * 12)
+    assert not told([0.9] * 4 + [1.1]), "of five rounds nothing is told"
+    assert not told([0.9] * 12 + [1.1] * 3, looks=3)
+    assert told([0.9] * 13 + [1.1] * 2, looks=3)
