@@ -8,7 +8,6 @@ when a job trains. ``read_in_place`` tells them apart: it reads the job's own ho
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,27 +16,12 @@ from torchrec_mtrains.planner import HardwareProfile
 from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES
-
-SETTLED, AT_ONCE, MOST_PROBES = 1.1, 3, 40
-"""A device has settled when so many probes in a row differ by less; after ``MOST_PROBES`` it is taken as it is."""
+from torchrec_mtrains.calibration.settling import AT_ONCE, MOST_PROBES, has_settled, until_settled
 
 DRIFTED = 1.5
 """Times its rate by which a device that changed during a job makes what it was predicted from another device."""
 
 _PROBE_SECONDS = 0.1
-
-
-def until_settled(reads_now: Callable[[int], float], most: int = MOST_PROBES) -> list[float]:
-    """What each probe said, by its number."""
-    seen = [reads_now(number) for number in range(AT_ONCE)]
-    while not has_settled(seen) and len(seen) < most:
-        seen.append(reads_now(len(seen)))
-    return seen
-
-
-def has_settled(seen: list[float]) -> bool:
-    """Whether the last probes agree."""
-    return max(seen[-AT_ONCE:]) <= SETTLED * min(seen[-AT_ONCE:])
 
 
 @dataclass(frozen=True)
@@ -68,5 +52,7 @@ def as_read(hardware: HardwareProfile, reads_per_s: float) -> HardwareProfile:
     """The profile, had its calibration found that the SSD reads so much: all of its rates by that factor."""
     assert hardware.ssd is not None
     factor = reads_per_s / calibrated_reads(hardware)
-    points = tuple(replace(p, operations_per_s=p.operations_per_s * factor) for p in hardware.ssd.points)
+    points = tuple(
+        replace(p, operations_per_s=p.operations_per_s * factor, operations_per_s_least_most=None) for p in hardware.ssd.points
+    )
     return replace(hardware, ssd=replace(hardware.ssd, points=points))

@@ -34,11 +34,11 @@ import torch
 from torchrec_mtrains.kernels import _core
 
 from _common import Figure
-from _device_reads import until_settled
 from _train_dense import calibrated_width
 from _train_sides import Batches, Processor, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
 from _train_traces import Stretch, Trace
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
+from torchrec_mtrains.calibration.settling import until_settled
 from torchrec_mtrains.process_group import process_group
 from torchrec_mtrains.twins import TwinsDifferError
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torchrec_mtrains.kernels import _core
-from torchrec_mtrains.planner import HardwareProfile
+from torchrec_mtrains.planner import BlockDeviceProfile, DevicePoint, HardwareProfile, hardware_profiles
 
 import torchrec_mtrains as mtrains
+from torchrec_mtrains.calibrate_command import warnings
 from torchrec_mtrains.calibration import QUICK, calibrate
 from torchrec_mtrains.calibration.block_device import POINTS, write_noise
+from torchrec_mtrains.calibration.settling import until_settled
 from torchrec_mtrains.cli import main
 from torchrec_mtrains.errors import ConfigurationError, MTrainsError
 
@@ -80,6 +82,25 @@ def test_the_command_writes_a_profile_and_shows_it(tmp_path: Path) -> None:
     assert profile.ssd is not None
     for shown in (path, pmem, profile.date, f"{profile.ssd.points[0].operations_per_s:,.0f}", "a row written back to the SSD"):
         assert shown in result.output
+
+
+def test_a_device_is_probed_until_its_last_probes_agree() -> None:
+    rates = [100.0, 80.0, 60.0, 50.0, 48.0, 49.0, 10.0]
+    assert until_settled(lambda number: rates[number]) == rates[:6]
+    assert len(until_settled(lambda number: 2.0**number, most=7)) == 7
+
+
+def test_a_device_that_had_not_settled_is_named() -> None:
+    def profile(*spans: tuple[float, float] | None) -> HardwareProfile:
+        points = tuple(DevicePoint(4096 << i, 128, 1.0, 100.0, operations_per_s_least_most=span) for i, span in enumerate(spans))
+        return dataclasses.replace(hardware_profiles()["optane"], ssd=BlockDeviceProfile("/mnt/nvme0", points))
+
+    assert warnings(profile(None, (90.0, 110.0))) == []
+    (said,) = warnings(profile((90.0, 110.0), (60.0, 120.0)))
+    assert "/mnt/nvme0 has not settled" in said
+    assert "8 KiB at depth 128: 60 to 120" in said
+    with pytest.raises(ConfigurationError, match="least_most"):
+        profile((101.0, 110.0))
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
