@@ -16,10 +16,10 @@ from torchrec_mtrains.planner import HardwareProfile
 from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES
-from torchrec_mtrains.calibration.settling import AT_ONCE, MOST_PROBES, has_settled, until_settled
+from torchrec_mtrains.calibration.settling import AT_ONCE, has_settled, until_settled
 
 DRIFTED = 1.5
-"""Times its rate by which a device that changed during a job makes what it was predicted from another device."""
+"""A device whose rate changed by more than so many times during a job is not the one that the job was predicted for."""
 
 _PROBE_SECONDS = 0.1
 
@@ -33,11 +33,11 @@ class ReadInPlace:
     settled: bool
 
 
-def read_in_place(home: Path, most: int = MOST_PROBES) -> ReadInPlace:
+def read_in_place(home: Path) -> ReadInPlace:
     """Of the segments below the folder of a home, as far as they are written."""
     files = [str(file) for file in sorted(home.rglob("segment_*.log"))]
     seen = until_settled(
-        lambda number: float(_core.random_io(files, PAGE_BYTES, QUEUE_DEPTH, 1.0, _PROBE_SECONDS, "", number).operations_per_s), most
+        lambda number: float(_core.random_io(files, PAGE_BYTES, QUEUE_DEPTH, 1.0, _PROBE_SECONDS, "", number).operations_per_s)
     )
     return ReadInPlace(statistics.median(seen[-AT_ONCE:]), len(seen), has_settled(seen))
 

@@ -339,12 +339,12 @@ def _of_case(number: int, case: Case, size: Size, hardware: HardwareProfile, roo
         planned[name] = makers[name](root / name)
         sides.append(_side(name, case, planned[name]))
     _fill(sides, {trace.name: _by_use(trace.ids, trace.rows) for trace in seen})
-    before = read_in_place(root)
+    before = read_in_place(root / "equal")
     in_place = as_read(hardware, before.reads_per_s)
     same = [name for name in makers if name != "ours" and planned[name].pools == planned["ours"].pools]
     sides.sort(key=lambda side: side.name != "ours")
     measured = _in_turns(sides, batches, size, same)
-    after = read_in_place(root)
+    after = read_in_place(root / "equal")
     for side in sides:
         side.close()
     line: dict[str, Any] = {"case": case.name, "ddr_bytes": plans.ddr_bytes, "dense_ms": dense_ms, "looks": size.looks, "same": same}

@@ -54,6 +54,8 @@ def misses_and_reads(
 def curve_over_ssd(table: TableAccess, batch_samples: int, records_per_block: int, lookahead: int | None = None) -> MissCurve:
     """``miss_curve_for``, less what neighbours spare in a job that goes on. Write-backs stay: a row that came along leaves too."""
     curve = table.miss_curve_for(batch_samples, lookahead)
+    if records_per_block == 1:
+        return curve  # nothing lies beside a row
     missed = _unspared(table, curve.misses_per_batch, curve.pool_rows, batch_samples, records_per_block, lookahead)
     return replace(curve, misses_per_batch=tuple(np.minimum.accumulate(missed).tolist()))
 
