@@ -65,7 +65,7 @@ class Placing:
 
     def total(self, slowest: Any, mean: Any, excess: Any, work: Any) -> Any:
         """The cost. ``mean``, ``work``: of all ranks; ``excess``: in capacities, of all together."""
-        return slowest + _MEAN * mean + _WORK * work + self._excess_ms * excess
+        return slowest + self._excess_ms * excess + (_MEAN * mean + _WORK * work)
 
     def cost(self) -> float:
         """Of the state as it is."""
@@ -87,10 +87,11 @@ class Placing:
         """Shape (candidates,)."""
         own_ms = _largest(own + ways.own)
         host_ms = _largest(shared + self._ranks.per_host * ways.shared)
-        excess = np.maximum(ways.memory - room, 0.0).sum(axis=(0, 2))
+        excess = np.maximum(ways.memory - room, 0.0).sum(axis=0).sum(axis=1)
         slowest = np.maximum(own_ms.max(axis=1), host_ms.max(axis=1))
+        mean = own_ms.sum(axis=1) / self._ranks.count + host_ms.sum(axis=1) / len(self._first_of_host)
         work = self._load.busy.sum() / self._ranks.count + ways.work[:, 0]
-        return np.asarray(self.total(slowest, own_ms.mean(axis=1) + host_ms.mean(axis=1), excess, work))
+        return np.asarray(self.total(slowest, mean, excess, work))
 
     def _on_one(self, ways: _Ways, own: Floats, shared: Floats, room: Floats) -> Floats:
         """Shape (candidates, ranks)."""
@@ -98,13 +99,14 @@ class Placing:
         own_now, host_now, excess_now = _largest(own)[0], _largest(shared)[0], np.maximum(-room, 0.0).sum(axis=0)[0]
         own_ms, host_ms = _largest(own + ways.own), _largest(shared + ways.shared)
         excess = np.maximum(ways.memory - room, 0.0).sum(axis=0)
-        of_own = np.maximum(own_ms, others(own_now))
         of_host = np.maximum(host_ms, others(host_now))
         host_mean = (host_now.sum() - host_now + host_ms) / hosts
-        mean = (own_now.sum() - own_now + own_ms) / count + host_mean[:, self._host_of]
+        if hosts > 1:
+            of_host, host_mean = of_host[:, self._host_of], host_mean[:, self._host_of]
+        slowest = np.maximum(np.maximum(own_ms, others(own_now)), of_host)
+        mean = own_ms / count + (host_mean + (own_now.sum() - own_now) / count)
         work = (self._load.busy.sum() + ways.work) / count
-        slowest = np.maximum(of_own, of_host[:, self._host_of])
-        return np.asarray(self.total(slowest, mean, excess_now.sum() - excess_now + excess, work))
+        return np.asarray(self.total(slowest, mean, excess + (excess_now.sum() - excess_now), work))
 
 
 def _largest(busy: Floats) -> Floats:

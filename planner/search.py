@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
@@ -158,5 +159,7 @@ def _found(offered: Candidates, plan: Sequence[ShardingOption]) -> Assignment:
 
 
 def _indices(offered: Candidates, chosen: Sequence[tuple[ShardingOption, Sizes]]) -> Ints:
-    index = {(id(option), sizes): i for i, (option, sizes) in enumerate(zip(offered.options, offered.sizes, strict=True))}
-    return np.array([index[id(option), sizes] for option, sizes in chosen])
+    found = []
+    for (option, sizes), (first, last) in zip(chosen, pairwise(offered.choices.starts), strict=True):
+        found.append(next(i for i in range(first, last) if offered.options[i] is option and offered.sizes[i] == sizes))
+    return np.array(found)
