@@ -34,7 +34,7 @@ from torchrec_mtrains.profiling import ProfileOptions, TableMeter
 
 PREFETCHED = 2
 STATE_BYTES = 4  # of row-wise Adagrad, a row
-_DENSE_ROUNDS = 3
+_DENSE_ROUNDS = 6
 _STRETCH = 4
 
 
