@@ -1,8 +1,9 @@
 """What a device reads in a second at random: of files as they lie now, probe by probe until it has settled.
 
-A disk that is shared with other machines, and cached below, reads what was just written at another rate than what has lain for long, and
-either changes by the hour. So what a model makes of a calibration is two things: the model, and how far the device is from its calibration
-when a job trains. ``read_in_place`` tells them apart: it reads the job's own home where it lies, and nothing else, just before it trains.
+A disk that is shared with other machines, and cached below, may read what was just written at another rate than what has lain for long,
+and its rates change by the hour. So what a prediction makes of a calibration is two things: the model, and how far the device is from its
+calibration when a job trains. ``read_in_place`` tells them apart: it reads the job's own home where it lies, and nothing else, just
+before it trains.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from torchrec_mtrains.profiling import ProfileOptions, TableMeter
 PREFETCHED = 2
 STATE_BYTES = 4  # of row-wise Adagrad, a row
 _DENSE_ROUNDS = 6
-_STRETCH = 4
+_STRETCH = 4  # steps
 
 
 @dataclass(frozen=True)
