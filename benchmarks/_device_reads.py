@@ -53,7 +53,5 @@ def as_read(hardware: HardwareProfile, reads_per_s: float) -> HardwareProfile:
     """The profile, had its calibration found that the SSD reads so much: all of its rates by that factor."""
     assert hardware.ssd is not None
     factor = reads_per_s / calibrated_reads(hardware)
-    points = tuple(
-        replace(p, operations_per_s=p.operations_per_s * factor, operations_per_s_least_most=None) for p in hardware.ssd.points
-    )
+    points = tuple(replace(p, operations_per_s=p.operations_per_s * factor, operations_per_s_least_most=None) for p in hardware.ssd.points)
     return replace(hardware, ssd=replace(hardware.ssd, points=points))
