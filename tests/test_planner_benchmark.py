@@ -10,12 +10,12 @@ import pytest
 
 from test_benchmarks import run  # isort: skip (puts benchmarks/ on the path)
 
+from torchrec_mtrains.planner import hardware_profiles
+
 import _planner_placement
 import _planner_predictions
 from _device_reads import as_read, calibrated_reads, read_in_place
 from _planner_jobs import Job, JobTable, MixedBatches, steady_ms
-from torchrec_mtrains.planner import hardware_profiles
-
 from torchrec_mtrains.calibration.block_device import write_noise
 
 

@@ -1,7 +1,8 @@
 """A block device with nothing above it: random reads and writes of a file through the volume's own I/O engines.
 
 Reads come first until they have settled (``settling.py``). Then points are measured in rounds, in an order drawn anew for each, because
-virtual devices give credit after idling; each point is the median of its rounds, and has the least and most of them. The file has been written, so that no read is of a hole and no write allocates.
+virtual devices give credit after idling; each point is the median of its rounds, and has the least and most of them. The file has been
+written, so that no read is of a hole and no write allocates.
 """
 
 from __future__ import annotations
