@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahea
         window = np.minimum(longest, window + _STEP * np.log(most / np.maximum(rows_awaited, 1e-12)))
         if (quiet >= _QUIET_ROUNDS).any():
             still = quiet < _QUIET_ROUNDS
-            state = moving, pools, longest, small, main, ghost, window, misses, quiet
+            state: list[Any] = [moving, pools, longest, small, main, ghost, window, misses, quiet]
             moving, pools, longest, small, main, ghost, window, misses, quiet = (of_pool[still] for of_pool in state)
             if not len(moving):
                 break
