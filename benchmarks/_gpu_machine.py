@@ -65,7 +65,7 @@ def ssd_writes(folder: str, gigabytes: float = 1, seconds: float = 1.5) -> float
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         file = Path(inside) / "probe"
         write_noise(file, int(gigabytes * 2**30))
-        return float(_core.random_io(str(file), LOG_WRITE_BYTES, 8, 0.0, seconds).operations_per_s)
+        return float(_core.random_io([str(file)], LOG_WRITE_BYTES, 8, 0.0, seconds).operations_per_s)
 
 
 def ssd_reads(folder: str, gigabytes: float = 2, seconds: float = 1.5) -> dict[str, Any]:
@@ -80,6 +80,6 @@ def ssd_reads(folder: str, gigabytes: float = 2, seconds: float = 1.5) -> dict[s
         write_noise(file, int(gigabytes * 2**30))
         figures: dict[str, Any] = {"backend": backend}
         for depth in (1, 16, 64, 128, 256):
-            probe = _core.random_io(str(file), 4096, depth, 1.0, seconds, backend, depth)
+            probe = _core.random_io([str(file)], 4096, depth, 1.0, seconds, backend, depth)
             figures[f"reads_per_s_at_depth_{depth}"] = probe.operations_per_s
         return figures

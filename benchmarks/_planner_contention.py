@@ -4,15 +4,15 @@ Alone, a rank trains two tables above the SSD. Together, each of two ranks train
 each table a step, on each rank the same work, and twice as much for the device. Whatever the device cannot do twice shows in the step.
 
 Plans are those of ``TieredShardingPlanner`` by a profile of batches that are not trained; rows are in their homes before, pools full when
-steps are counted. Every rank has one thread of torch.
+steps are counted. Every rank has one thread of torch. Steps are predicted with the SSD as it was calibrated, which plans are made with, and
+as it reads the homes in place before training (``_device_reads.py``).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from torchrec_mtrains.planner import CheckpointSchedule, HardwareProfile, Tiered
 
 import torchrec_mtrains as mtrains
 from _common import Figure
-from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches
+from _device_reads import as_read, calibrated_reads, read_in_place
+from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, predicted_by, steady_ms
 from _train_dense import Tops
 from _train_sides import DENSE_FEATURES, Processor, Side, put_every_row
 from torchrec_mtrains.job_model import build_model, fused_params
@@ -84,7 +85,8 @@ def _train(rank: int, ranks: int, size: Size, store: str, folder: str, hardware_
     batches = MixedBatches(job.shape, traces)
     batches.make(0, len(batches))
     dense_ms = job.dense_ms(WIDTH, batches.made[0], size.steps)
-    planner = _planner(size, ranks, folder, HardwareProfile.load(hardware_file), dense_ms)
+    hardware = HardwareProfile.load(hardware_file)
+    planner = _planner(size, ranks, folder, hardware, dense_ms)
     model = build_model(job.shape.tables, DENSE_FEATURES, job.shape.model_options)
     model.model.over_arch = Tops(job.shape.top_inputs, {"top": WIDTH})
     sharders = mtrains.sharders(fused_params=fused_params(job.shape.model_options))
@@ -92,15 +94,22 @@ def _train(rank: int, ranks: int, size: Size, store: str, folder: str, hardware_
     side = Side("tiered", job.shape, {"top": WIDTH}, plan, sharders, PREFETCHED, None)
     put_every_row(side)
     dist.barrier()
+    device = read_in_place(Path(folder)) if rank == 0 else None
+    dist.barrier()
     done = side.run(batches, "top", size.steps, size.uncounted, Processor())
     dist.barrier()
-    side.close()
-    if rank == 0:
-        summary = planner.summary(plan)
+    if device is not None:
+        options = planner._best_plan
+        assert options is not None
+        model = replace(planner._model, hardware=as_read(hardware, device.reads_per_s))
+        in_place = predicted_by(model, options, ranks)
         answers.put(
-            {"measured_ms": 1e3 * statistics.median(done.seconds), "predicted_ms": summary.step_ms, "bottleneck": summary.bottleneck}
-            | {"busy_share": summary.busy_share, "dense_ms": dense_ms, "reads_a_step": done.counters["read_ios"] / size.steps}
+            {"measured_ms": steady_ms(done.seconds), "predicted_ms": in_place.step_ms, "bottleneck": in_place.bottleneck}
+            | {"predicted_as_calibrated_ms": planner.summary(plan).step_ms, "dense_ms": dense_ms}
+            | {"reads_a_step": done.counters["read_ios"] / size.steps, "calibrated": calibrated_reads(hardware)}
+            | {"before": asdict(device), "after": asdict(read_in_place(Path(folder)))}
         )
+    side.close()
     dist.destroy_process_group()
 
 
@@ -122,23 +131,30 @@ def _together(ranks: int, size: Size, root: Path, hardware_file: Path) -> dict[s
 def measure(root: Path, hardware: HardwareProfile, size: Size) -> dict[str, Any]:
     """``root``: a folder on the disk. ``hardware``: of this machine."""
     hardware.save(root / "hardware.json")
-    print(f"{'ranks':<7}{'step ms':>9}{'predicted':>11}{'ratio':>7}{'reads a step':>14}  bottleneck")
+    print(f"4 KiB reads a second by the calibration: {calibrated_reads(hardware):,.0f}")
+    print(
+        f"{'ranks':<7}{'step ms':>9}{'predicted':>11}{'ratio':>7}{'as calibrated':>15}{'ratio':>7}{'reads a step':>14}"
+        f"{'reads/s: before':>17}{'after':>9}  bottleneck"
+    )
     lines = {}
     for ranks in (1, 2):
         line = _together(ranks, size, root, root / "hardware.json")
-        ratio = line["predicted_ms"] / line["measured_ms"]
-        steps = f"{line['measured_ms']:>9.2f}{line['predicted_ms']:>11.2f}{ratio:>7.2f}"
-        print(f"{ranks:<7}{steps}{line['reads_a_step']:>14,.0f}  {line['bottleneck']}", flush=True)
+        measured, predicted, calibrated = (line[name] for name in ("measured_ms", "predicted_ms", "predicted_as_calibrated_ms"))
+        steps = f"{measured:>9.2f}{predicted:>11.2f}{predicted / measured:>7.2f}{calibrated:>15.2f}{calibrated / measured:>7.2f}"
+        reads = f"{line['reads_a_step']:>14,.0f}{line['before']['reads_per_s']:>17,.0f}{line['after']['reads_per_s']:>9,.0f}"
+        print(f"{ranks:<7}{steps}{reads}  {line['bottleneck']}", flush=True)
         lines[str(ranks)] = line
     return {"size": asdict(size), "ranks": lines}
 
 
 def figures(f: dict[str, Any]) -> list[Figure]:
-    """How right the step of two ranks is, and what sharing costs, predicted and measured."""
+    """How right the step of two ranks is, with the device as read in place and as calibrated, and what sharing costs."""
     one, two = f["ranks"]["1"], f["ranks"]["2"]
+    as_calibrated = two["predicted_as_calibrated_ms"] / two["measured_ms"]
     return [
         Figure("contention: step of one rank, predicted ÷ measured", one["predicted_ms"] / one["measured_ms"], digits=2),
         Figure("contention: step of two ranks on one SSD, predicted ÷ measured", two["predicted_ms"] / two["measured_ms"], digits=2),
+        Figure("contention, as calibrated: step of two ranks on one SSD, predicted ÷ measured", as_calibrated, digits=2),
         Figure("contention: step of two ranks ÷ one, measured", two["measured_ms"] / one["measured_ms"], digits=2),
         Figure("contention: step of two ranks ÷ one, predicted", two["predicted_ms"] / one["predicted_ms"], digits=2),
     ]

@@ -15,8 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 from torchrec.datasets.utils import Batch
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.sparse.jagged_tensor import KeyedTensor
 from torchrec_mtrains.planner import AccessProfile
+from torchrec_mtrains.planner.alike_shards import copied
+from torchrec_mtrains.planner.perf_model import PerfModel, StepPrediction
+from torchrec_mtrains.planner.search import predicted
+from torchrec_mtrains.planner.sharding_options import TieredShardingOption
 
 from _common import ZipfIds, median
 from _train_dense import Tops
@@ -29,7 +34,8 @@ from torchrec_mtrains.profiling import ProfileOptions, TableMeter
 
 PREFETCHED = 2
 STATE_BYTES = 4  # of row-wise Adagrad, a row
-_DENSE_ROUNDS = 3
+_DENSE_ROUNDS = 6
+_STRETCH = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,22 @@ class Job:
                 times.append(perf_counter() - start)
             medians.append(median(times))
         return 1e3 * min(medians)
+
+
+def steady_ms(seconds: Sequence[float]) -> float:
+    """Milliseconds a step: the median of what stretches of ``_STRETCH`` steps took on average. Not of steps: where a pool has no room for
+    what is prefetched, every other batch is begun anew, and steps are long and short in turn."""
+    stretches = [seconds[i : i + _STRETCH] for i in range(0, len(seconds) - len(seconds) % _STRETCH, _STRETCH)]
+    return 1e3 * median([sum(s) / len(s) for s in stretches or [seconds]])
+
+
+def predicted_by(model: PerfModel, options: Sequence[ShardingOption], world_size: int = 1) -> StepPrediction:
+    """The step of a placed plan by another model than the one that it was made with."""
+    moved = [copied(o) for o in options]
+    for option in moved:
+        if isinstance(option, TieredShardingOption):
+            option.model = model
+    return predicted(moved, model, world_size)
 
 
 class _ConstantRows(nn.Module):

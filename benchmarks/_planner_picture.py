@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from _common import median
+from _planner_placement import ratios
 from _store_picture import LIMIT, OURS
 
 _HELD_OUT = "#eb6834"
@@ -39,8 +41,12 @@ def _scatter(axes: Any, sections: dict[str, Any], value: str, title: str, band: 
 
 def _placement(axes: Any, lines: list[dict[str, Any]]) -> None:
     for other, color in (("equal", LIMIT), ("uniform", _HELD_OUT), ("greedy", OURS)):
-        ratios = [line["plans"]["ours"]["step_ms"] / line["plans"][other]["step_ms"] for line in lines]
-        axes.plot(range(len(ratios)), ratios, "o", markersize=5, color=color, label=other)
+        of_case = {
+            line["number"]: median(ratios(*(line["plans"][p]["rounds_ms"] for p in ("ours", other))))
+            for line in lines
+            if other not in line["same"]
+        }
+        axes.plot(list(of_case), list(of_case.values()), "o", markersize=5, color=color, label=other)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylim(bottom=0)
     axes.set_title("Our plan's step ÷ another's, by job", loc="left", fontsize=10)

@@ -5,8 +5,11 @@ For each configuration:
     batches     drawn for it; their ids are profiled as ``mtrains profile`` does, all of them
     dense       forward, backward and optimizer of the model on constant pooled rows, timed alone: what a user would time
     prediction  ``PerfModel`` on the calibration, the curves and the dense time
+    device      rows are put into the home, and its files read at random until that has settled (``_device_reads.py``): the prediction
+                is also made of the calibration with the SSD at that rate, which is what errors are of. Once more after training,
+                which says how far the device drifted meanwhile
     training    through ``TieredTrainPipeline``: batches with a tiny top until pools are full and full of changed rows, then with
-                the top in question; the median step of those counted
+                the top in question; of the counted steps what several in a row took on average, the median
 
 Rows are in their homes before, as in a job that has seen all of them. The lookahead is fixed, so that the window is full when steps
 are counted. Where a drawn job's batches use fewer rows than its pools and caches hold, these are not full: what is trained is no steady
@@ -21,7 +24,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ from torchrec_mtrains.planner.perf_model import PerfModel, ShardUse
 
 import torchrec_mtrains as mtrains
 from _common import Figure, median
-from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches
+from _device_reads import DRIFTED, as_read, calibrated_reads, read_in_place
+from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, steady_ms
 from _train_sides import Batches, Processor, Side, fill_pools, put_every_row, tiered
 from torchrec_mtrains.process_group import process_group
 
@@ -193,7 +197,7 @@ def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_
     for top in c.widths:
         done = side.run(batches, top, size.steps, size.uncounted, processor)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
-        found[top] = {"step_ms": 1e3 * statistics.median(done.seconds), **per_step}
+        found[top] = {"step_ms": steady_ms(done.seconds), "steps_ms": [1e3 * s for s in done.seconds], **per_step}
     ratio = (_missed(side.counters()) - missed) / (size.trained(c) - first) / unique_rows
     return {top: {"miss_ratio": ratio, **measured} for top, measured in found.items()}
 
@@ -209,8 +213,6 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     batches = MixedBatches(shape, traces)
     batches.make(0, len(batches))
     dense_ms = {top: c.job.dense_ms(width, batches.made[0], size.steps) for top, width in c.widths.items()}
-    predicted = {top: predict(hardware, access, c, size.lookahead, dense_ms[top]) for top in c.widths}
-
     pool, cache = c.pool_rows, c.cache_rows
     side = tiered(
         "tiered",
@@ -225,16 +227,22 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     put_every_row(side)
     if c.pool_share == 1:
         fill_pools(side)
+    before = read_in_place(root / "home")
+    machines = {"predicted": as_read(hardware, before.reads_per_s), "predicted_as_calibrated": hardware}
+    predicted = {
+        top: {name: predict(machine, access, c, size.lookahead, dense_ms[top]) for name, machine in machines.items()} for top in c.widths
+    }
     trained = _trained(side, batches, size, c, sum(t.unique_rows_per_batch for t in access.tables.values()))
+    after = read_in_place(root / "home")
     side.close()
+    device = {"calibrated": calibrated_reads(hardware), "before": asdict(before), "after": asdict(after)}
     lines = []
     held = zip(access.tables.values(), pool, cache, strict=True)
     full = all(p + below <= t.used_rows or p == t.rows for t, p, below in held)
     for top, measured in trained.items():
-        p = predicted[top]
         lines.append(
-            {"configuration": c.name, "top": top, "pool_rows": pool, "dense_ms": dense_ms[top], "measured": measured}
-            | {"predicted": {"step_ms": p.step_ms, "miss_ratio": p.miss_ratio}, "bottleneck": p.bottleneck, "busy_ms": p.busy_ms}
+            {"configuration": c.name, "top": top, "pool_rows": pool, "dense_ms": dense_ms[top], "measured": measured, "device": device}
+            | {name: asdict(p) for name, p in predicted[top].items()}
             | {"pools_full": full, "tables": [vars(t) for t in c.job.tables], "dim": c.job.dim, "batch_size": c.job.batch_size}
         )
     return lines
@@ -244,7 +252,14 @@ def measure(
     root: Path, pmem: Path, hardware: HardwareProfile, configurations: Sequence[Configuration], size: Size = FULL
 ) -> dict[str, Any]:
     """``root``: a folder on the disk. ``pmem``: on memory or PMem. ``hardware``: of this machine, with both."""
-    print(f"{'':<75}{'step ms':>9}{'predicted':>10}{'ratio':>6}{'missed':>9}{'predicted':>10}")
+    print(
+        f"4 KiB reads a second by the calibration: {calibrated_reads(hardware):,.0f}; 'before' and 'after': of each job's home, in place, "
+        "around its training"
+    )
+    print(
+        f"{'':<75}{'step ms':>9}{'predicted':>10}{'ratio':>6}{'as calibrated':>14}{'ratio':>6}{'missed':>9}{'predicted':>10}"
+        f"{'reads/s: before':>17}{'after':>9}"
+    )
     lines: list[dict[str, Any]] = []
     with process_group():
         for c in configurations:
@@ -257,23 +272,45 @@ def measure(
 
 
 def _line(line: dict[str, Any]) -> str:
-    measured, predicted = line["measured"], line["predicted"]
-    ratio = predicted["step_ms"] / measured["step_ms"]
+    measured, predicted, calibrated, device = (line[name] for name in ("measured", "predicted", "predicted_as_calibrated", "device"))
+    restless = "" if device["before"]["settled"] and device["after"]["settled"] else " (not settled)"
+    ratio, as_calibrated = (p["step_ms"] / measured["step_ms"] for p in (predicted, calibrated))
     return (
-        f"{line['configuration']:<64}{line['top']:<11}{measured['step_ms']:>9.2f}{predicted['step_ms']:>9.2f}{ratio:>7.2f}"
-        f"{measured['miss_ratio']:>9.3f}{predicted['miss_ratio']:>8.3f}  {line['bottleneck']}"
+        f"{line['configuration']:<64}{line['top']:<11}{measured['step_ms']:>9.2f}{predicted['step_ms']:>10.2f}{ratio:>6.2f}"
+        f"{calibrated['step_ms']:>14.2f}{as_calibrated:>6.2f}"
+        f"{measured['miss_ratio']:>9.3f}{predicted['miss_ratio']:>10.3f}"
+        f"{device['before']['reads_per_s']:>17,.0f}{device['after']['reads_per_s']:>9,.0f}  {predicted['bottleneck']}{restless}"
     )
 
 
+def _drift(line: dict[str, Any]) -> float:
+    """Faster ÷ slower of what the device read before and after the job."""
+    before, after = (line["device"][when]["reads_per_s"] for when in ("before", "after"))
+    return float(max(before, after) / min(before, after))
+
+
 def figures(f: dict[str, Any], of: str, least: int) -> list[Figure]:
-    """Errors over all lines, of which there are to be at least so many; and over those whose pools were full."""
-    full = [line for line in f["lines"] if line["pools_full"]]
-    made = [Figure(f"{of}: configurations", len(f["lines"]), f"≥ {least}", digits=0), *_errors(of, f["lines"])]
-    return made if len(full) in (0, len(f["lines"])) else [*made, *_errors(f"{of}, {len(full)} with full pools", full)]
+    """Errors over all lines, of which there are to be at least so many, with the device as it was read in place, and of steps as it was
+    calibrated; and over those whose pools were full, and those whose device was the same after the job."""
+    lines = f["lines"]
+    made = [Figure(f"{of}: configurations", len(lines), f"≥ {least}", digits=0), *_errors(of, lines)]
+    as_calibrated = _step_errors(lines, "predicted_as_calibrated")
+    made.append(Figure(f"{of}, as calibrated: step, median error", median(as_calibrated), digits=3))
+    made.append(Figure(f"{of}, as calibrated: step, worst error", max(as_calibrated), digits=3))
+    full, steady = [line for line in lines if line["pools_full"]], [line for line in lines if _drift(line) <= DRIFTED]
+    made.append(Figure(f"{of}: configurations whose device drifted by more than {DRIFTED} times", len(lines) - len(steady), digits=0))
+    for kind, some in (("with full pools", full), ("whose device did not drift", steady)):
+        if len(some) not in (0, len(lines)):
+            made += _errors(f"{of}, {len(some)} {kind}", some)
+    return made
+
+
+def _step_errors(lines: Sequence[dict[str, Any]], prediction: str) -> list[float]:
+    return [abs(line[prediction]["step_ms"] / line["measured"]["step_ms"] - 1) for line in lines]
 
 
 def _errors(of: str, lines: Sequence[dict[str, Any]]) -> list[Figure]:
-    steps = [abs(line["predicted"]["step_ms"] / line["measured"]["step_ms"] - 1) for line in lines]
+    steps = _step_errors(lines, "predicted")
     ratios = [abs(line["predicted"]["miss_ratio"] - line["measured"]["miss_ratio"]) for line in lines]
     return [
         Figure(f"{of}: step, median error", median(steps), "≤ 0.15", digits=3),

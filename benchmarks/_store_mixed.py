@@ -116,7 +116,7 @@ def device_share(root: Path, rates: dict[str, float], backend: str, seconds: flo
         write_noise(file, 256 << 20)
 
     def reads() -> float:
-        return _core.random_io(str(raw), PAGE_BYTES, DEPTH, 1.0, seconds, backend, 0).operations_per_s
+        return _core.random_io([str(raw)], PAGE_BYTES, DEPTH, 1.0, seconds, backend, 0).operations_per_s
 
     ratios = []
     for _ in range(rounds):

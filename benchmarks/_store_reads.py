@@ -33,7 +33,7 @@ def measure(
 
     def turn(name: str, round_: int) -> Turn:
         if name == "ceiling":
-            probe = _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, seconds, ssd.volume.backend, round_)
+            probe = _core.random_io([str(raw)], PAGE_BYTES, depth, 1.0, seconds, ssd.volume.backend, round_)
             return Turn(probe.operations, probe.seconds, probe.cpu_seconds, probe.operations * PAGE_BYTES)
         subject, threads = subjects[name]
         subject.on(threads)

@@ -38,11 +38,9 @@ from _train_dense import calibrated_width
 from _train_sides import Batches, Processor, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
 from _train_traces import Stretch, Trace
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
+from torchrec_mtrains.calibration.settling import until_settled
 from torchrec_mtrains.process_group import process_group
 from torchrec_mtrains.twins import TwinsDifferError
-
-SETTLED, MOST_PROBES = 1.1, 40
-"""The device has settled after what was written when three probes in a row differ by less; after so many it is taken as it is."""
 
 UNREST = 1.15
 """Longest ÷ shortest round of a side that misses nothing, beyond which something else ran on the machine. A guess."""
@@ -143,7 +141,7 @@ def measure(
         print(f"tables made, pools warm after {perf_counter() - start:.0f} s", flush=True)
 
         def iops_now(seed: int) -> float:
-            return _core.random_io(str(raw), PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed).operations_per_s
+            return _core.random_io([str(raw)], PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed).operations_per_s
 
         _settle(iops_now)
         number = 0
@@ -175,9 +173,7 @@ def measure(
 
 def _settle(iops_now: Callable[[int], float]) -> None:
     """Waits while the device is busy with what was written before: its reads are slower then."""
-    seen = [iops_now(seed) for seed in range(3)]
-    while max(seen[-3:]) > SETTLED * min(seen[-3:]) and len(seen) < MOST_PROBES:
-        seen.append(iops_now(len(seen)))
+    seen = until_settled(iops_now)
     print(f"the device's reads a second, probe by probe until it settled: {', '.join(f'{rate:,.0f}' for rate in seen)}", flush=True)
 
 

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=24, help="configurations of held_out")
     parser.add_argument("--held-out-seed", type=int, default=_planner_predictions.HELD_OUT_SEED, help="what draws them")
     parser.add_argument("--oracle-seeds", type=int, nargs=2, default=(0, 240), metavar=("FIRST", "END"), help="cases of oracles")
-    parser.add_argument("--movielens", type=Path, help="u.data of ml-100k, for two more traces of curves")
+    parser.add_argument("--movielens", type=Path, help="ml-100k.inter, for two more traces of curves")
     parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")
     args = parser.parse_args()
     quiet()

@@ -19,7 +19,7 @@ DEPTHS = ([128], [128] * 2, [64] * 2, [128] * 4, [32] * 4, [128, 32, 32, 32])
 
 def _reader(start: Barrier, answers: Queue, file: str, depth: int, seconds: float, seed: int) -> None:
     start.wait()
-    answers.put(_core.random_io(file, BLOCK_BYTES, depth, 1.0, seconds, "", seed).operations_per_s)
+    answers.put(_core.random_io([file], BLOCK_BYTES, depth, 1.0, seconds, "", seed).operations_per_s)
 
 
 def together(file: str, depths: list[int], seconds: float) -> list[float]:

@@ -1,10 +1,8 @@
 """From the relaxation to a plan: round, place, and improve table by table and pair by pair.
 
-Cost of a state, smaller is better: the slowest step, plus a little of the mean of all ranks (so that a move that helps a rank which is
-not the slowest counts), plus a penalty for memory beyond a capacity (so that a start which does not fit is repaired by the same
-moves). A *re-placement* takes a table out and puts it back as the candidate and on the rank of least cost; all of a table's
-candidates × ranks are tried at once, as arrays. A *resizing* leaves every table where it is and chooses the sizes of all anew, by
-another linear program. No re-placement that raises the cost is ever made; a resizing may, and the best state is kept.
+``placing.py`` says what a state costs. A *re-placement* takes a table out and puts it back as the candidate and on the rank of least
+cost. A *resizing* leaves every table where it is and chooses the sizes of all anew, by another linear program. No re-placement that raises
+the cost is ever made; a resizing may, and the best state is kept.
 """
 
 from __future__ import annotations
@@ -12,17 +10,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from .budget import Budget
 from .choices import Assignment, Choices, Floats, Ints, Load, Ranks, fitting, objective_ms
+from .placing import ON_ALL, Placing
 from .relaxation import Relaxation, relax
 from .sizes_in_place import best_shares, rows_of_program
 
-_MEAN = 0.05  # weight of the mean step beside the slowest
-_WORK = 1e-4  # weight of all busy time: prefers the plan that does less
+_WORK = 1e-4  # weight of all busy time where candidates are priced
 _EXCESS = 1e4  # steps that memory beyond the whole capacity costs
 _LEAST_GAIN = 1e-6  # of the step: smaller improvements are rounding
 _LEAST_RELIEF = 1e-9  # of a rank's memory: less is rounding, and would be chosen for ever
@@ -35,7 +32,6 @@ _PRICE_FACTORS = tuple(np.geomspace(0.2, 5.0, 9))  # of the relaxation's prices 
 _PLACES_A_ROW = 300  # what a row of its program costs, in places tried
 _SHORTLIST = 24  # places of the first table of a pair that are followed up
 _ROUNDING = 0.5  # of the work, at most, for the start
-_ON_ALL = -1
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,11 @@ class _Search:
         self._starts, self._relaxation = choices.starts, relaxation
         self._unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
         self._scale = max(relaxation.bound_ms, 1e-9)
-        self._penalty = _EXCESS * max(self._scale, float(choices.busy.max()))  # a relaxation that was cut short has a low bound, or none
         self._load = Load(choices, ranks)
+        step_ms = max(self._scale, float(choices.busy.max()))  # a relaxation that was cut short has a low bound, or none
+        self._placing = Placing(choices, ranks, self._load, _EXCESS * step_ms)
         self._candidate = np.full(choices.tables, -1, dtype=np.int64)
-        self._rank = np.full(choices.tables, _ON_ALL, dtype=np.int64)
+        self._rank = np.full(choices.tables, ON_ALL, dtype=np.int64)
 
     @property
     def assignment(self) -> Assignment:
@@ -104,7 +101,7 @@ class _Search:
         for dearer in _SPLIT_IF_DEARER:
             self.place(self._rounded(dearer))
             self._settle()
-            found.append((self._cost(), self.assignment))
+            found.append((self._placing.cost(), self.assignment))
             for table in range(self._choices.tables):
                 self._take(table)
         return min(found, key=lambda pair: pair[0])[1]
@@ -137,7 +134,7 @@ class _Search:
         for table in np.lexsort((-self._size(chosen), ~c.spread[chosen])):
             candidate = int(chosen[table])
             if c.spread[candidate]:
-                self._put(table, candidate, _ON_ALL)
+                self._put(table, candidate, ON_ALL)
                 continue
             memory = ((self._load.memory + c.memory[candidate]) / np.maximum(self._ranks.capacity, 1.0)).max(axis=1)
             own = (self._load.busy + c.busy[candidate])[:, ~self._ranks.shared].max(axis=1, initial=0.0)
@@ -175,10 +172,10 @@ class _Search:
                 self._resize()
             while not self._budget.over and (self._sweep(-1) or self._exchanges(-1)):
                 pass
-            if self._cost() >= best_cost - _LEAST_GAIN * self._scale or self._budget.over:
+            if self._placing.cost() >= best_cost - _LEAST_GAIN * self._scale or self._budget.over:
                 break
-            best, best_cost = self.assignment, self._cost()
-        if self._cost() > best_cost:
+            best, best_cost = self.assignment, self._placing.cost()
+        if self._placing.cost() > best_cost:
             self._restore(best)
 
     def _resize(self) -> None:
@@ -199,7 +196,7 @@ class _Search:
     def _shortlist(self) -> Ints:
         """Candidates of all tables where they are: what they are now, and those that are cheapest at several prices of memory."""
         c, found = self._choices, self._relaxation
-        mine = np.flatnonzero(c.spread == (self._rank[c.table] == _ON_ALL))
+        mine = np.flatnonzero(c.spread == (self._rank[c.table] == ON_ALL))
         starts = np.searchsorted(c.table[mine], np.arange(c.tables))
         work = c.busy[mine] * np.where(self._ranks.shared, self._ranks.per_host, 1) @ found.busy_price + _WORK * c.busy[mine].sum(axis=1)
         memory = c.memory[mine] * found.memory_price
@@ -217,8 +214,8 @@ class _Search:
         self._budget = budget
         self._settle()
         self.improve()
-        best, best_cost = self.assignment, self._cost()
-        options = [self._places(table) for table in range(self._choices.tables)]
+        best, best_cost = self.assignment, self._placing.cost()
+        options = self._placing.places
         table_of = np.repeat(np.arange(len(options)), [len(candidates) for candidates, _ in options])
         candidate_of, rank_of = (np.concatenate(parts) for parts in zip(*options, strict=True))
         queue = list(random.permutation(len(table_of))[:_FORCED])
@@ -228,8 +225,8 @@ class _Search:
             self._put(table_of[at], int(candidate_of[at]), int(rank_of[at]))
             self.improve(keep=int(table_of[at]))
             self.improve()
-            if self._cost() < best_cost - _LEAST_GAIN * self._scale:
-                best, best_cost = self.assignment, self._cost()
+            if self._placing.cost() < best_cost - _LEAST_GAIN * self._scale:
+                best, best_cost = self.assignment, self._placing.cost()
                 queue = list(random.permutation(len(table_of))[:_FORCED])
             else:
                 self._restore(best)
@@ -250,7 +247,7 @@ class _Search:
 
     def _sweep(self, keep: int) -> bool:
         improved = False
-        before = self._cost()
+        before = self._placing.cost()
         for table in range(self._choices.tables):
             if self._budget.over:
                 break
@@ -268,7 +265,7 @@ class _Search:
     def _exchanges(self, keep: int) -> bool:
         """Single tables change ranks with each other, as they are; all partners of a table are tried at once."""
         improved = False
-        single = np.setdiff1d(np.flatnonzero(self._rank != _ON_ALL), [keep])
+        single = np.setdiff1d(np.flatnonzero(self._rank != ON_ALL), [keep])
         for first in single[np.argsort(-self._load.step_ms()[self._rank[single]], kind="stable")]:
             if self._budget.over:
                 break
@@ -278,7 +275,7 @@ class _Search:
             costs = self._exchanged(int(first), partners)
             self._budget.spend(len(partners))
             at = int(np.argmin(costs))
-            if costs[at] < self._cost() - _LEAST_GAIN * self._scale:
+            if costs[at] < self._placing.cost() - _LEAST_GAIN * self._scale:
                 second, improved = int(partners[at]), True
                 places = (int(self._candidate[first]), int(self._rank[second])), (int(self._candidate[second]), int(self._rank[first]))
                 for table, place in zip((int(first), second), places, strict=True):
@@ -308,16 +305,16 @@ class _Search:
             host_sum += host_with - host[host_of[rank]]
             excess_sum += (over / self._unit).sum(axis=1) - excess[rank]
         mean = own_sum / len(own) + host_sum / len(host)
-        return np.asarray(self._total(slowest, mean, excess_sum, self._load.busy.sum() / len(own)))
+        return np.asarray(self._placing.total(slowest, mean, excess_sum, self._load.busy.sum() / len(own)))
 
     def _pairs(self, keep: int) -> bool:
         """Both tables of a pair out, and back where the two cost least; pairs with a table of a slowest rank first."""
         improved = False
         step = self._load.step_ms()
-        slowness = np.where(self._rank == _ON_ALL, step.max(), step[self._rank])
+        slowness = np.where(self._rank == ON_ALL, step.max(), step[self._rank])
         order = np.argsort(-slowness, kind="stable")
         order = order[order != keep]
-        before = self._cost()
+        before = self._placing.cost()
         for i, first in enumerate(order):
             for second in order[i + 1 :]:
                 if self._budget.over:
@@ -331,7 +328,7 @@ class _Search:
         self._take(first)
         self._take(second)
         found, best = was, before - _LEAST_GAIN * self._scale
-        places, costs = self._costs(first)
+        places, costs = self._placing.places[first], self._costs(first)
         shortlist = np.argsort(costs, kind="stable")[:_SHORTLIST] if len(costs) > _SHORTLIST else np.arange(len(costs))
         for at in shortlist:
             candidate, rank = int(places[0][at]), int(places[1][at])
@@ -351,63 +348,16 @@ class _Search:
     def _take(self, table: int) -> None:
         self._load.add(int(self._candidate[table]), int(self._rank[table]), -1)
 
-    # -- the cost of the state, and of every way to put back a table that is out of it
-
-    def _total(self, slowest: Any, mean: Any, excess: Any, work: Any) -> Any:
-        return slowest + _MEAN * mean + _WORK * work + self._penalty * excess
-
-    def _cost(self) -> float:
-        own, host = self._load.own_ms(), self._load.host_busy_ms().max(axis=1, initial=0.0)
-        excess = (self._load.excess() / self._unit).sum()
-        return float(self._total(max(own.max(), host.max()), own.mean() + host.mean(), excess, self._load.busy.sum() / len(own)))
-
     def _best(self, table: int) -> tuple[int, int, float]:
-        (candidates, ranks), costs = self._costs(table)
-        at = int(np.argmin(costs))
+        costs = self._costs(table)
+        at, (candidates, ranks) = int(np.argmin(costs)), self._placing.places[table]
         return int(candidates[at]), int(ranks[at]), float(costs[at])
 
-    def _costs(self, table: int) -> tuple[tuple[Ints, Ints], Floats]:
-        """Every place (candidate, rank) of a table that is out, and the cost of the state with it there."""
-        candidates = np.arange(self._starts[table], self._starts[table + 1])
-        spread = self._choices.spread[candidates]
-        costs = np.concatenate([self._on_all(candidates[spread]), self._on_one(candidates[~spread]).ravel()])
+    def _costs(self, table: int) -> Floats:
+        """Of the state with a table, which is out, at each of its places."""
+        costs = self._placing.costs(table)
         self._budget.spend(len(costs))
-        return self._places(table), costs
-
-    def _places(self, table: int) -> tuple[Ints, Ints]:
-        candidates = np.arange(self._starts[table], self._starts[table + 1])
-        spread = self._choices.spread[candidates]
-        single, count = candidates[~spread], self._ranks.count
-        return (
-            np.concatenate([candidates[spread], np.repeat(single, count)]),
-            np.concatenate([np.full(int(spread.sum()), _ON_ALL), np.tile(np.arange(count), len(single))]),
-        )
-
-    def _on_all(self, candidates: Ints) -> Floats:
-        """Shape (candidates,)."""
-        shared = self._ranks.shared
-        memory, busy = self._choices.memory[candidates], self._choices.busy[candidates]
-        own = (self._load.busy[:, ~shared] + busy[:, None, ~shared]).max(axis=2, initial=0.0)
-        host = (self._load.host_busy_ms() + self._ranks.per_host * busy[:, None, shared]).max(axis=2, initial=0.0)
-        excess = np.maximum(0.0, self._load.memory + memory[:, None] - self._ranks.capacity)
-        slowest = np.maximum(own.max(axis=1), host.max(axis=1))
-        work = self._load.busy.sum() / len(self._load.busy) + busy.sum(axis=1)
-        return np.asarray(self._total(slowest, own.mean(axis=1) + host.mean(axis=1), (excess / self._unit).sum(axis=(1, 2)), work))
-
-    def _on_one(self, candidates: Ints) -> Floats:
-        """Shape (candidates, ranks)."""
-        shared, count = self._ranks.shared, self._ranks.count
-        memory, busy = self._choices.memory[candidates], self._choices.busy[candidates]
-        own, host_busy = self._load.own_ms(), self._load.host_busy_ms()
-        host = host_busy.max(axis=1, initial=0.0)
-        own_with = (self._load.busy[:, ~shared] + busy[:, None, ~shared]).max(axis=2, initial=0.0)
-        host_with = (host_busy + busy[:, None, shared]).max(axis=2, initial=0.0)
-        slowest = np.maximum(np.maximum(own_with, _others(own)), np.maximum(host_with, _others(host))[:, self._ranks.host_of])
-        mean = (own.sum() - own + own_with) / count + ((host.sum() - host + host_with) / len(host))[:, self._ranks.host_of]
-        excess = (self._load.excess() / self._unit).sum(axis=1)
-        excess_with = (np.maximum(0.0, self._load.memory + memory[:, None] - self._ranks.capacity) / self._unit).sum(axis=2)
-        work = (self._load.busy.sum() + busy.sum(axis=1)[:, None]) / count
-        return np.asarray(self._total(slowest, mean, excess.sum() - excess + excess_with, work))
+        return costs
 
 
 def _first_least(values: Floats, starts: Ints) -> Ints:
@@ -415,16 +365,6 @@ def _first_least(values: Floats, starts: Ints) -> Ints:
     least = np.repeat(np.minimum.reduceat(values, starts), np.diff(np.append(starts, len(values))))
     hits = np.flatnonzero(values == least)
     return hits[np.searchsorted(hits, starts)]
-
-
-def _others(values: Floats) -> Floats:
-    """The largest of all other values, for each. Shape (n,) → (n,)."""
-    if len(values) == 1:
-        return np.zeros(1)
-    top = int(np.argmax(values))
-    result = np.full(len(values), values[top])
-    result[top] = np.delete(values, top).max()
-    return result
 
 
 def _others_of_two(values: Floats, i: Ints, j: Ints) -> Floats:

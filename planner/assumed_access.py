@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -50,8 +51,11 @@ ROW_RANGES = 64
 
 _GROUPS = 100  # of ranks alike; 400 change no miss ratio by 1e-3
 _MOST_ROUNDS = 400
+_STEP = 0.7  # of the way to where each equation has its time; 0.5 takes half as many rounds more
 _SETTLED = 1e-4  # of the misses, from one round to the next
+_QUIET_ROUNDS = 2  # in a row: misses may turn at a moment
 _SMALL_SHARE = 0.1  # of the pool: eviction_order.h
+_ANY_BATCH = 1e-3  # expected uses within a stretch of batches, below which any of them is as likely as another to have the use
 
 
 def curve_sizes(rows: int, unique_rows: float) -> list[int]:
@@ -95,20 +99,21 @@ def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahea
     def unused(batches: np.ndarray) -> np.ndarray:
         return np.exp(np.maximum(batches * none, -100))
 
-    def gap(within: np.ndarray) -> np.ndarray:
-        """Batches to the next use, if it comes within so many."""
-        cut = np.maximum(within, 1e-3 / q)  # before, any batch is as likely as another
-        exact = (1 - unused(cut) * (1 + cut * q)) / (q * (1 - unused(cut)))
-        return np.where(within < cut, (within + 1) / 2, exact)
+    def gap(within: np.ndarray, none_within: np.ndarray) -> np.ndarray:
+        """Batches to the next use, if it comes within so many, and ``none_within`` is the probability that it does not."""
+        likely = q * (1 - none_within)
+        exact = (1 - none_within * (1 + within * q)) / np.maximum(likely, 1e-300)
+        return np.where(within * q > _ANY_BATCH, exact, (within + 1) / 2)
 
     small, main, ghost = (np.log(np.maximum(1.0, share * pools / batch)) for share in (_SMALL_SHARE, 1.0, 1.0))
     longest = np.log(np.maximum(lookahead - 1, 1e-9))  # the batch that is looked up is the first of its window
     window = np.minimum(longest, np.log(pools / batch))
-    misses = np.zeros(len(pools))
+    misses, found, quiet, moving = np.zeros(len(pools)), np.zeros(len(pools)), np.zeros(len(pools), np.int64), np.arange(len(pools))
     for _ in range(_MOST_ROUNDS):
         in_small, in_main, ahead = np.exp(small), np.exp(main), np.exp(window)
         away = unused(ahead)
-        unmet_in_small, unmet_in_main = (unused(np.minimum(t, ahead)) for t in (in_small, in_main))
+        seen_in_small, seen_in_main = np.minimum(in_small, ahead), np.minimum(in_main, ahead)
+        unmet_in_small, unmet_in_main = unused(seen_in_small), unused(seen_in_main)
         used_in_small = 1 - unused(np.maximum(in_small - ahead, 0))
         uses = -none * np.maximum(in_main - ahead, 0)
         a0 = np.exp(np.maximum(-uses, -100))
@@ -122,23 +127,30 @@ def _our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahea
         laps_in_main = (1 - away + from_small * (1 - unmet_in_small)) * more_laps
         laps_in_main += (from_small * unmet_in_small * used_in_small + (1 - to_small) * away) * laps
         time_in_main = laps_in_main * in_main
-        further = (1 - away) / away * gap(ahead)
-        waits = [gap(np.minimum(t, ahead)) + np.maximum(ahead - t, 0) + further for t in (in_small, in_main)]
-        time_awaited = further + from_small * (1 - unmet_in_small) * waits[0] + laps_in_main * (1 - unmet_in_main) * waits[1]
+        further = (1 - away) / away * gap(ahead, away)
+        after_small = gap(seen_in_small, unmet_in_small) + ahead - seen_in_small + further
+        after_main = gap(seen_in_main, unmet_in_main) + ahead - seen_in_main + further
+        time_awaited = further + from_small * (1 - unmet_in_small) * after_small + laps_in_main * (1 - unmet_in_main) * after_main
         per_batch = n / (time_in_small + time_in_main + time_awaited + ahead + 1 / q)
         before, misses = misses, per_batch.sum(0)
-        if (np.abs(misses - before) <= _SETTLED * misses).all():
-            break
+        found[moving] = misses
+        quiet = np.where(np.abs(misses - before) <= _SETTLED * misses, quiet + 1, 0)
         rows_in_small, rows_in_main, rows_awaited = ((per_batch * t).sum(0) for t in (time_in_small, time_in_main, time_awaited))
         left = (per_batch * from_small * unmet_in_small * (1 - used_in_small)).sum(0)
         at_least = rows_in_small * np.exp(-small) + rows_in_main * np.exp(-main)  # a batch's rows stay for that batch
         room = np.maximum(pools - rows_awaited, 0.001 * pools)
-        small = np.clip(small + 0.5 * np.log(np.minimum(_SMALL_SHARE * pools, room) / rows_in_small), 0, 60)
-        main = np.clip(main + 0.5 * np.log(np.maximum(room - rows_in_small, 0.001 * pools) / rows_in_main), 0, 60)
-        ghost = 0.5 * np.log(pools / np.maximum(left, 1e-12)) + ghost * 0.5
+        small = np.clip(small + _STEP * np.log(np.minimum(_SMALL_SHARE * pools, room) / rows_in_small), 0, 60)
+        main = np.clip(main + _STEP * np.log(np.maximum(room - rows_in_small, 0.001 * pools) / rows_in_main), 0, 60)
+        ghost += _STEP * (np.log(pools / np.maximum(left, 1e-12)) - ghost)
         most = np.maximum(pools - at_least, 0.05 * pools)
-        window = np.minimum(longest, window + 0.25 * np.log(most / np.maximum(rows_awaited, 1e-12)))
-    return misses
+        window = np.minimum(longest, window + _STEP * np.log(most / np.maximum(rows_awaited, 1e-12)))
+        if (quiet >= _QUIET_ROUNDS).any():
+            still = quiet < _QUIET_ROUNDS
+            state: list[Any] = [moving, pools, longest, small, main, ghost, window, misses, quiet]
+            moving, pools, longest, small, main, ghost, window, misses, quiet = (of_pool[still] for of_pool in state)
+            if not len(moving):
+                break
+    return found
 
 
 def assumed_access(

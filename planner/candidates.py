@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torchrec.distributed.planner.types import PartitionByType, ShardingOption, Storage
@@ -29,8 +30,7 @@ CACHE_SHARES = (0.0, 0.03, 0.1, 0.3, 0.6, 1.0)  # of the rows that a pool leaves
 _FINER = np.array([-0.6, -0.3, 0.3, 0.6])  # of a step of the grid, beside the sizes of a plan
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Rows of a pool and of a cache of each shard; (0, 0) for a table in memory."""
 
     pool_rows: int = 0
@@ -159,7 +159,7 @@ def _grid(option: TieredShardingOption, pmem: bool, around: Sizes | None, finer:
     if also.pool_rows:
         near.add(Sizes(*option.legal(min(rows, max(least, also.pool_rows)), also.cache_rows if cached else 0)))
     grid = {Sizes(*option.legal(p, int((rows - p) * share))) for p in pools for share in shares} | near
-    return sorted((s for s in grid if option.worth(s.cache_rows)), key=lambda s: (s.pool_rows, s.cache_rows))
+    return sorted(s for s in grid if option.worth(s.cache_rows))
 
 
 def ranks_memory(storage: Sequence[Storage], pmem_bytes: int) -> Floats:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import ConfigurationError
 
@@ -45,7 +46,7 @@ class CheckpointSchedule:
             return FILL_WITHOUT_CHECKPOINTS
         return FILL_WITHOUT_CHECKPOINTS * self.keep / (self.keep + 1) / math.log(self.keep + 1)
 
-    @property
+    @cached_property
     def write_amplification(self) -> float:
         """Records that a log writes for one put, where it is as full as ``fill``: 1 ÷ (1 - s), s by bisection."""
         low, high = 1e-9, 1 - 1e-9

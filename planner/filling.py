@@ -10,7 +10,6 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
@@ -21,6 +20,7 @@ from .estimators import uncharged_bytes
 from .perf_model import Floats
 from .sharding_options import TieredShardingOption
 
+_TIERS = ("ddr", "hbm", "pmem")
 _PART = 8
 _ANY_WORK = 1e-3  # the price of time that is not the bottleneck's
 
@@ -40,6 +40,12 @@ class _Growing:
         """Of the shards, in their order."""
         return [shard.rank for shard in self.option.shards]
 
+    def bytes_of(self, shard: int, pool_rows: int, cache_rows: int) -> Floats:
+        """Of one shard with such sizes, to the byte: records of a cache are in whole pages. Shape (tiers,)."""
+        o = self.option
+        sizes = shard, pool_rows, cache_rows
+        return np.array([o.ddr_bytes(*sizes), o.hbm_bytes(*sizes), o.pmem_bytes_of(shard, cache_rows)], np.float64)
+
     @property
     def room(self) -> int:
         """Rows that neither has."""
@@ -57,31 +63,21 @@ class _Growing:
 
 def fill(plan: Sequence[ShardingOption], capacity: Sequence[Storage], pmem_bytes: int, busy_price: Floats) -> list[ShardingOption]:
     """The placed plan with larger pools and caches. Shape: busy_price (resources,)."""
-    free = {tier: np.array([float(getattr(storage, tier)) for storage in capacity]) for tier in ("ddr", "hbm")}
-    free["pmem"] = np.full(len(capacity), float(pmem_bytes))
+    free = np.array([[s.ddr, s.hbm, pmem_bytes] for s in capacity], np.float64)
     for option in plan:
         for i, (shard, missing) in enumerate(zip(option.shards, uncharged_bytes(option), strict=True)):
-            free["ddr"][shard.rank] -= shard.storage.ddr + missing
-            free["hbm"][shard.rank] -= shard.storage.hbm
-            if isinstance(option, TieredShardingOption):
-                free["pmem"][shard.rank] -= option.pmem_bytes_of(i, option.cache_rows)
+            pmem = option.pmem_bytes_of(i, option.cache_rows) if isinstance(option, TieredShardingOption) else 0
+            free[shard.rank] -= shard.storage.ddr + missing, shard.storage.hbm, pmem
     price = busy_price + _ANY_WORK
     tables = [_Growing(o, o.pool_rows, o.cache_rows, price, alike(o)) for o in plan if isinstance(o, TieredShardingOption)]
 
     def left(t: _Growing, tier: str) -> float:
-        return float(free[tier][t.ranks].min())
+        return float(free[t.ranks, _TIERS.index(tier)].min())
 
     def grow(t: _Growing, pool_rows: int, cache_rows: int) -> None:
-        """To these sizes, charged to the byte: records of a cache are in whole pages."""
-        bytes_in: dict[str, Callable[[int, int, int], Any]] = {
-            "ddr": t.option.ddr_bytes,
-            "hbm": t.option.hbm_bytes,
-            "pmem": lambda shard, _, cache: t.option.pmem_bytes_of(shard, cache),
-        }
-        for tier, bytes_of in bytes_in.items():
-            for kind in t.kinds:
-                more = bytes_of(kind[0], pool_rows, cache_rows) - bytes_of(kind[0], t.pool_rows, t.cache_rows)
-                np.subtract.at(free[tier], [t.option.shards[i].rank for i in kind], more)
+        for kind in t.kinds:
+            more = t.bytes_of(kind[0], pool_rows, cache_rows) - t.bytes_of(kind[0], t.pool_rows, t.cache_rows)
+            np.subtract.at(free, [t.option.shards[i].rank for i in kind], more)
         t.pool_rows, t.cache_rows = pool_rows, cache_rows
 
     def more_cache(t: _Growing, share: float) -> int:

@@ -60,7 +60,8 @@ def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
 
 @dataclass(frozen=True)
 class DevicePoint:
-    """One measurement of a block device: random operations of ``block_bytes``, ``queue_depth`` in flight, of which a share reads."""
+    """One measurement of a block device: random operations of ``block_bytes``, ``queue_depth`` in flight, of which a share reads.
+    ``operations_per_s_least_most``: of the rounds that ``operations_per_s`` is the median of."""
 
     block_bytes: int
     queue_depth: int
@@ -68,11 +69,15 @@ class DevicePoint:
     operations_per_s: float
     latency_us_p50: float | None = None  # None: not published
     latency_us_p99: float | None = None
+    operations_per_s_least_most: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _require_numbers(self, ("block_bytes", "queue_depth", "operations_per_s"))
         _require_numbers(self, [name for name in ("latency_us_p50", "latency_us_p99") if getattr(self, name) is not None])
         _require(_number(self.read_share) and 0 <= self.read_share <= 1, "DevicePoint.read_share", "between 0 and 1", self.read_share)
+        span = self.operations_per_s_least_most
+        known = span is None or (len(span) == 2 and all(map(_number, span)) and 0 < span[0] <= self.operations_per_s <= span[1])
+        _require(known, "DevicePoint.operations_per_s_least_most", "numbers > 0 round operations_per_s", span)
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,11 @@ class HardwareProfile:
         return _FILES.load(path, _profile)
 
 
+def _device_point(read: dict[str, Any]) -> DevicePoint:
+    span = read.get("operations_per_s_least_most")
+    return DevicePoint(**read | {"operations_per_s_least_most": span and tuple(span)})
+
+
 def _profile(read: dict[str, Any]) -> HardwareProfile:
     def memory(of: dict[str, Any] | None) -> MemoryProfile | None:
         return (
@@ -264,7 +274,7 @@ def _profile(read: dict[str, Any]) -> HardwareProfile:
         | {name: memory(read[name]) for name in ("ddr", "hbm", "pmem")}
         | {
             "pcie": pcie and LinkProfile(**pcie),
-            "ssd": ssd and BlockDeviceProfile(**ssd | {"points": tuple(DevicePoint(**p) for p in ssd["points"])}),
+            "ssd": ssd and BlockDeviceProfile(**ssd | {"points": tuple(map(_device_point, ssd["points"]))}),
             "kernel": KernelCosts(**kernel | {"row_bytes": tuple(kernel["row_bytes"])}),
         }
     )

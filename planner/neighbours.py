@@ -54,6 +54,8 @@ def misses_and_reads(
 def curve_over_ssd(table: TableAccess, batch_samples: int, records_per_block: int, lookahead: int | None = None) -> MissCurve:
     """``miss_curve_for``, less what neighbours spare in a job that goes on. Write-backs stay: a row that came along leaves too."""
     curve = table.miss_curve_for(batch_samples, lookahead)
+    if records_per_block == 1:
+        return curve  # nothing lies beside a row
     missed = _unspared(table, curve.misses_per_batch, curve.pool_rows, batch_samples, records_per_block, lookahead)
     return replace(curve, misses_per_batch=tuple(np.minimum.accumulate(missed).tolist()))
 
@@ -88,8 +90,8 @@ def _unspared(
     weight = taken / np.maximum(share, 1e-12)
     never_weight = np.minimum(never, share) / np.maximum(share, 1e-12)
 
-    ends = np.stack([from_, longest + 0 * from_], axis=2).reshape(len(missed_rows), -1)
-    up_to = np.repeat(np.cumsum(weight, axis=1), 2, axis=1) - np.stack([weight, 0 * weight], axis=2).reshape(len(missed_rows), -1)
+    ends = np.stack([from_, np.broadcast_to(longest, from_.shape)], axis=2).reshape(len(missed_rows), -1)
+    up_to = np.stack([np.cumsum(weight, axis=1) - weight, np.cumsum(weight, axis=1)], axis=2).reshape(len(missed_rows), -1)
 
     def returned(ages: Floats) -> Floats:
         """Of misses, the share whose last use was at most so many batches before. Shapes: (n, ages) → (n, ages)."""

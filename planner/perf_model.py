@@ -36,7 +36,7 @@ from ..lookahead import LOOKAHEAD_BYTES
 from . import charges
 from .access_profile import MissCurve
 from .checkpoint_schedule import CheckpointSchedule
-from .hardware_profile import HardwareProfile
+from .hardware_profile import BlockDeviceProfile, HardwareProfile
 
 Floats = NDArray[np.float64]
 
@@ -160,6 +160,10 @@ class PerfModel:
         """The same of a plan with, or without tables below memory. Shape (resources,)."""
         return self.base_ms
 
+    @cached_property
+    def _ssd_ms_of(self) -> dict[int, tuple[float, float]]:
+        return {}  # by record bytes, as they are asked for
+
     @property
     def memory_bytes_per_s(self) -> float:
         """Of the memory that tables train in."""
@@ -249,9 +253,16 @@ class PerfModel:
             if reads.any():
                 raise ConfigurationError("the plan has an SSD, and the hardware profile none; measure it with `mtrains calibrate --path`")
             return np.zeros(len(reads))
+        if record_bytes not in self._ssd_ms_of:
+            self._ssd_ms_of[record_bytes] = self._ssd_ms_a_row(ssd, record_bytes)
+        read_ms, written_ms = self._ssd_ms_of[record_bytes]
+        return np.asarray(reads * read_ms + written * written_ms)
+
+    def _ssd_ms_a_row(self, ssd: BlockDeviceProfile, record_bytes: int) -> tuple[float, float]:
+        """What a row read, and one written, keeps the device busy."""
         block = charges.block_bytes(record_bytes)
         per_record = block / charges.records_per_block(record_bytes)  # bytes of the log, a row
         amplification = self.checkpoints.write_amplification
-        appended = written * per_record * amplification / ssd.bytes_per_s(_WRITE_BYTES, QUEUE_DEPTH, 0.0)
-        cleaned = written * per_record * (amplification - 1) / ssd.bytes_per_s(_WRITE_BYTES, QUEUE_DEPTH, 1.0)
-        return np.asarray(1e3 * (reads / ssd.operations_per_s(block, QUEUE_DEPTH * self.ranks_per_host, 1.0) + appended + cleaned))
+        appended = per_record * amplification / ssd.bytes_per_s(_WRITE_BYTES, QUEUE_DEPTH, 0.0)
+        cleaned = per_record * (amplification - 1) / ssd.bytes_per_s(_WRITE_BYTES, QUEUE_DEPTH, 1.0)
+        return 1e3 / ssd.operations_per_s(block, QUEUE_DEPTH * self.ranks_per_host, 1.0), 1e3 * (appended + cleaned)

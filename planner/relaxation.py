@@ -38,20 +38,24 @@ _OUT_OF_TIME = 1  # scipy's status
 class Relaxation:
     """``bound_ms``: no plan is faster. ``share``: (candidates,) of the best solution found. ``memory_price``: (tiers,) milliseconds of the
     bound that one more byte on every rank buys. ``busy_price``: (resources,) how much the bound depends on each, adding up to
-    1 at most. ``excess``: (tiers,) memory that is missing, as a part of the capacity."""
+    1 at most. ``excess``: (tiers,) memory that is missing, as a part of the capacity. ``columns``: the candidates of the last program."""
 
     bound_ms: float
     share: Floats
     memory_price: Floats
     busy_price: Floats
     excess: Floats
+    columns: Ints
 
 
-def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf")) -> Relaxation:
-    """Solves the relaxation, as closely as ``deadline_s`` (of ``time.perf_counter``) allows."""
+def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf"), near: Relaxation | None = None) -> Relaxation:
+    """Solves the relaxation, as closely as ``deadline_s`` (of ``time.perf_counter``) allows. ``near``: of the same choices with other
+    capacities, whose program is where this one begins."""
     which = fitting(choices, ranks)
     program = _Program(choices.take(which), ranks)
     columns = program.first_columns()
+    if near is not None:
+        columns = np.union1d(program.least_memory(), np.flatnonzero(np.isin(which, near.columns)))
     now = best = program.unsolved()
     for _ in range(_MOST_ROUNDS):
         solved = program.round(columns, deadline_s)
@@ -68,7 +72,7 @@ def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf")) -> R
         columns = np.union1d(columns, fresh)
     share = np.zeros(len(choices.table))
     share[which] = now.share
-    return Relaxation(best.bound_ms, share, best.memory_price, best.busy_price, now.excess)
+    return Relaxation(best.bound_ms, share, best.memory_price, best.busy_price, now.excess, which[columns])
 
 
 class _Program:
@@ -96,6 +100,10 @@ class _Program:
         memory, busy = self._memory.sum(axis=1), self._busy.sum(axis=1)
         return np.unique(np.concatenate([self._cheapest(busy + p * self._fastest * memory + 1e-12 * memory) for p in _FIRST_PRICES]))
 
+    def least_memory(self) -> Ints:
+        """Each table's candidate of least memory: with these every program has a solution."""
+        return self._cheapest(self._memory.sum(axis=1))
+
     def _cheapest(self, cost: Floats) -> Ints:
         least = np.minimum.reduceat(cost, self._starts[:-1])
         hits = np.flatnonzero(cost == least[self._choices.table])
@@ -104,9 +112,9 @@ class _Program:
     def unsolved(self) -> Relaxation:
         """What is known without solving anything."""
         share = np.zeros(len(self._choices.table))
-        share[self._cheapest(self._memory.sum(axis=1))] = 1.0
+        share[self.least_memory()] = 1.0
         excess = np.maximum(0.0, share @ self._memory - self._room)
-        return Relaxation(0.0, share, np.zeros(self._memory.shape[1]), np.zeros(self._busy.shape[1]), excess)
+        return Relaxation(0.0, share, np.zeros(self._memory.shape[1]), np.zeros(self._busy.shape[1]), excess, self.least_memory())
 
     def round(self, columns: Ints, deadline_s: float) -> tuple[Relaxation, Ints, float] | None:
         """The solution with these candidates, the candidates that would better it, and by how much at most; None where the time was up."""
@@ -154,7 +162,7 @@ class _Program:
         gain = float((solved.eqlin.marginals - np.minimum.reduceat(pure + nudge, self._starts[:-1])).sum())
         fresh = np.unique(np.concatenate([self._cheapest(value(factor) + nudge) for factor in _NEIGHBOUR_PRICES]))
         excess = solved.x[1 : 1 + tiers]
-        return Relaxation(max(0.0, bound), share, memory_price / self._unit, busy_price, excess), fresh, gain
+        return Relaxation(max(0.0, bound), share, memory_price / self._unit, busy_price, excess, columns), fresh, gain
 
     def add_own_rows(self, share: Floats) -> bool:
         """Rows for the tables whose own shards exceed z in this solution. Returns whether there were any."""

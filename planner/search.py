@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from torchrec.distributed.planner.types import ShardingOption, Storage
@@ -21,7 +22,7 @@ from .candidates import TIERS, Candidates, Sizes, busy_of_shards, candidates, ra
 from .choices import Assignment, Choices, Ints, Ranks, objective_ms
 from .filling import fill
 from .perf_model import CPU, SHARED, PerfModel, StepPrediction
-from .relaxation import relax
+from .relaxation import Relaxation, relax
 from .sharding_options import TieredShardingOption
 from .sizes_between import sizes_between
 
@@ -44,15 +45,19 @@ class Capacity:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """``options``: every table's, placed. ``bound_ms``: no plan has a faster step, of the grid's sizes and those near this plan's.
-    ``seconds``: that it took."""
+    """``options``: every table's, placed. ``seconds``: that it took. Bounds are of the grid's sizes and those near this plan's."""
 
     options: list[ShardingOption]
     prediction: StepPrediction
-    bound_ms: float
     seconds: float
+    _relaxation: Relaxation
     _choices: Choices
     _ranks: Ranks
+
+    @property
+    def bound_ms(self) -> float:
+        """No plan has a faster step."""
+        return self._relaxation.bound_ms
 
     @property
     def over_bound(self) -> float:
@@ -63,7 +68,7 @@ class SearchResult:
         """The bound, had every rank so much of a tier; None where the tables would not fit."""
         memory = self._ranks.capacity.copy()
         memory[:, TIERS.index(tier)] = capacity_bytes
-        relaxation = relax(self._choices, replace(self._ranks, capacity=memory))
+        relaxation = relax(self._choices, replace(self._ranks, capacity=memory), near=self._relaxation)
         return None if (relaxation.excess > _FULL).any() else relaxation.bound_ms
 
     def capacity_bytes(self, tier: str) -> float:
@@ -132,8 +137,8 @@ def _result(
 ) -> SearchResult:
     sizes = [Sizes(o.pool_rows, o.cache_rows) if isinstance(o, TieredShardingOption) else None for o in options]
     choices, ranks = candidates(tables, model, capacity.pmem_bytes > 0, sizes).choices, capacity.ranks(model)
-    bound_ms = relax(choices, ranks).bound_ms
-    return SearchResult(options, predicted(options, model, len(capacity.storage)), bound_ms, time.perf_counter() - began, choices, ranks)
+    relaxation, prediction = relax(choices, ranks), predicted(options, model, len(capacity.storage))
+    return SearchResult(options, prediction, time.perf_counter() - began, relaxation, choices, ranks)
 
 
 def predicted(options: Sequence[ShardingOption], model: PerfModel, world_size: int) -> StepPrediction:
@@ -154,5 +159,7 @@ def _found(offered: Candidates, plan: Sequence[ShardingOption]) -> Assignment:
 
 
 def _indices(offered: Candidates, chosen: Sequence[tuple[ShardingOption, Sizes]]) -> Ints:
-    index = {(id(option), sizes): i for i, (option, sizes) in enumerate(zip(offered.options, offered.sizes, strict=True))}
-    return np.array([index[id(option), sizes] for option, sizes in chosen])
+    found = []
+    for (option, sizes), (first, last) in zip(chosen, pairwise(offered.choices.starts), strict=True):
+        found.append(next(i for i in range(first, last) if offered.options[i] is option and offered.sizes[i] == sizes))
+    return np.array(found)

@@ -24,9 +24,9 @@ class TieredShardingOption(ShardingOption):
     """A sharding option whose every shard has a pool of ``pool_rows`` rows (or all of its rows) above something slower. ``cache_rows``: of
     a cache between the two, in layouts that have one.
 
-    ``min_pool_rows``: slots that each pool has at least. ``record_bytes``: a row's weights and ``state_bytes``. ``batch_bytes``,
-    ``compute`` and ``uses`` hold, per shard, what batches bring along in the pool's memory, TorchRec's perf of the table in memory, and
-    what a step does to it. ``snapshots``: whether an SSD's volume writes any (``charges.py``).
+    ``shard_rows``: of the largest shard. ``min_pool_rows``: slots that each pool has at least. ``record_bytes``: a row's weights and
+    ``state_bytes``. ``batch_bytes``, ``compute`` and ``uses`` hold, per shard, what batches bring along in the pool's memory, TorchRec's
+    perf of the table in memory, and what a step does to it. ``snapshots``: whether an SSD's volume writes any (``charges.py``).
     """
 
     kernel: ClassVar[str] = TIERED_KERNEL
@@ -34,6 +34,7 @@ class TieredShardingOption(ShardingOption):
     cache_tier: ClassVar[str]
     place: ClassVar[str]
     slot_number_bytes: ClassVar[int] = 0  # of a lookup of the batch that trains
+    shard_rows: int
     min_pool_rows: int
     pool_rows: int
     cache_rows: int
@@ -80,6 +81,7 @@ class TieredShardingOption(ShardingOption):
             for shard, use, waiting in zip(fused.shards, uses, waiting_bytes, strict=True)
         ]
         option.compute = [shard.perf for shard in fused.shards]
+        option.shard_rows = max(shard.size[0] for shard in option.shards)
         option.min_pool_rows = max(1, min(min_pool_rows, option.shard_rows))
         option._resize(*option.legal(option.min_pool_rows, 0))
         return option
@@ -144,11 +146,6 @@ class TieredShardingOption(ShardingOption):
         return 0
 
     # -- what all have in common
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of the largest shard."""
-        return max(shard.size[0] for shard in self.shards)
 
     def more_slots(self, memory_bytes: float) -> int:
         """Slots that pools can grow by in so much memory a shard."""

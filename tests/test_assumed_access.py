@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,25 @@ def test_any_sizes_have_curves(rows: int, lookups: float, exponent: float) -> No
     counts = [access.unique_rows(n) for n in (1, 64, 1024, 65_536)]
     assert counts == sorted(counts)
     assert sum(access.reuse_batches) == pytest.approx(1)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(100, 10**9), st.floats(10, 1e5), st.floats(0.5, 1.4))
+def test_curves_are_where_small_steps_end(rows: int, lookups: float, exponent: float) -> None:
+    """The fixed point is found in long steps, and pools that have settled are left out: small steps of all, to the end, end there too."""
+    assumed = import_module("torchrec_mtrains.planner.assumed_access")
+    counts, probability = assumed._groups(rows, exponent)
+    use = np.clip(-np.expm1(-lookups * probability), 1e-12, 1 - 1e-12)
+    unique = float((counts * use).sum())
+    pools = np.array([p for p in assumed.curve_sizes(rows, unique) if unique <= p < rows], np.float64)
+    of_all = counts, use, np.tile(pools, len(LOOKAHEADS)), np.repeat(LOOKAHEADS, len(pools))
+    found = assumed._our_misses(*of_all)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(assumed, "_SETTLED", 0.0)
+        patched.setattr(assumed, "_STEP", 0.3)
+        patched.setattr(assumed, "_MOST_ROUNDS", 1000)
+        slowly = assumed._our_misses(*of_all)
+    assert np.abs(found - slowly).max(initial=0) < 1e-3 * unique
 
 
 def test_what_is_no_law_is_refused() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torchrec_mtrains.kernels import _core
-from torchrec_mtrains.planner import HardwareProfile
+from torchrec_mtrains.planner import BlockDeviceProfile, DevicePoint, HardwareProfile, hardware_profiles
 
 import torchrec_mtrains as mtrains
+from torchrec_mtrains.calibrate_command import warnings
 from torchrec_mtrains.calibration import QUICK, calibrate
 from torchrec_mtrains.calibration.block_device import POINTS, write_noise
+from torchrec_mtrains.calibration.settling import until_settled
 from torchrec_mtrains.cli import main
 from torchrec_mtrains.errors import ConfigurationError, MTrainsError
 
@@ -82,6 +84,25 @@ def test_the_command_writes_a_profile_and_shows_it(tmp_path: Path) -> None:
         assert shown in result.output
 
 
+def test_a_device_is_probed_until_its_last_probes_agree() -> None:
+    rates = [100.0, 80.0, 60.0, 50.0, 48.0, 49.0, 10.0]
+    assert until_settled(lambda number: rates[number]) == rates[:6]
+    assert len(until_settled(lambda number: 2.0**number, most=7)) == 7
+
+
+def test_a_device_that_had_not_settled_is_named() -> None:
+    def profile(*spans: tuple[float, float] | None) -> HardwareProfile:
+        points = tuple(DevicePoint(4096 << i, 128, 1.0, 100.0, operations_per_s_least_most=span) for i, span in enumerate(spans))
+        return dataclasses.replace(hardware_profiles()["optane"], ssd=BlockDeviceProfile("/mnt/nvme0", points))
+
+    assert warnings(profile(None, (90.0, 110.0))) == []
+    (said,) = warnings(profile((90.0, 110.0), (60.0, 120.0)))
+    assert "/mnt/nvme0 has not settled" in said
+    assert "8 KiB at depth 128: 60 to 120" in said
+    with pytest.raises(ConfigurationError, match="least_most"):
+        profile((101.0, 110.0))
+
+
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     missing = str(tmp_path / "none")
     with pytest.raises(ConfigurationError, match="--path"):
@@ -97,13 +118,27 @@ def test_a_probe_overwrites_only_when_it_writes(tmp_path: Path) -> None:
     file = tmp_path / "noise"
     write_noise(file, 1 << 20)
     before = file.read_bytes()
-    probe = _core.random_io(str(file), 4096, 4, 1.0, 0.01)
+    probe = _core.random_io([str(file)], 4096, 4, 1.0, 0.01)
     assert file.read_bytes() == before
     assert probe.operations >= 4
     assert 0 < probe.latency_us_p50 <= probe.latency_us_p99
-    _core.random_io(str(file), 4096, 4, 0.0, 0.05)
+    _core.random_io([str(file)], 4096, 4, 0.0, 0.05)
     assert file.read_bytes() != before
     assert file.stat().st_size == len(before)
+
+
+def test_a_probe_works_on_all_its_files_and_on_no_hole_of_them(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("small", "large", "hollow")]
+    for file, size in zip(files, (1 << 20, 3 << 20, 2 << 20), strict=True):
+        write_noise(file, size)
+    before = [file.read_bytes() for file in files]
+    with files[2].open("r+b") as hollow:
+        hollow.truncate(1 << 20)
+        hollow.truncate(64 << 20)  # beyond the first MiB a hole
+    _core.random_io([str(file) for file in files], 4096, 16, 0.0, 0.2)
+    for file, was in zip(files, before, strict=True):
+        assert file.read_bytes()[: 1 << 20] != was[: 1 << 20]
+    assert not any(files[2].read_bytes()[1 << 20 :])
 
 
 @pytest.mark.parametrize(("block", "depth", "share"), [(4095, 1, 1.0), (8192 << 10, 1, 1.0), (4096, 0, 1.0), (4096, 1, 1.1), (0, 1, 1.0)])
@@ -111,7 +146,7 @@ def test_a_probe_refuses_what_it_cannot_measure(block: int, depth: int, share: f
     file = tmp_path / "noise"
     write_noise(file, 1 << 20)
     with pytest.raises(ConfigurationError, match="random_io needs"):
-        _core.random_io(str(file), block, depth, share, 0.01)
+        _core.random_io([str(file)], block, depth, share, 0.01)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from test_benchmarks import run  # isort: skip (puts benchmarks/ on the path)
 
+from torchrec_mtrains.planner import hardware_profiles
+
 import _planner_placement
 import _planner_predictions
-from _planner_jobs import Job, JobTable, MixedBatches
+from _device_reads import as_read, calibrated_reads, read_in_place
+from _planner_jobs import Job, JobTable, MixedBatches, steady_ms
+from torchrec_mtrains.calibration.block_device import write_noise
 
 
 def test_the_planner_benchmark_predicts_what_it_trains_and_draws_it(tmp_path: Path) -> None:
@@ -59,8 +66,32 @@ def test_the_batches_of_a_mixed_job_have_each_tables_own_lookups() -> None:
     assert job.traces(3, stream=1)[0].ids.tolist() != traces[0].ids.tolist()
 
 
+def test_steps_that_take_turns_are_measured_by_what_they_take_together() -> None:
+    assert steady_ms([0.024, 0.182] * 10) == pytest.approx(103)
+    assert steady_ms([0.01] * 16 + [0.5] + [0.01] * 3) == pytest.approx(10)
+    assert steady_ms([0.01, 0.03]) == pytest.approx(20)
+
+
+def test_a_device_is_read_in_place_and_its_calibration_scaled_by_that(tmp_path: Path) -> None:
+    write_noise(tmp_path / "segment_00000001.log", 1 << 20)
+    write_noise(tmp_path / "manifest_0000000000000001.bin", 1 << 20)
+    found = read_in_place(tmp_path)
+    assert found.reads_per_s > 0
+    assert found.probes >= 3
+    hardware = hardware_profiles()["optane"]
+    twice = as_read(hardware, 2 * calibrated_reads(hardware))
+    assert hardware.ssd is not None
+    assert twice.ssd is not None
+    for block, depth, share in ((4096, 128, 1.0), (65_536, 7, 0.5), (4096, 1, 0.0)):
+        assert twice.ssd.operations_per_s(block, depth, share) == pytest.approx(2 * hardware.ssd.operations_per_s(block, depth, share))
+    assert replace(twice, ssd=hardware.ssd) == hardware
+
+
 def test_rounds_tell_plans_apart_where_few_of_them_disagree() -> None:
-    told = _planner_placement._told_apart
+    told = _planner_placement.told_apart
     assert told([0.9] * 12 + [1.1] * 3)
     assert not told([0.9] * 11 + [1.1] * 4)
     assert told([0.9] * 3 + [1.1] * 12)
+    assert not told([0.9] * 4 + [1.1]), "of five rounds nothing is told"
+    assert not told([0.9] * 12 + [1.1] * 3, looks=3)
+    assert told([0.9] * 13 + [1.1] * 2, looks=3)

@@ -43,7 +43,30 @@ def calibrate(paths: tuple[str, ...], pmem_path: str | None, output: str, quick:
     out.print(f"{profile.machine}, {profile.date}")
     for table in tables(profile):
         out.print(table)
+    for line in warnings(profile):
+        out.print(line)
     out.print(f"written: {output}")
+
+
+RESTLESS = 1.3
+"""Most ÷ least of a device's rounds, beyond which its profile is said to be of a device that had not settled. A guess: plans change little
+below."""
+
+
+def warnings(profile: HardwareProfile) -> list[str]:
+    """What makes the profile less sure than it looks."""
+    said = []
+    for p in profile.ssd.points if profile.ssd else ():
+        if p.read_share == 1 and p.operations_per_s_least_most:
+            least, most = p.operations_per_s_least_most
+            if most > RESTLESS * least:
+                said.append(f"{p.block_bytes >> 10} KiB at depth {p.queue_depth}: {least:,.0f} to {most:,.0f}")
+    if not said or profile.ssd is None:
+        return []
+    return [
+        f"{profile.ssd.name} has not settled: its random reads a second differed from round to round ({'; '.join(said)}). It is shared, "
+        "busy, or gives credit after idling: plans are as uncertain, so calibrate again when it is quiet."
+    ]
 
 
 def tables(profile: HardwareProfile) -> list[Table]:

@@ -18,7 +18,7 @@ void bind_probes(nb::module_& m) {
       .def_ro("latency_us_p50", &IoProbe::latency_us_p50)
       .def_ro("latency_us_p99", &IoProbe::latency_us_p99)
       .def_prop_ro("operations_per_s", [](const IoProbe& self) { return static_cast<double>(self.operations) / self.seconds; });
-  m.def("random_io", &random_io, "file"_a, "block_bytes"_a, "depth"_a, "read_share"_a, "seconds"_a, "backend"_a = "", "seed"_a = 0,
+  m.def("random_io", &random_io, "files"_a, "block_bytes"_a, "depth"_a, "read_share"_a, "seconds"_a, "backend"_a = "", "seed"_a = 0,
         nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<MemoryProbe>(m, "MemoryProbe")

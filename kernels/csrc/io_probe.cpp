@@ -1,8 +1,8 @@
 #include "io_probe.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -43,15 +43,21 @@ File open_to_probe(const std::string& file, bool writes) {
 
 }  // namespace
 
-IoProbe random_io(const std::string& file, uint32_t block_bytes, uint32_t depth, double read_share, double seconds,
+IoProbe random_io(const std::vector<std::string>& files, uint32_t block_bytes, uint32_t depth, double read_share, double seconds,
                   const std::string& backend, uint64_t seed) {
-  const File opened = open_to_probe(file, read_share < 1);
-  struct stat info{};
-  if (fstat(opened.fd(), &info) != 0) throw_io("open", file, errno);
-  const uint64_t blocks = block_bytes ? static_cast<uint64_t>(info.st_size) / block_bytes : 0;
+  std::vector<File> opened;
+  std::vector<uint64_t> ends;  // of each file, in blocks of all files one after the other
+  uint64_t blocks = 0;
+  for (const std::string& file : files) {
+    opened.push_back(open_to_probe(file, read_share < 1));
+    const off_t written = lseek(opened.back().fd(), 0, SEEK_HOLE);
+    if (written < 0 && errno != ENXIO) throw_io("open", file, errno);  // ENXIO: an empty file
+    blocks += block_bytes && written > 0 ? static_cast<uint64_t>(written) / block_bytes : 0;
+    ends.push_back(blocks);
+  }
   if (blocks == 0 || block_bytes % kPageBytes != 0 || depth < 1 || !(read_share >= 0 && read_share <= 1)) {
     throw Error(ErrorKind::kConfiguration,
-                "random_io needs a file of at least one block, blocks of whole 4096 bytes, a depth, and a share between 0 and 1");
+                "random_io needs files of at least one block, blocks of whole 4096 bytes, a depth, and a share between 0 and 1");
   }
   std::string reason;
   std::unique_ptr<IoEngine> engine;
@@ -71,8 +77,11 @@ IoProbe random_io(const std::string& file, uint32_t block_bytes, uint32_t depth,
   std::vector<float> took;
   auto start = [&](uint32_t tag, double at) {
     started[tag] = at;
-    engine->start({!reads(random), opened.fd(), block_bytes, random() % blocks * block_bytes, buffers.get() + uint64_t{tag} * block_bytes},
-                  tag);
+    const bool write = !reads(random);
+    const uint64_t block = random() % blocks;
+    const auto file = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), block) - ends.begin());
+    const uint64_t offset = (block - (file ? ends[file - 1] : 0)) * block_bytes;
+    engine->start({write, opened[file].fd(), block_bytes, offset, buffers.get() + uint64_t{tag} * block_bytes}, tag);
   };
   const double begin = now(CLOCK_MONOTONIC), cpu = now(CLOCK_THREAD_CPUTIME_ID);
   for (uint32_t tag = 0; tag < depth; ++tag) start(tag, begin);
@@ -83,7 +92,7 @@ IoProbe random_io(const std::string& file, uint32_t block_bytes, uint32_t depth,
     const double at = now(CLOCK_MONOTONIC);
     for (size_t i = 0; i < n; ++i) {
       if (completions[i].result != static_cast<int32_t>(block_bytes)) {
-        throw_io("read or write", file, std::max(0, -completions[i].result));
+        throw_io("read or write", files.front(), std::max(0, -completions[i].result));
       }
       took.push_back(static_cast<float>(at - started[completions[i].tag]));
       if (at - begin < seconds) {

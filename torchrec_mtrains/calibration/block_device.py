@@ -1,7 +1,8 @@
 """A block device with nothing above it: random reads and writes of a file through the volume's own I/O engines.
 
-Points are measured in rounds, in an order drawn anew for each, because virtual devices give credit after idling; each point is the
-median of its rounds. The file has been written, so that no read is of a hole and no write allocates.
+Reads come first until they have settled (``settling.py``). Then points are measured in rounds, in an order drawn anew for each, because
+virtual devices give credit after idling; each point is the median of its rounds, and has the least and most of them. The file has been
+written, so that no read is of a hole and no write allocates.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..errors import ConfigurationError
 from ..kernels import _core
 from ..planner.hardware_profile import BlockDeviceProfile, DevicePoint
 from .effort import Effort, Said
+from .settling import until_settled
 
 PAGE_BYTES = 4096
 LOG_WRITE_BYTES = 256 << 10  # of the log's writes
@@ -30,6 +32,9 @@ MIXED = [(block, depth, 0.5) for block in (PAGE_BYTES, 64 << 10) for depth in (3
 WRITES = [(PAGE_BYTES, depth, 0.0) for depth in (8, 128)] + [(LOG_WRITE_BYTES, depth, 0.0) for depth in (1, 8)]
 POINTS = READS + MIXED + WRITES
 """(block bytes, queue depth, read share)"""
+
+DEEP_READS = (PAGE_BYTES, 128, 1.0)
+"""What a volume does most."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -58,7 +63,7 @@ def _noise(folder: str, file_bytes: int) -> Iterator[str]:
 def _together(pool: ThreadPoolExecutor, files: Sequence[str], point: tuple[int, int, float], seconds: float, seed: int) -> list[Any]:
     block, depth, share = point
     each = max(1, depth // len(files))
-    return list(pool.map(lambda file: _core.random_io(file, block, each, share, seconds, seed=seed), files))
+    return list(pool.map(lambda file: _core.random_io([file], block, each, share, seconds, seed=seed), files))
 
 
 def measure(paths: Sequence[str], effort: Effort, say: Said) -> BlockDeviceProfile:
@@ -71,7 +76,8 @@ def measure(paths: Sequence[str], effort: Effort, say: Said) -> BlockDeviceProfi
     with ExitStack() as files, ThreadPoolExecutor(len(paths)) as pool:
         say(f"{', '.join(paths)}: writing {len(paths) * effort.file_bytes >> 20:,} MiB")
         made = [files.enter_context(_noise(path, effort.file_bytes)) for path in paths]
-        _together(pool, made, POINTS[0], effort.probe_seconds, 0)  # what the first reads of a file cost is nobody's
+        say(f"{', '.join(paths)}: reading until it has settled")
+        until_settled(lambda number: _rate(_together(pool, made, DEEP_READS, effort.probe_seconds, number)))
         for round_ in range(effort.rounds):
             for number in order.permutation(len(POINTS)):
                 point = POINTS[number]
@@ -80,10 +86,16 @@ def measure(paths: Sequence[str], effort: Effort, say: Said) -> BlockDeviceProfi
     return BlockDeviceProfile(", ".join(paths), tuple(_point(point, rounds) for point, rounds in probes.items()))
 
 
+def _rate(together: list[Any]) -> float:
+    return float(sum(p.operations_per_s for p in together))
+
+
 def _point(point: tuple[int, int, float], rounds: list[list[Any]]) -> DevicePoint:
+    rates = [_rate(together) for together in rounds]
     return DevicePoint(
         *point,
-        operations_per_s=median(sum(p.operations_per_s for p in together) for together in rounds),
+        operations_per_s=median(rates),
+        operations_per_s_least_most=(min(rates), max(rates)),
         latency_us_p50=median(median(p.latency_us_p50 for p in together) for together in rounds),
         latency_us_p99=median(max(p.latency_us_p99 for p in together) for together in rounds),
     )
