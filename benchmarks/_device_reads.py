@@ -18,6 +18,7 @@ from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES
 from torchrec_mtrains.calibration.settling import AT_ONCE, has_settled, until_settled
+from torchrec_mtrains.errors import VolumeIoError
 
 DRIFTED = 1.5
 """A device whose rate changed by more than so many times during a job is not the one that the job was predicted for."""
@@ -36,11 +37,18 @@ class ReadInPlace:
 
 def read_in_place(home: Path) -> ReadInPlace:
     """Of the segments below the folder of a home, as far as they are written."""
-    files = [str(file) for file in sorted(home.rglob("segment_*.log"))]
-    seen = until_settled(
-        lambda number: float(_core.random_io(files, PAGE_BYTES, QUEUE_DEPTH, 1.0, _PROBE_SECONDS, "", number).operations_per_s)
-    )
+    seen = until_settled(lambda number: _reads_per_s(home, number))
     return ReadInPlace(statistics.median(seen[-AT_ONCE:]), len(seen), has_settled(seen))
+
+
+def _reads_per_s(home: Path, number: int) -> float:
+    while True:
+        files = [str(file) for file in sorted(home.rglob("segment_*.log"))]
+        try:
+            return float(_core.random_io(files, PAGE_BYTES, QUEUE_DEPTH, 1.0, _PROBE_SECONDS, "", number).operations_per_s)
+        except VolumeIoError:
+            if all(Path(file).exists() for file in files):
+                raise  # else the volume has cleaned one meanwhile
 
 
 def calibrated_reads(hardware: HardwareProfile) -> float:

@@ -24,7 +24,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import numpy as np
 from torchrec_mtrains.planner import AccessProfile, HardwareProfile
 from torchrec_mtrains.planner.charges import records_per_block
 from torchrec_mtrains.planner.neighbours import curve_over_ssd
-from torchrec_mtrains.planner.perf_model import PerfModel, ShardUse
+from torchrec_mtrains.planner.perf_model import IN_FLIGHT_BATCHES, PerfModel, ShardUse
 
 import torchrec_mtrains as mtrains
 from _common import Figure, median
@@ -155,14 +155,11 @@ class _Predicted:
 
 def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, lookahead: int, dense_ms: float) -> _Predicted:
     """The model's step of one rank, and the misses of its pools, less those that neighbours spare, ÷ unique rows. Where so few batches
-    use fewer rows than a pool or cache holds, what they miss is what they use for the first time. Where a pool has no room for what is
-    prefetched, batches are begun anew, and no table's neighbours are of use."""
+    use fewer rows than a pool or cache holds, what they miss is what they use for the first time."""
     model = PerfModel(hardware, dense_ms=dense_ms)
     busy, missed, unique = model.base_ms.copy(), 0.0, 0.0
     per_block = records_per_block(c.job.record_bytes)
-    in_flight = [table.unique_rows((1 + PREFETCHED) * c.job.batch_size) for table in access.tables.values()]
-    uses = []
-    for table, rows in zip(access.tables.values(), in_flight, strict=True):
+    for table, pool_rows, cache_rows in zip(access.tables.values(), c.pool_rows, c.cache_rows, strict=True):
         use = ShardUse(
             rows=table.rows,
             lookups=table.lookups_per_batch,
@@ -172,22 +169,18 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
             curve=table.miss_curve_for(c.job.batch_size, lookahead),
             ssd_curve=curve_over_ssd(table, c.job.batch_size, per_block, lookahead),
             table_rows=table.rows,
-            in_flight=rows,
+            in_flight=table.unique_rows(IN_FLIGHT_BATCHES * c.job.batch_size),
         )
-        uses.append(use)
-    crowded = any(model.begun(use, pool) > 1 for use, pool in zip(uses, c.pool_rows, strict=True))
-    for table, use, pool_rows, cache_rows in zip(access.tables.values(), uses, c.pool_rows, c.cache_rows, strict=True):
-        use = replace(use, ssd_curve=None) if crowded else use
         pool, behind = (rows if rows == table.rows else min(rows, table.used_rows) for rows in (pool_rows, pool_rows + cache_rows))
         busy += model.tiered(use, pool, behind - pool)[0]
-        missed += float(model.begun(use, pool) * (use.misses(pool) - use.misses(behind) + use.reads(pool, behind - pool)))
+        missed += float(use.misses(pool) - use.misses(behind) + use.reads(pool, behind - pool))
         unique += table.unique_rows_per_batch
     step = model.predict(busy[None])
     return _Predicted(step.step_ms, missed / unique, step.bottleneck, step.busy_ms[0].tolist())
 
 
 def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, float]]:
-    """``unique_rows``: of a batch. Rows of batches that were begun twice may be missing twice."""
+    """``unique_rows``: of a batch. What a batch that gave way asks for anew counts."""
     processor, found = Processor(), {}
     first = min(size.warm(c), size.trained(c) // 2)
     side.run(batches, WARM_TOP, 0, first, processor)

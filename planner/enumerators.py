@@ -30,7 +30,7 @@ from .charges import has_snapshots, records_per_block
 from .ddr_options import DdrOption
 from .estimators import TieredStorageEstimator
 from .neighbours import curve_over_ssd
-from .perf_model import PREFETCH_DEPTH, PerfModel, ShardUse
+from .perf_model import IN_FLIGHT_BATCHES, PerfModel, ShardUse
 from .records import optimizer_name, state_bytes_per_row
 from .sharding_options import TieredShardingOption
 from .topology import TieredTopology
@@ -251,7 +251,7 @@ class TieredEnumerator(EmbeddingEnumerator):
                 ssd_curve=ssd_curve,
                 comms_ms=comms_ms,
                 compute_ms=update_ms,
-                in_flight=access.unique_rows((1 + PREFETCH_DEPTH) * samples) * share,
+                in_flight=access.unique_rows(IN_FLIGHT_BATCHES * samples) * share,
             )
             uses.append(of_kind[kind])
         return uses

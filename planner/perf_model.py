@@ -5,8 +5,8 @@ A step is training of one batch and, beside it, prefetching of later ones::
     cpu     the training thread: dense compute, lookups and updates of the stock TBE, communication, overhead of modules
     tiers   the threads that prefetch: directory, misses, reads, write-backs. Where torch's threads take all cores, this is time of the
             training thread, and counted there: a copy ends when its slowest thread does. So is a part of the SSD's time, which
-            then waits for a core to be driven by. Where a pool cannot hold the rows of all batches in flight, what is prefetched
-            into it gives way and is done again, and all of this is the training thread's
+            then waits for a core to be driven by. Where a pool cannot hold the rows of two batches, nothing is prefetched into it,
+            and all of this is the training thread's
     ddr     bytes of rows, read and written                                  ┐
     pmem    records that caches give (hits) and take (every victim)          │ devices, shared by the ranks of a host
     ssd     reads of single records at the device's rate, and the log's      │
@@ -44,11 +44,10 @@ RESOURCES = ("cpu", "tiers", "ddr", "pmem", "ssd", "gpu", "pcie")  # the last tw
 SHARED = np.array([False, False, True, True, True, False, False])
 CPU, TIERS, DDR, PMEM, SSD, GPU, PCIE = range(7)
 
-PREFETCH_DEPTH = 2  # of ``TieredTrainPipeline``, left its own choice
+IN_FLIGHT_BATCHES = 2  # that must be in a pool at once, so that one is read while the other trains
 QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
 _NOT_OVERLAPPED = 0.3  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
-_BEGUN_WITHOUT_ROOM = 1.5  # times a batch was, where the second of two prefetched ones gave way: docs/calibrate.md
 _MORE_THAN_IN_FLIGHT = 1.03  # the fullest of batches, and of between what a profile counts: 1 to 2% (docs/calibrate.md)
 _READ_AND_WRITTEN = 3  # times that a row passes through memory in a step: forward, and read and written by the optimizer
 
@@ -60,7 +59,7 @@ class ShardUse:
     ``curve``: of the whole table, which has ``table_rows``; the shard has ``share`` of its uses. ``ssd_curve``: what of it is read from
     an SSD, where rows that come along with neighbours need no read of their own (``neighbours.py``); None: all. ``comms_ms``: what the
     shard's communication takes its rank. ``compute_ms``: what else the training thread does for it. ``in_flight``: distinct rows of the
-    batch that trains and those prefetched; left out, as if they had none in common.
+    batch that trains and the next; left out, as if they had none in common.
     """
 
     rows: int
@@ -78,8 +77,8 @@ class ShardUse:
 
     @property
     def rows_in_flight(self) -> float:
-        """Rows of the batch that trains and of those prefetched: a pool of fewer, or of hardly more, has no room to prefetch."""
-        return min(float(self.rows), (1 + PREFETCH_DEPTH) * self.unique_rows, _MORE_THAN_IN_FLIGHT * self.in_flight)
+        """Rows of the batch that trains and of the next: a pool of fewer, or of hardly more, has no room to prefetch."""
+        return min(float(self.rows), IN_FLIGHT_BATCHES * self.unique_rows, _MORE_THAN_IN_FLIGHT * self.in_flight)
 
     def __deepcopy__(self, memo: Any) -> ShardUse:
         return self  # options are copied often, and this never changes
@@ -183,9 +182,10 @@ class PerfModel:
         """Whether prefetching has a core beside torch's threads."""
         return self.hardware.cores / self.ranks_per_host - self._threads >= 1
 
-    def begun(self, use: ShardUse, pool_rows: Any) -> Floats:
-        """How often a batch is looked up, by the size of its pool. Shapes: any → the same."""
-        return np.where(self.prefetched & (np.asarray(pool_rows) < use.rows_in_flight), _BEGUN_WITHOUT_ROOM, 1.0)
+    def crowded(self, use: ShardUse, pool_rows: Any) -> NDArray[np.bool_]:
+        """Whether a pool of that size has no room for a batch beside the one that trains, so that its reads are waited for. Shapes: any →
+        the same."""
+        return self.prefetched & (np.asarray(pool_rows) < use.rows_in_flight)
 
     def in_memory(self, use: ShardUse) -> Floats:
         """Busy times of a shard that is whole in memory. Shape (resources,)."""
@@ -199,10 +199,8 @@ class PerfModel:
         hits = np.where(cache > 0, missed - cold, 0.0)
         kernel, busy = self.hardware.kernel, np.tile(self._stock(use), (len(pool), 1))
         busy[:, CPU] += kernel.step_overhead_us_per_table * 1e-3
-        again = self.begun(use, pool)
-        no_room = again > 1
-        missed, cold, written, hits = again * missed, again * cold, again * written, again * hits
-        ns = again * use.lookups * kernel.cpu_ns_per_lookup + missed * kernel.cpu_ns_per_miss
+        no_room = self.crowded(use, pool)
+        ns = use.lookups * kernel.cpu_ns_per_lookup + missed * kernel.cpu_ns_per_miss
         ns = ns + cold * self._measured("cpu_ns_per_io", cold) + written * self._measured("cpu_ns_per_write_back", written)
         ns = ns + hits * self._measured("cpu_ns_per_cache_hit", hits)
         aside = ~no_room & self.core_to_spare

@@ -17,7 +17,7 @@ from torchrec_mtrains.planner.perf_model import _NOT_OVERLAPPED, CPU, PMEM, RESO
 from torchrec_mtrains.errors import ConfigurationError
 
 ROWS = 20_000
-IN_FLIGHT = 12_000  # at least what three batches of use() take
+IN_FLIGHT = 12_000  # at least what two batches of use() take
 
 
 def hardware(ranks: int = 1, **changes: Any) -> HardwareProfile:
@@ -87,22 +87,22 @@ def test_with_no_core_to_spare_prefetching_takes_the_training_threads_time() -> 
 
 
 @pytest.mark.parametrize("cores", [2, 3])
-def test_what_a_pool_without_room_for_the_batches_in_flight_misses_is_begun_again_and_waited_for(cores: int) -> None:
+def test_what_a_pool_without_room_for_two_batches_misses_is_waited_for(cores: int) -> None:
     model, what = PerfModel(hardware(cores=cores)), use()
     assert what.rows_in_flight < IN_FLIGHT
     small, large = model.tiered(what, [int(what.rows_in_flight) - 1, int(what.rows_in_flight) + 1])
     tiers = PerfModel(hardware(cores=3)).tiered(what, int(what.rows_in_flight) + 1)[0][TIERS]
     hidden = _NOT_OVERLAPPED * large[SSD] + tiers if cores == 2 else 0.0
-    assert small[SSD] == pytest.approx(1.5 * large[SSD], rel=0.01)
-    assert small[CPU] - large[CPU] == pytest.approx(1.5 * (large[SSD] + tiers) - hidden, rel=0.02)
+    assert small[SSD] == pytest.approx(large[SSD], rel=0.01)
+    assert small[CPU] - large[CPU] == pytest.approx(large[SSD] + tiers - hidden, rel=0.02)
     assert small[TIERS] == 0
 
 
 def test_batches_in_flight_that_share_rows_need_less_room() -> None:
-    what = replace(use(), in_flight=3_000.0)
-    assert what.rows_in_flight == pytest.approx(3_090)
-    assert PerfModel(hardware()).begun(what, [3_050, 3_150]).tolist() == [1.5, 1.0]
-    assert PerfModel(hardware(), prefetched=False).begun(what, 3_200) == 1
+    what = replace(use(), in_flight=2_000.0)
+    assert what.rows_in_flight == pytest.approx(2_060)
+    assert PerfModel(hardware()).crowded(what, [2_050, 2_070]).tolist() == [True, False]
+    assert not PerfModel(hardware(), prefetched=False).crowded(what, 2_050)
 
 
 def test_the_shards_of_a_table_together_do_what_the_table_does() -> None:
