@@ -15,7 +15,7 @@ All train the same batches with the real kernel and volume, in turns, after thei
 the most used rows of the profile, and after ``warm`` batches; the step is the median of the rounds' means, a ratio the median of the
 rounds' ratios. Plans that these do not tell from ours are trained for more rounds, with ours, ``looks`` times at most; the sign test of
 each look is so much stricter that all together err in 1 of 20 cases. A plan that is ours is said to be, and has no ratio. Rows are put
-into all homes in turns: what was written last was seen to be read faster from this device. Where a plan has every table in memory, it
+into all homes in turns, so that none lies there longer than another. Where a plan has every table in memory, it
 trains as stock TorchRec does, without a pipeline, and no ids of batches wait.
 
 Where all fits in memory, our planner and sharders are held against TorchRec's; both train in the plain loop.
