@@ -140,8 +140,8 @@ class Job:
 
 
 def steady_ms(seconds: Sequence[float]) -> float:
-    """Milliseconds a step: the median of what stretches of ``_STRETCH`` steps took on average. Not of steps: where a pool has no room for
-    what is prefetched, every other batch is begun anew, and steps are long and short in turn."""
+    """Milliseconds a step: the median of what stretches of ``_STRETCH`` steps took on average. Not of steps: where some batches
+    find their rows and others wait for theirs, steps are long and short in turn."""
     stretches = [seconds[i : i + _STRETCH] for i in range(0, len(seconds) - len(seconds) % _STRETCH, _STRETCH)]
     return 1e3 * median([sum(s) / len(s) for s in stretches or [seconds]])
 

@@ -15,11 +15,10 @@ import numpy as np
 
 from .budget import Budget
 from .choices import Assignment, Choices, Floats, Ints, Load, Ranks, fitting, objective_ms
-from .placing import ON_ALL, Placing
+from .placing import ON_ALL, WORK, Placing
 from .relaxation import Relaxation, relax
 from .sizes_in_place import best_shares, rows_of_program
 
-_WORK = 1e-4  # weight of all busy time where candidates are priced
 _EXCESS = 1e4  # steps that memory beyond the whole capacity costs
 _LEAST_GAIN = 1e-6  # of the step: smaller improvements are rounding
 _LEAST_RELIEF = 1e-9  # of a rank's memory: less is rounding, and would be chosen for ever
@@ -73,7 +72,6 @@ class _Search:
     def __init__(self, choices: Choices, ranks: Ranks, relaxation: Relaxation, budget: Budget) -> None:
         self._choices, self._ranks, self._budget = choices, ranks, budget
         self._starts, self._relaxation = choices.starts, relaxation
-        self._unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
         self._scale = max(relaxation.bound_ms, 1e-9)
         self._load = Load(choices, ranks)
         step_ms = max(self._scale, float(choices.busy.max()))  # a relaxation that was cut short has a low bound, or none
@@ -126,7 +124,7 @@ class _Search:
     def _size(self, candidates: Ints) -> Floats:
         """The largest part of a rank's memory, or of the step, that each takes."""
         c = self._choices
-        return np.maximum((c.memory[candidates] / self._unit).max(axis=1), c.busy[candidates].max(axis=1) / self._scale)
+        return np.maximum((c.memory[candidates] / self._placing.unit).max(axis=1), c.busy[candidates].max(axis=1) / self._scale)
 
     def place(self, chosen: Ints) -> None:
         """The chosen candidates, the largest first, each where it leaves most room. Shape (tables,)."""
@@ -149,12 +147,12 @@ class _Search:
         c = self._choices
         here = np.flatnonzero(self._rank == rank)
         options = np.flatnonzero(np.isin(c.table, here) & ~c.spread)
-        work = c.busy @ (self._relaxation.busy_price * np.where(self._ranks.shared, self._ranks.per_host, 1) + _WORK)
+        work = c.busy @ (self._relaxation.busy_price * np.where(self._ranks.shared, self._ranks.per_host, 1) + WORK)
         while len(options) and self._load.excess()[rank].any():
             now = self._candidate[c.table[options]]
-            excess = (self._load.excess()[rank] / self._unit).sum()
+            excess = (self._load.excess()[rank] / self._placing.unit).sum()
             after = self._load.memory[rank] + c.memory[options] - c.memory[now] - self._ranks.capacity[rank]
-            relief = excess - (np.maximum(0.0, after) / self._unit).sum(axis=1)
+            relief = excess - (np.maximum(0.0, after) / self._placing.unit).sum(axis=1)
             relief[relief < _LEAST_RELIEF] = 0.0
             loss = np.maximum(work[options] - work[now], 1e-12 * self._scale)
             best = int(np.argmax(relief / loss))
@@ -198,7 +196,7 @@ class _Search:
         c, found = self._choices, self._relaxation
         mine = np.flatnonzero(c.spread == (self._rank[c.table] == ON_ALL))
         starts = np.searchsorted(c.table[mine], np.arange(c.tables))
-        work = c.busy[mine] * np.where(self._ranks.shared, self._ranks.per_host, 1) @ found.busy_price + _WORK * c.busy[mine].sum(axis=1)
+        work = c.busy[mine] * np.where(self._ranks.shared, self._ranks.per_host, 1) @ found.busy_price + WORK * c.busy[mine].sum(axis=1)
         memory = c.memory[mine] * found.memory_price
         kept, priced = [self._candidate], found.memory_price > 0
         for factors in itertools.product(_PRICE_FACTORS[:: 1 if priced.sum() < 3 else 2], repeat=int(priced.sum())):
@@ -291,7 +289,7 @@ class _Search:
         more_memory, more_busy = c.memory[theirs] - c.memory[mine], c.busy[theirs] - c.busy[mine]
         own, host_busy = self._load.own_ms(), self._load.host_busy_ms()
         host = host_busy.max(axis=1, initial=0.0)
-        excess = (self._load.excess() / self._unit).sum(axis=1)
+        excess = (self._load.excess() / self._placing.unit).sum(axis=1)
         own_sum, host_sum, excess_sum = own.sum(), host.sum(), excess.sum()
         slowest = np.maximum(_others_of_two(own, here, there), _others_of_two(host, host_of[here], host_of[there]))
         moved = np.where(host_of[here] == host_of[there], 0.0, 1.0)[:, None]
@@ -303,7 +301,7 @@ class _Search:
             slowest = np.maximum(slowest, np.maximum(own_with, host_with))
             own_sum += own_with - own[rank]
             host_sum += host_with - host[host_of[rank]]
-            excess_sum += (over / self._unit).sum(axis=1) - excess[rank]
+            excess_sum += (over / self._placing.unit).sum(axis=1) - excess[rank]
         mean = own_sum / len(own) + host_sum / len(host)
         return np.asarray(self._placing.total(slowest, mean, excess_sum, self._load.busy.sum() / len(own)))
 

@@ -19,7 +19,7 @@ from .choices import Choices, Floats, Ints, Load, Ranks
 ON_ALL = -1
 
 _MEAN = 0.05  # weight of the mean step beside the slowest
-_WORK = 1e-4  # weight of all busy time: prefers the plan that does less
+WORK = 1e-4  # weight of all busy time: prefers the plan that does less
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class _Ways:
 
 class Placing:
     """Of a load that changes; tables are put into it and taken out by others. ``excess_ms``: what memory beyond a rank's whole
-    capacity costs."""
+    capacity costs. ``unit``: what memory is counted in, (tiers,) bytes."""
 
     def __init__(self, choices: Choices, ranks: Ranks, load: Load, excess_ms: float) -> None:
         self._ranks, self._load, self._excess_ms = ranks, load, excess_ms
-        self._unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
+        self.unit = np.maximum(ranks.capacity.mean(axis=0), 1.0)
         self._tiers = np.flatnonzero((choices.memory > 0).any(axis=0))
         busy = (choices.busy > 0).any(axis=0) | (ranks.base_busy_ms > 0)
         self._own, self._shared = np.flatnonzero(busy & ~ranks.shared), np.flatnonzero(busy & ranks.shared)
@@ -60,24 +60,24 @@ class Placing:
             )
 
     def _ways(self, choices: Choices, which: Ints) -> _Ways:
-        memory, busy = (choices.memory[which] / self._unit).T[:, :, None], choices.busy[which].T[:, :, None]
+        memory, busy = (choices.memory[which] / self.unit).T[:, :, None], choices.busy[which].T[:, :, None]
         return _Ways(memory[self._tiers], busy[self._own], busy[self._shared], choices.busy[which].sum(axis=1)[:, None])
 
     def total(self, slowest: Any, mean: Any, excess: Any, work: Any) -> Any:
         """The cost. ``mean``, ``work``: of all ranks; ``excess``: in capacities, of all together."""
-        return slowest + self._excess_ms * excess + (_MEAN * mean + _WORK * work)
+        return slowest + self._excess_ms * excess + (_MEAN * mean + WORK * work)
 
     def cost(self) -> float:
         """Of the state as it is."""
         own, host = self._load.own_ms(), self._load.host_busy_ms().max(axis=1, initial=0.0)
-        excess = (self._load.excess() / self._unit).sum()
+        excess = (self._load.excess() / self.unit).sum()
         return float(self.total(max(own.max(), host.max()), own.mean() + host.mean(), excess, self._load.busy.sum() / len(own)))
 
     def costs(self, table: int) -> Floats:
         """Of the state with a table, which is out, at each of its ``places``. Shape (places,)."""
         busy = self._load.busy.T
         own, shared = busy[self._own][:, None], np.add.reduceat(busy[self._shared], self._first_of_host, axis=1)[:, None]
-        room = ((self._ranks.capacity - self._load.memory) / self._unit).T[self._tiers][:, None]
+        room = ((self._ranks.capacity - self._load.memory) / self.unit).T[self._tiers][:, None]
         on_all = self._on_all(self._spread[table], own, shared, room)
         return np.concatenate([on_all, self._on_one(self._single[table], own, shared, room).ravel()])
 

@@ -53,9 +53,7 @@ def relax(choices: Choices, ranks: Ranks, deadline_s: float = float("inf"), near
     capacities, whose program is where this one begins."""
     which = fitting(choices, ranks)
     program = _Program(choices.take(which), ranks)
-    columns = program.first_columns()
-    if near is not None:
-        columns = np.union1d(program.least_memory(), np.flatnonzero(np.isin(which, near.columns)))
+    columns = program.first_columns() if near is None else np.union1d(program.least_memory(), np.flatnonzero(np.isin(which, near.columns)))
     now = best = program.unsolved()
     for _ in range(_MOST_ROUNDS):
         solved = program.round(columns, deadline_s)

@@ -196,14 +196,30 @@ class Gate final : public System {
   std::atomic<bool> open{false};
 };
 
-TEST("a put that waits for buffers when the volume closes gives the typed error, and writes no more") {
+// A volume behind a gate.
+struct Gated {
+  Gated() {
+    LogOptions options = options_for("pread", {folder.path()}, 1u << 30);
+    options.system = gate;
+    volume = open_volume(options);
+    table = volume->table({"t", 3 * kRows, kBytes}, {});
+  }
+  void open() {
+    gate->open = true;
+    gate->open.notify_all();
+  }
+
   const Folder folder;
+  const std::shared_ptr<Gate> gate = std::make_shared<Gate>();
+  std::unique_ptr<LogVolume> volume;
+  TableId table{};
+};
+
+TEST("a put that waits for buffers when the volume closes gives the typed error, and writes no more") {
   // Segments of 4 MiB, as long as a put's pieces, have 16 chunks: it waits for its 9th, with much of its piece still to write.
-  LogOptions options = options_for("pread", {folder.path()}, 1u << 30);
-  const auto gate = std::make_shared<Gate>();
-  options.system = gate;
-  const auto volume = open_volume(options);
-  const TableId table = volume->table({"t", 3 * kRows, kBytes}, {});
+  Gated gated;
+  const auto& volume = gated.volume;
+  const TableId table = gated.table;
   Threads threads;
   threads.start([&] {
     const std::vector<int64_t> rows = rows_up_to(3 * kRows - 1);  // 24 MB, in one put: the first time that others see a write, it waits
@@ -221,19 +237,15 @@ TEST("a put that waits for buffers when the volume closes gives the typed error,
     }
   };
   while (!is_closed()) std::this_thread::yield();
-  gate->open = true;
-  gate->open.notify_all();
+  gated.open();
   threads.join();
   CHECK_EQ(volume->stats().write_ios, writes);
 }
 
 TEST("of two flushes that wait for a buffer the one that finds nothing to write writes nothing") {
-  const Folder folder;
-  LogOptions options = options_for("pread", {folder.path()}, 1u << 30);
-  const auto gate = std::make_shared<Gate>();
-  options.system = gate;
-  const auto volume = open_volume(options);
-  const TableId table = volume->table({"t", 3 * kRows, kBytes}, {});
+  Gated gated;
+  const auto& volume = gated.volume;
+  const TableId table = gated.table;
   // As many as fit into the chunks, and one that is left in the open block.
   std::vector<int64_t> rows;
   while (volume->stats().write_ios < 8) {
@@ -243,8 +255,7 @@ TEST("of two flushes that wait for a buffer the one that finds nothing to write 
   Threads threads;
   for (int i = 0; i < 2; ++i) threads.start([&] { volume->flush(); });
   std::this_thread::sleep_for(std::chrono::milliseconds(50));  // both wait
-  gate->open = true;
-  gate->open.notify_all();
+  gated.open();
   threads.join();
   CHECK_EQ(volume->stats().write_ios, 9u);
   CHECK(get_versions(*volume, table, kBytes, rows) == std::vector<uint64_t>(rows.size(), 1));
