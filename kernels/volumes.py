@@ -191,7 +191,7 @@ class _LogVolume(_NativeVolume):
         *,
         keep_checkpoints: int = 2,
         backend: str | None = None,
-        depth: int = 128,
+        depth: int = 256,
         snapshot_after_bytes: int = 8 << 30,
         system: Any = None,
         _read_only: bool = False,
@@ -222,7 +222,7 @@ class _LogVolume(_NativeVolume):
             _say_once(f"the file system of {self.paths} has no O_DIRECT: reads go through the page cache")
 
     @classmethod
-    def open_read_only(cls, paths: tuple[str, ...], *, epoch: int | None = None, backend: str | None = None, depth: int = 128) -> Self:
+    def open_read_only(cls, paths: tuple[str, ...], *, epoch: int | None = None, backend: str | None = None, depth: int = 256) -> Self:
         """Opens the state of a committed epoch (None: the newest) for reading, beside its writer and any number of readers.
 
         What the writer does later is not seen. A writer that goes back to an epoch before this one may damage what is read;

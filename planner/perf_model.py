@@ -45,7 +45,7 @@ SHARED = np.array([False, False, True, True, True, False, False])
 CPU, TIERS, DDR, PMEM, SSD, GPU, PCIE = range(7)
 
 IN_FLIGHT_BATCHES = 2  # that must be in a pool at once, so that one is read while the other trains
-QUEUE_DEPTH = 128  # reads in flight of one volume: kernels/csrc/log_volume.h
+QUEUE_DEPTH = 256  # reads in flight of one volume: kernels/csrc/log_volume.h
 _WRITE_BYTES = 1 << 20  # of a log's appends
 _NOT_OVERLAPPED = 0.3  # of the SSD's time, where its thread has no core: fitted to 36 jobs on 2 cores (docs/calibrate.md)
 _MORE_THAN_IN_FLIGHT = 1.03  # the fullest of batches, and of between what a profile counts: 1 to 2% (docs/calibrate.md)

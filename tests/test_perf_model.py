@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchrec_mtrains.kernels import SsdVolume
 from torchrec_mtrains.planner import HardwareProfile, TieredTopology, assumed_access
 from torchrec_mtrains.planner.assumed_hardware import assumed_hardware
 from torchrec_mtrains.planner.charges import block_bytes
-from torchrec_mtrains.planner.perf_model import _NOT_OVERLAPPED, CPU, PMEM, RESOURCES, SSD, TIERS, PerfModel, ShardUse
+from torchrec_mtrains.planner.perf_model import _NOT_OVERLAPPED, CPU, PMEM, QUEUE_DEPTH, RESOURCES, SSD, TIERS, PerfModel, ShardUse
 
+from torchrec_mtrains.calibration.block_device import DEEP_READS
 from torchrec_mtrains.errors import ConfigurationError
 
 ROWS = 20_000
@@ -78,6 +81,10 @@ def test_reads_take_the_devices_rate_and_misses_their_processor_time() -> None:
     kernel = machine.kernel
     assert kernel.cpu_ns_per_io is not None
     assert busy[TIERS] > 1e-6 * missed * (kernel.cpu_ns_per_miss + kernel.cpu_ns_per_io)
+
+
+def test_devices_are_calibrated_and_modelled_at_the_depth_that_volumes_have() -> None:
+    assert inspect.signature(SsdVolume).parameters["depth"].default == QUEUE_DEPTH == DEEP_READS[1]
 
 
 def test_with_no_core_to_spare_prefetching_takes_the_training_threads_time() -> None:

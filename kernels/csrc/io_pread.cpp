@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "thread_name.h"
+
 #include "io_engine.h"
 
 namespace mtrains {
@@ -61,6 +63,7 @@ class PreadEngine final : public IoEngine {
   }
 
   void serve() {
+    name_thread("mtrains-pread");
     for (;;) {
       work_.acquire();
       std::unique_lock lock(mutex_);

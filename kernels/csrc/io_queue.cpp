@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "errors.h"
+#include "thread_name.h"
 #include "trace.h"
 
 namespace mtrains {
@@ -85,6 +86,7 @@ void IoQueue::finish(uint32_t tag, int32_t result) {
 }
 
 void IoQueue::run(const std::string& backend) {
+  name_thread("mtrains-io");
   {
     std::unique_lock lock(mutex_);
     if (backend != "pread") engine_ = make_uring_engine(depth_, &reason_);
@@ -114,8 +116,11 @@ void IoQueue::run(const std::string& backend) {
     }
     const size_t flying = depth_ - free_tags_.size();
     if (flying == 0) continue;
-    // A few completions a system call: an eighth of what is in flight (one where little is).
-    const size_t n = engine_->reap(completions, std::max<size_t>(1, flying / 8));
+    // Many completions a system call: of a full queue a third, as the others keep the device busy until this thread has a processor
+    // again; of few in flight an eighth, since a new job waits here, too.
+    const size_t stay = depth_ - depth_ / 3;
+    const size_t least = std::max({size_t{1}, flying / 8, flying - std::min(flying, stay)});
+    const size_t n = engine_->reap(completions, least);
     for (size_t i = 0; i < n; ++i) finish(completions[i].tag, completions[i].result);
   }
   engine_.reset();

@@ -45,7 +45,7 @@ class IoQueue {
   static constexpr int kShort = -1;
   static std::string text_of(int error);
   static constexpr uint32_t kMostBytes = (1u << 20) + (64u << 10);  // of one read
-  static constexpr uint32_t kRegisteredBytes = 16u << 10;           // of one buffer: 2 MiB at depth 128
+  static constexpr uint32_t kRegisteredBytes = 8u << 10;            // of one buffer: 2 MiB at depth 256
 
   // backend: "io_uring", "pread", or "" for io_uring where it can be had.
   IoQueue(System& system, const std::string& backend, uint32_t depth, Handler handler);

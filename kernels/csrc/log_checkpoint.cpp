@@ -4,6 +4,7 @@
 
 #include "index_snapshot.h"
 #include "log_volume.h"
+#include "thread_name.h"
 
 namespace mtrains {
 namespace {
@@ -138,6 +139,7 @@ void LogVolume::begin_snapshot(const Manifest& manifest) {
 }
 
 void LogVolume::write_snapshot(const std::shared_ptr<Snapshot>& shared) {
+  name_thread("mtrains-index");
   Snapshot& snapshot = *shared;
   try {
     const std::string file = folders_[0].snapshot_file(snapshot.epoch);

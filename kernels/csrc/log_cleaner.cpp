@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "log_volume.h"
+#include "thread_name.h"
 #include "trace.h"
 
 namespace mtrains {
@@ -264,6 +265,7 @@ std::shared_ptr<LogSegment> LogVolume::victim() const {
 }
 
 void LogVolume::clean() {
+  name_thread("mtrains-clean");
   auto due = [&] { return cleaning_is_due() || someone_waits(); };
   Lock lock(mutex_);
   while (!stop_cleaner_) {

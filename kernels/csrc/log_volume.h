@@ -66,7 +66,7 @@ struct LogOptions {
   uint64_t capacity_bytes = 0;
   uint32_t keep_checkpoints = 2;
   std::string backend;  // "io_uring", "pread", or "" for the best there is
-  uint32_t depth = 128;
+  uint32_t depth = 256;
   bool mapped = false;
   bool read_only = false;  // no lock, no changes: the state of `epoch`, whatever the writer does meanwhile
   std::optional<uint64_t> epoch;                    // to open at; the newest otherwise

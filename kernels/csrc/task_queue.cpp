@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <thread>
 
+#include "thread_name.h"
+
 namespace mtrains {
 
 TaskThread& TaskThread::shared() {
@@ -15,6 +17,7 @@ TaskThread::TaskThread() {
 }
 
 void TaskThread::run() {
+  name_thread("mtrains-pool");
   std::unique_lock lock(mutex_);
   while (true) {
     wake_.wait(lock, [&] { return !tasks_.empty(); });

@@ -27,13 +27,13 @@ from .settling import until_settled
 PAGE_BYTES = 4096
 LOG_WRITE_BYTES = 256 << 10  # of the log's writes
 
-READS = [(block, depth, 1.0) for block in (PAGE_BYTES, 16 << 10, 64 << 10) for depth in (1, 8, 32, 128)]
-MIXED = [(block, depth, 0.5) for block in (PAGE_BYTES, 64 << 10) for depth in (32, 128)]
-WRITES = [(PAGE_BYTES, depth, 0.0) for depth in (8, 128)] + [(LOG_WRITE_BYTES, depth, 0.0) for depth in (1, 8)]
+READS = [(block, depth, 1.0) for block in (PAGE_BYTES, 16 << 10, 64 << 10) for depth in (1, 8, 32, 256)]
+MIXED = [(block, depth, 0.5) for block in (PAGE_BYTES, 64 << 10) for depth in (32, 256)]
+WRITES = [(PAGE_BYTES, depth, 0.0) for depth in (8, 256)] + [(LOG_WRITE_BYTES, depth, 0.0) for depth in (1, 8)]
 POINTS = READS + MIXED + WRITES
 """(block bytes, queue depth, read share)"""
 
-DEEP_READS = (PAGE_BYTES, 128, 1.0)
+DEEP_READS = (PAGE_BYTES, 256, 1.0)
 """What a volume does most."""
 
 _CHUNK_BYTES = 1 << 20
