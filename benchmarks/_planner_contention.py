@@ -25,7 +25,7 @@ from _common import Figure
 from _device_reads import as_read, calibrated_reads, read_in_place
 from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, predicted_by, steady_ms
 from _train_dense import Tops
-from _train_sides import DENSE_FEATURES, Processor, Side, put_every_row
+from _train_sides import DENSE_FEATURES, Side, put_every_row
 from torchrec_mtrains.job_model import build_model, fused_params
 
 TABLES_PER_RANK = 2
@@ -96,7 +96,7 @@ def _train(rank: int, ranks: int, size: Size, store: str, folder: str, hardware_
     dist.barrier()
     device = read_in_place(Path(folder)) if rank == 0 else None
     dist.barrier()
-    done = side.run(batches, "top", size.steps, size.uncounted, Processor())
+    done = side.run(batches, "top", size.steps, size.uncounted)
     dist.barrier()
     if device is not None:
         options = planner._best_plan

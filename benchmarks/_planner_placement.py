@@ -55,7 +55,7 @@ import torchrec_mtrains as mtrains
 from _common import Figure, median
 from _device_reads import as_read, calibrated_reads, read_in_place
 from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, predicted_by
-from _train_sides import DENSE_FEATURES, Processor, Side, plan_of, put_every_row
+from _train_sides import DENSE_FEATURES, Side, plan_of, put_every_row
 from torchrec_mtrains.job_model import build_model, fused_params, stock_sharders
 from torchrec_mtrains.process_group import process_group
 from torchrec_mtrains.tiers import SsdHome
@@ -300,10 +300,10 @@ def _fill(sides: Sequence[Side], most_used: Mapping[str, np.ndarray]) -> None:
 def _in_turns(sides: Sequence[Side], batches: MixedBatches, size: Size, same: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Milliseconds a step of each side, and what its pools missed. The first look is of all sides, further ones are of the first side
     and of those that are not told from it yet; ``same``: sides that need not be."""
-    processor, first = Processor(), sides[0].name
+    first = sides[0].name
     batches.make(0, size.warm + size.look + _READ_AHEAD)
     for side in sides:
-        side.run(batches, "top", 0, size.warm, processor)
+        side.run(batches, "top", 0, size.warm)
     rounds: dict[str, list[float]] = {side.name: [] for side in sides}
     misses: dict[str, list[float]] = {side.name: [] for side in sides}
     turns = list(sides)
@@ -311,7 +311,7 @@ def _in_turns(sides: Sequence[Side], batches: MixedBatches, size: Size, same: Se
         batches.make(size.warm + look * size.look, size.warm + (look + 1) * size.look + _READ_AHEAD)
         for r in range(size.rounds):
             for side in turns[r % len(turns) :] + turns[: r % len(turns)]:
-                done = side.run(batches, "top", size.steps, size.uncounted, processor)
+                done = side.run(batches, "top", size.steps, size.uncounted)
                 rounds[side.name].append(1e3 * sum(done.seconds) / size.steps)
                 misses[side.name].append(done.counters.get("misses", 0) / size.steps)
         unclear = [s for s in turns if s.name not in (first, *same) and not told_apart(ratios(rounds[first], rounds[s.name]), size.looks)]

@@ -38,7 +38,7 @@ import torchrec_mtrains as mtrains
 from _common import Figure, median
 from _device_reads import DRIFTED, as_read, calibrated_reads, read_in_place
 from _planner_jobs import PREFETCHED, Job, JobTable, MixedBatches, steady_ms
-from _train_sides import Batches, Processor, Side, fill_pools, put_every_row, tiered
+from _train_sides import Batches, Side, fill_pools, put_every_row, tiered
 from torchrec_mtrains.process_group import process_group
 
 WARM_TOP = "warm"
@@ -181,14 +181,14 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
 
 def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, float]]:
     """``unique_rows``: of a batch. What a batch that gave way asks for anew counts."""
-    processor, found = Processor(), {}
+    found = {}
     first = min(size.warm(c), size.trained(c) // 2)
-    side.run(batches, WARM_TOP, 0, first, processor)
+    side.run(batches, WARM_TOP, 0, first)
     missed = _missed(side.counters())
     if first < size.warm(c):
-        side.run(batches, WARM_TOP, 0, size.warm(c) - first, processor)
+        side.run(batches, WARM_TOP, 0, size.warm(c) - first)
     for top in c.widths:
-        done = side.run(batches, top, size.steps, size.uncounted, processor)
+        done = side.run(batches, top, size.steps, size.uncounted)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
         found[top] = {"step_ms": steady_ms(done.seconds), "steps_ms": [1e3 * s for s in done.seconds], **per_step}
     ratio = (_missed(side.counters()) - missed) / (size.trained(c) - first) / unique_rows

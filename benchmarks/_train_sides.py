@@ -106,19 +106,16 @@ class Batches:
             yield self.made[number] if number in self.made else self._batch(number)
 
 
-class Processor:
-    """Processor time by who spent it: the main thread, torch's workers (those that were there when this was made), all others."""
+def processor_seconds() -> dict[str, float]:
+    """Processor time by who spent it: the main thread, native threads (by their names), torch's workers and what else there is.
 
-    def __init__(self) -> None:
-        self.workers = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
-
-    def seconds(self) -> dict[str, float]:
-        """Since the threads began; those that have ended are forgotten."""
-        spent = {"main": 0.0, "workers": 0.0, "native": 0.0}
-        for thread in os.listdir("/proc/self/task"):
-            who = "main" if thread == str(os.getpid()) else "workers" if thread in self.workers else "native"
-            spent[who] += int(Path("/proc/self/task", thread, "schedstat").read_text().split()[0]) * 1e-9
-        return spent
+    Since the threads began; those that have ended are forgotten."""
+    spent = {"main": 0.0, "workers": 0.0, "native": 0.0}
+    for thread in Path("/proc/self/task").iterdir():
+        name = (thread / "comm").read_text()
+        who = "main" if thread.name == str(os.getpid()) else "native" if name.startswith("mtrains-") else "workers"
+        spent[who] += int((thread / "schedstat").read_text().split()[0]) * 1e-9
+    return spent
 
 
 @dataclass
@@ -186,17 +183,17 @@ class Side:
         assert self.source is not None
         return self.pipeline.progress(self.source)[0] if self.pipeline else self._plain_step(self.source)
 
-    def run(self, batches: Batches, top: str, steps: int, uncounted: int, processor: Processor) -> Steps:
+    def run(self, batches: Batches, top: str, steps: int, uncounted: int) -> Steps:
         """Trains the next batches; the first ``uncounted`` of them are left out of times and counters."""
         self.source = self.source or batches.from_number(0)
         self.tops.current = top
         losses, times = [self.step() for _ in range(uncounted)], []
-        before, cpu = self.counters(), processor.seconds()
+        before, cpu = self.counters(), processor_seconds()
         for _ in range(steps):
             start = perf_counter()
             losses.append(self.step())
             times.append(perf_counter() - start)
-        spent = {who: now - cpu[who] for who, now in processor.seconds().items()}
+        spent = {who: now - cpu[who] for who, now in processor_seconds().items()}
         return Steps(torch.stack(losses), times, spent, {k: v - before[k] for k, v in self.counters().items()})
 
     def counters(self) -> dict[str, int]:

@@ -35,7 +35,7 @@ from torchrec_mtrains.kernels import _core
 
 from _common import Figure
 from _train_dense import calibrated_width
-from _train_sides import Batches, Processor, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
+from _train_sides import Batches, Shape, Side, Steps, fill_pools, in_memory, put_every_row, tiered
 from _train_traces import Stretch, Trace
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
 from torchrec_mtrains.calibration.settling import until_settled
@@ -134,16 +134,15 @@ def measure(
     with process_group():
         start = perf_counter()
         torch.set_num_threads(max(d.threads for d in dense))
-        processor = Processor()
         sides = _sides(root, shape, share, {name: c["width"] for name, c in calibrated.items()}, warms[0])
         raw = root / "raw"
         write_noise(raw, max(1 << 20, min(4 << 30, sum(shape.rows) * shape.dim * 4)))
         print(f"tables made, pools warm after {perf_counter() - start:.0f} s", flush=True)
 
-        def iops_now(seed: int) -> float:
-            return _core.random_io([str(raw)], PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed).operations_per_s
+        def bare_reads(seed: int) -> Any:
+            return _core.random_io([str(raw)], PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed)
 
-        _settle(iops_now)
+        _settle(lambda seed: float(bare_reads(seed).operations_per_s))
         number = 0
         for part, warm in zip(parts, warms, strict=True):
             if part is not parts[0]:
@@ -152,18 +151,18 @@ def measure(
             for top in part.tops:
                 torch.set_num_threads(tops[top].threads)
                 rounds: list[dict[str, Steps]] = []
-                iops: list[float] = []
+                bare: list[Any] = []
                 for round_ in range(turns.rounds):
                     batches.make(number, number + turns.steps + turns.uncounted + IN_FLIGHT)
                     turn = {}
                     for k in range(len(sides)):
                         side = sides[(round_ + k) % len(sides)]
-                        turn[side.name] = side.run(batches, top, turns.steps, turns.uncounted, processor)
+                        turn[side.name] = side.run(batches, top, turns.steps, turns.uncounted)
                     _same(turn, f"{part.trace}, top {top}, round {round_}")
                     number += turns.steps + turns.uncounted
                     rounds.append(turn)
-                    iops.append(iops_now(round_))
-                f["parts"].append(summary(part.trace, top, calibrated[top]["threads"], rounds, iops))
+                    bare.append(bare_reads(round_))
+                f["parts"].append(summary(part.trace, top, calibrated[top]["threads"], rounds, bare))
                 print_part(f["parts"][-1])
         f["steps_compared"] = number
         for side in sides:
@@ -181,8 +180,9 @@ def _backend(sides: list[Side]) -> str:
     return str(sides[1].groups[0].volumes()[0].backend)
 
 
-def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], iops: list[float]) -> dict[str, Any]:
-    """Medians over the rounds."""
+def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], bare: list[Any]) -> dict[str, Any]:
+    """Medians over the rounds. ``bare``: what ``random_io`` found after each."""
+    iops = [probe.operations_per_s for probe in bare]
 
     def over_rounds(of_round: Callable[[dict[str, Steps], float], float]) -> float:
         return statistics.median(of_round(r, rate) for r, rate in zip(rounds, iops, strict=True))
@@ -223,6 +223,7 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         "blocks_per_step": over_rounds(lambda r, _: per_step(r, "read_ios")),
         "cpu_us_per_miss": 1e6 * over_rounds(lambda r, _: cpu_per_miss(r)),
         "native_us_per_miss": 1e6 * over_rounds(lambda r, _: native_per_miss(r)),
+        "bare_us_per_read": 1e6 * statistics.median(probe.cpu_seconds / probe.operations for probe in bare),
         "workers_us_per_miss": 1e6 * over_rounds(lambda r, _: workers_per_miss(r)),
         "unrest": max(max(map(step(s), rounds)) / min(map(step(s), rounds)) for s in ("memory", "all")),
         "iops": statistics.median(iops),
@@ -239,7 +240,8 @@ def print_part(p: dict[str, Any]) -> None:
     print(
         f"{p['trace']}, top {p['top']}: ms a step: {ms}; {p['unique_rows_per_step']:,.0f} unique, {p['misses_per_step']:,.0f} missing "
         f"({p['misses_without_look']:,.0f} without look), {p['blocks_per_step']:,.0f} blocks; CPU a miss {p['cpu_us_per_miss']:.2f} µs "
-        f"({p['native_us_per_miss']:.2f} on native threads; torch's workers {p['workers_us_per_miss']:.2f} besides); "
+        f"({p['native_us_per_miss']:.2f} on native threads; torch's workers {p['workers_us_per_miss']:.2f} besides; "
+        f"a bare read {p['bare_us_per_read']:.2f}); "
         f"bounds: compute {p['compute_bound_ms']:.1f}, device {p['device_bound_ms']:.1f} ({p['iops']:,.0f} IOPS); all ÷ memory "
         f"{p['all_over_memory']:.3f}, pools ÷ memory {p['pools_over_memory']:.3f}, no look ÷ pools {p['speed_up']:.2f}",
         flush=True,

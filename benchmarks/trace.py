@@ -22,7 +22,7 @@ import torch
 import torchrec_mtrains as mtrains
 from _common import finish, options, print_machine
 from _train_dense import calibrated_width
-from _train_sides import Batches, Processor, Shape, Side, put_every_row, tiered
+from _train_sides import Batches, Shape, Side, put_every_row, tiered
 from _train_traces import Stretch, zipf_trace
 from torchrec_mtrains.process_group import process_group
 
@@ -43,7 +43,7 @@ LANES = {"training thread": ("forward", "backward", "optimizer", "wait for rows"
 
 def traced(side: Side, batches: Batches, steps: int, file: Path) -> list[dict[str, Any]]:
     with mtrains.trace(file):
-        side.run(batches, "top", steps, 0, Processor())
+        side.run(batches, "top", steps, 0)
     return [e for e in json.loads(file.read_text())["traceEvents"] if e["ph"] == "X"]
 
 
@@ -128,7 +128,7 @@ def main() -> None:
             side = tiered(title, shape, {"top": top["width"]}, shape.pool_rows(SHARE), Path(name) / str(depth), depth, look)
             side.warm(list(warming.from_number(0)))
             put_every_row(side)
-            side.run(batches, "top", 70, 0, Processor())  # the window fills
+            side.run(batches, "top", 70, 0)  # the window fills
             file = (args.traces or Path(name)) / f"{title.replace(' ', '-')}.json"
             found[title] = traced(side, batches, args.steps, file)
             side.close()

@@ -168,6 +168,25 @@ def test_a_side_with_other_losses_is_found() -> None:
         _train_steps._same({"memory": steps(1.0, 2.0), "pools": steps(1.0, math.nextafter(2.0, 3.0) + 1e-6)}, "here")
 
 
+def pool_thread_seconds() -> float:
+    (thread,) = [t for t in Path("/proc/self/task").iterdir() if (t / "comm").read_text() == "mtrains-pool\n"]
+    return int((thread / "schedstat").read_text().split()[0]) * 1e-9
+
+
+def test_the_thread_that_pools_share_is_counted_as_native_though_it_began_before(tmp_path: Path) -> None:
+    shape = _train_sides.Shape((4_000,), 16, 256, 4)
+    batches = _train_sides.Batches(shape)
+    batches.append([_train_traces.zipf_trace("zipf 0.9", 4_000, shape.lookups, _train_traces.Stretch(0, 80, 0), 0)])
+    with process_group():
+        side = _train_sides.tiered("pools", shape, {"top": 8}, shape.pool_rows(0.1), tmp_path / "pools", 2, None)
+        side.run(batches, "top", 20, 0)
+        began, native = pool_thread_seconds(), _train_sides.processor_seconds()["native"]
+        side.run(batches, "top", 50, 0)
+        spent = _train_sides.processor_seconds()["native"] - native, pool_thread_seconds() - began
+        side.close()
+    assert spent[0] >= 0.9 * spent[1] > 0
+
+
 @pytest.mark.parametrize("steps", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_pools_of_a_fiftieth_over_an_ssd_give_stock_fused_s_bits(steps: int) -> None:
     shape = _train_sides.Shape((40_000,) * 4, 16, 64, 4)
@@ -183,7 +202,7 @@ def test_pools_of_a_fiftieth_over_an_ssd_give_stock_fused_s_bits(steps: int) -> 
         sides = [ahead, memory, plain]
         for side in (ahead, plain):
             _train_sides.put_every_row(side)
-        losses = [side.run(batches, "top", steps, 0, _train_sides.Processor()).losses for side in sides]
+        losses = [side.run(batches, "top", steps, 0).losses for side in sides]
         assert torch.equal(losses[0], losses[1])
         assert torch.equal(losses[2], losses[1])
         assert losses[1].unique().numel() > steps // 2
