@@ -9,6 +9,8 @@ What ``SlotPool`` (csrc/slot_pool.h) is on a CPU; tickets, soft and hard, and wh
   the volume. So the host places are an exclusive cache whose order of eviction is that of entry, and each table has at
   least as many as slots: whatever a batch needs from below has a place.
 - Reads of one batch are in flight at most: the next begin waits for them.
+- A prefetch does not wait to hear what an earlier attempt found: one that comes before the device has told begins, though the earlier batch
+  gives way. And right behind a batch that begins anew, and reads rows from below, a prefetch gives way: it would wait for them.
 
 A batch is first *attempted*: one sequence of launches does all that it needs, and the host looks at what became of it when its forward
 comes (``DeviceDirectory.attempt``). Only a batch that the attempt cannot serve, since a row is below or slots are short, goes step by step,
@@ -72,16 +74,25 @@ class DeviceTable:
 
 
 @dataclass
+class _Standing:
+    """Of a batch, which it keeps when its ticket gives way."""
+
+    turn: int  # the number of its first ticket
+    announced: int = 0  # its number, while that stands
+    counted: bool = False
+
+
+@dataclass
 class _Held:
     """An outstanding ticket: what it pins, and when its rows are in their slots."""
 
     hard: bool
+    standing: _Standing
     slots: Tensor  # (n,): of each position, within its table; the caller's
     places: Tensor  # the same through the group
     ready: list[Any]  # events, or None
     attempt: Attempt | None = None  # that the host has not looked at
     give_back: Callable[[], None] | None = None  # slots and places
-    anew: bool = False  # its batch had a ticket before, and was counted
     released: bool = False
 
 
@@ -148,7 +159,9 @@ class DeviceBatches:
         # The sums of all batches, and of those that began anew: as in an attempt's summary, hits, misses and misses below by table, and
         # where features begin.
         self._sums = np.zeros((2, 3 * len(tables) + len(table_of_feature) + 1), dtype=np.int64)
-        self._lost: set[int] = set()  # soft tickets that have gone, whose batch is counted and has not begun anew
+        self._gave_way: dict[int, _Standing] = {}  # by ticket, of batches that have not begun anew
+        self._unwanted: deque[int] = deque()  # announced batches that gave way and will not come
+        self._began_anew = 0  # the last ticket, if its batch had one before
         self._device = device
         self._hands = [0] * len(tables)
         self.revoked = self.declined = self.attempted = self.batches = 0
@@ -160,51 +173,72 @@ class DeviceBatches:
 
     # -- batches
 
-    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0, lost: int = 0) -> tuple[int, Tensor] | None:
-        """Starts a batch; None when it is not ``hard`` and there is no room. Ids and offsets stay as they are until it is released.
+    def begin(self, batch: Batch, hard: bool, dirty: bool, announced: int = 0, lost: int = 0) -> tuple[int, Tensor]:
+        """Starts a batch. Ids and offsets stay as they are until it is released. One that is not ``hard`` gives way where there is no room,
+        or it comes too soon behind others: ``gave_way`` says so, or ``acquire``.
 
         Returns its number, and the slot of each id, counted within its
-        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0. ``lost``: the ticket that this batch had, which
-        ``acquire`` refused, or 0.
+        table: (n,) int64. ``announced``: the number that ``announce`` gave, or 0. ``lost``: the ticket that this batch had, which gave
+        way, or 0.
         Raises: IdOutOfRangeError, ConfigurationError (of a soft begin, its ``acquire`` may), PoolTooSmallError, VolumeFullError: nothing
         was changed. What the reads of the batch before failed with.
         """
         with self._lock:
             self._let_go(self._late)
+            while self._unwanted:
+                self.withdraw(self._unwanted.popleft())
+            self._look_at_told()
+            standing = self._gave_way.get(lost) or _Standing(self._last_seq + 1, announced)
+            if not hard and self._comes_too_soon(standing, lost):
+                self._gave_way.pop(lost, None)
+                self._last_seq += 1
+                return self._declined(self._last_seq, standing)
             self._finish_fill()
+            announced, standing.announced = standing.announced or announced, 0
             self._announced.pop(announced, None)
             self._untold.pop(announced, None)
-            anew = lost in self._lost
-            begun = self._begin(batch, hard, dirty, announced, anew)
-            self._lost.discard(lost)
+            begun = self._begin(batch, hard, dirty, announced, standing)
+            self._gave_way.pop(lost, None)
+            self._began_anew = self._last_seq if lost else 0
             return begun
 
-    def _begin(self, batch: Batch, hard: bool, dirty: bool, announced: int, anew: bool) -> tuple[int, Tensor] | None:
+    def _comes_too_soon(self, standing: _Standing, lost: int) -> bool:
+        """Whether an earlier batch waits for room; or one that did has just begun, so that this one would wait for its reads."""
+        behind_reads = not lost and self._fill is not None and self._fill.seq == self._began_anew
+        return behind_reads or any(other.turn < standing.turn for other in tuple(self._gave_way.values()))
+
+    def _begin(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: _Standing) -> tuple[int, Tensor]:
         if self._attempts and batch.ids.numel():
-            seq = self._attempt(batch, hard, dirty, announced, anew)
+            seq = self._attempt(batch, hard, dirty, announced, standing)
             if not hard or self._look(seq):
                 return seq, self._held[seq].slots
         with self._streams.on_directory():
-            return self._begin_step_by_step(batch, hard, dirty, announced, anew)
+            return self._begin_step_by_step(batch, hard, dirty, announced, standing)
 
-    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int, anew: bool) -> tuple[int, Tensor] | None:
+    def _declined(self, seq: int, standing: _Standing) -> tuple[int, Tensor]:
+        self._gave_way[seq] = standing
+        self.declined += 1
+        return seq, torch.empty(0, dtype=_INT64)
+
+    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: _Standing) -> tuple[int, Tensor]:
         self._let_go()
         self._look_at_all()
         self._tell_but(0)
         seq = self._last_seq = self._last_seq + 1
         found = self.directory.lookup(batch, seq, dirty, announced)
-        self._attempts = True
-        sums = self._sums[int(anew)]
-        if found.missing_count and not self._bring(found, seq, hard, dirty, sums):
-            self.declined += 1
-            return None
-        self.batches += not anew
+        sums = self._sums[int(standing.counted)]
+        if not found.missing_count:
+            self._attempts = True
+        elif not self._bring(found, seq, hard, dirty, sums):
+            return self._declined(seq, standing)
+        self.batches += not standing.counted
         sums[: len(self.tables)] += found.hits
         sums[3 * len(self.tables) + 1 :] += np.cumsum(found.lookups)
-        self._held[seq] = _Held(hard, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
+        standing.counted = True
+        self._held[seq] = _Held(hard, standing, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
         return seq, found.slot
 
-    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int, anew: bool) -> int:
+    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: _Standing) -> int:
         """Queues all that the batch needs."""
         if len(self._attempted) == SEQUENCES:  # the directory uses what it told of that one in again
             self._look_without_asking(self._attempted[0])
@@ -212,7 +246,7 @@ class DeviceBatches:
         self._attempted.append(seq)
         turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
         attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._told_last())
-        self._held[seq] = _Held(hard, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back, anew)
+        self._held[seq] = _Held(hard, standing, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back)
         return seq
 
     def _look(self, seq: int) -> bool:
@@ -229,12 +263,16 @@ class DeviceBatches:
         if not fits:
             tables = len(self.tables)
             self._attempts = not attempt.summary[2 + 2 * tables : 2 + 3 * tables].any()
-            self.declined += not held.hard
-            del self._held[seq]
+            if held.hard:
+                del self._held[seq]
+            else:
+                self.declined += 1
+                self._give_way(seq)
             return False
         self.attempted += 1
-        self.batches += not held.anew
-        self._sums[int(held.anew)] += attempt.summary[2:-1]
+        self.batches += not held.standing.counted
+        self._sums[int(held.standing.counted)] += attempt.summary[2:-1]
+        held.standing.counted = True
         if self.batches % LATE_EVERY == 0:
             self._late = self._late_releases()
         return True
@@ -249,6 +287,14 @@ class DeviceBatches:
             self._look(seq)
         except errors.MTrainsError as e:
             self._failed[seq] = e
+
+    def _look_at_told(self) -> None:
+        """Of attempts, those of which the device has told by now."""
+        for seq, held in list(self._held.items()):
+            if held.attempt is not None:
+                if held.attempt.summary[-1] != seq:
+                    return
+                self._look_without_asking(seq)
 
     def _look_at_all(self) -> None:
         """The host knows what became of every attempt."""
@@ -317,13 +363,13 @@ class DeviceBatches:
                 directory.unclaim(misses)
                 return False
             slots, choice, counts, below_counts = places
+            self._attempts = choice is None
             total, below_total = sum(counts), sum(below_counts)
             table, hosts = misses.table[:total], misses.was[:total]
             reads: list[_Read] = []
             if choice is not None:
                 from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
                 hosts = hosts.index_copy(0, from_below, choice)
-                self._attempts = False
                 reads = self._read_below(misses, from_below, choice, below_counts, seq, dirty)
         except BaseException:
             directory.unclaim(misses)
@@ -386,14 +432,18 @@ class DeviceBatches:
     def _revoke_youngest(self) -> bool:
         for seq in sorted(self._held, reverse=True):
             if not self._held[seq].hard:
-                self._lose(seq)
+                self._give_way(seq)
                 self.revoked += 1
                 return True
         return False
 
-    def _lose(self, seq: int) -> None:
-        if self._held.pop(seq).attempt is None:  # else it is not counted
-            self._lost.add(seq)
+    def _give_way(self, seq: int) -> None:
+        """Of a soft ticket. Who releases it at the same time, without the lock, finds it in one of the two, or is found out here."""
+        held = self._held[seq]
+        self._gave_way[seq] = held.standing
+        del self._held[seq]
+        if held.released:
+            self._gave_way.pop(seq, None)
 
     def _refuse(self, found: Lookup, counts: list[int], have: list[int]) -> None:
         table = next(t for t, (c, h) in enumerate(zip(counts, have, strict=True)) if h < c)
@@ -482,7 +532,7 @@ class DeviceBatches:
             else:
                 self._move(fill.slots[mine], fill.hosts[mine], fill.table[mine])
         for seq in [s for s, held in self._held.items() if s >= fill.seq and not held.hard]:
-            self._lose(seq)
+            self._give_way(seq)
         raise cause
 
     @contextmanager
@@ -527,11 +577,13 @@ class DeviceBatches:
         """The batch needs its slots no longer, once what the current stream has queued is done. Twice is harmless."""
         # Without the lock: a begin on another thread may hold it while it waits for the device.
         self._failed.pop(seq, None)
-        self._lost.discard(seq)
         held = self._held.get(seq)
         if held is not None and not held.released:
             held.released = True
             self._released.append((seq, self._streams.now()))
+        gone = self._gave_way.pop(seq, None)
+        if gone is not None and gone.announced:
+            self._unwanted.append(gone.announced)
 
     def _let_go(self, but: int = 0) -> None:
         """Of released tickets, except for so many of the last ones."""
@@ -545,6 +597,12 @@ class DeviceBatches:
             else:
                 self._streams.keep(event, held, then=held.give_back)
         self._streams.let_go()
+
+    def gave_way(self, seq: int) -> bool:
+        """Whether a soft ticket is gone, as far as the device has told, and its batch has not begun anew."""
+        with self._lock:
+            self._look_at_told()
+            return seq in self._gave_way
 
     def alive(self, seq: int) -> bool:
         """Whether a ticket is outstanding."""

@@ -143,7 +143,6 @@ class DevicePool(DeviceBatches):
             for some in rows.split(max(1, min(rows.numel() // 32, MOVE_ROWS))) if rows.numel() else ():
                 device = self._device
                 begun = self.begin(Batch(some.to(device), torch.where(mine, some.numel(), 0).to(device), 1), True, False)
-                assert begun is not None
                 self.wait(begun[0])
                 self.release(begun[0])
             return self._sums_of(table)[1] - before

@@ -139,6 +139,10 @@ class ResidentPool:
         self._held.pop(seq, None)
         self._failed.pop(seq, None)
 
+    def gave_way(self, seq: int) -> bool:
+        """Never: every row has a slot."""
+        return False
+
     def alive(self, seq: int) -> bool:
         """Whether a ticket is outstanding."""
         return seq in self._held

@@ -114,19 +114,13 @@ class DeviceTBE(TieredTBE):
         return Ids(batch, read, indices)
 
     def _begin_hard(self, ids: Ids, dirty: bool, announced: int, lost: int) -> Ticket:
-        ticket = self._begun(ids, True, dirty, announced, lost)
-        assert ticket is not None
-        return ticket
+        return Ticket(*self._pool.begin(ids.batch, True, dirty, announced, lost), ids, dirty)
 
-    def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
-        return self._begun(ids, False, dirty, announced, 0)
+    def _begin_soft(self, ids: Ids, dirty: bool, announced: int, lost: int = 0) -> Ticket:
+        return Ticket(*self._pool.begin(ids.batch, False, dirty, announced, lost), ids, dirty)
 
-    def _begin_those_that_gave_way(self) -> None:
-        """Their forward does."""
-
-    def _begun(self, ids: Ids, hard: bool, dirty: bool, announced: int, lost: int) -> Ticket | None:
-        begun = self._pool.begin(ids.batch, hard, dirty, announced, lost)
-        return None if begun is None else Ticket(begun[0], begun[1], ids, dirty)
+    def _gave_way(self, ticket: Ticket) -> bool:
+        return self._pool.gave_way(ticket.seq)
 
     def _rows_of_a_batch(self, table: int) -> float:
         return self._pool.rows_of_a_batch(table)  # which does not wait for the device

@@ -287,17 +287,20 @@ class TieredTBE(RowAccess, nn.Module):
         slots, address = self._slots_for(ids)
         return Ticket(self._pool.begin(ids.batch, address, dirty, announced, lost), slots, ids, dirty)
 
-    def _begin_soft(self, ids: Ids, dirty: bool, announced: int) -> Ticket | None:
-        """None where there is no room now."""
+    def _begin_soft(self, ids: Ids, dirty: bool, announced: int, lost: int = 0) -> Ticket:
+        """It may give way, now or later."""
         slots, address = self._slots_for(ids)
-        return Ticket(self._pool.prefetch(ids.batch, address, dirty, announced), slots, ids, dirty)
+        return Ticket(self._pool.prefetch(ids.batch, address, dirty, announced, lost), slots, ids, dirty)
 
     def _begin_those_that_gave_way(self) -> None:
         """There may be room for them now, and their turn is before that of others."""
         for ticket in self._waiting:
-            if not self._pool.alive(ticket.seq):
-                ticket.slots, address = self._slots_for(ticket.ids)
-                ticket.seq = self._pool.prefetch(ticket.ids.batch, address, ticket.dirty, lost=ticket.seq)
+            if self._gave_way(ticket):
+                again = self._begin_soft(ticket.ids, ticket.dirty, 0, ticket.seq)
+                ticket.seq, ticket.slots = again.seq, again.slots
+
+    def _gave_way(self, ticket: Ticket) -> bool:
+        return not self._pool.alive(ticket.seq)
 
     def _slots_for(self, ids: Ids) -> tuple[Tensor, int]:
         """Where the slots of ids will be, and its address for the pool; 0: ids are slots, since every pool has one for each of its rows."""
@@ -375,9 +378,7 @@ class TieredTBE(RowAccess, nn.Module):
             self._waiting.keep(lambda t: self._pool.alive(t.seq))
         self._begin_those_that_gave_way()
         number, ids = self._announced.take(indices) or (0, self._ids(indices, offsets, batch_size_per_feature_per_rank))
-        ticket = self._begin_soft(ids, torch.is_grad_enabled(), number)
-        if ticket is not None:
-            self._keep(ticket, indices)
+        self._keep(self._begin_soft(ids, torch.is_grad_enabled(), number), indices)
 
     def _all_there(self) -> bool:
         """Whether a forward finds all it needs whatever the batch, so that nothing is gained by looking it up before."""

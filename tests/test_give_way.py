@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from torchrec_mtrains.kernels import _core
 from torchrec_mtrains.kernels.deferred_init import UniformInit
+from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tickets import WAITING_LIMIT
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
 
-from torchrec_mtrains import DdrHome, TierChain
+from torchrec_mtrains.tiers import DdrHome, Home, SsdHome, TierChain
 
 DIM, IDS, STEPS, DEPTH = 8, 6, 40, 2
 ROWS = IDS * (STEPS + WAITING_LIMIT)
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+Make = Callable[..., TieredTBE]
 
-def make(*pools: int) -> TieredTBE:
+
+def made(kind: Any, below: Home, *pools: int) -> TieredTBE:
     """A table of ``ROWS`` rows for each pool; row-wise Adagrad, learning rate 1."""
-    return TieredTBE(
-        [TieredTable(f"t{i}", ROWS, DIM, TierChain(p, (DdrHome(),)), init=UniformInit(i, -1, 1, columns=DIM)) for i, p in enumerate(pools)],
+    chains = [TierChain(pool, (below,)) for pool in pools]
+    return kind(
+        [TieredTable(f"t{i}", ROWS, DIM, chain, init=UniformInit(i, -1, 1, columns=DIM)) for i, chain in enumerate(chains)],
         list(range(len(pools))),
         PoolingMode.SUM,
         SparseType.FP32,
@@ -29,6 +40,14 @@ def make(*pools: int) -> TieredTBE:
         learning_rate=1.0,
         eps=1e-3,
     )
+
+
+@pytest.fixture(params=["in host memory", "on a device", "on a device over an SSD"])
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Tables whose pools are there."""
+    kind = TieredTBE if request.param == "in host memory" else partial(DeviceTBE, device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        yield partial(made, kind, SsdHome((folder,), capacity_bytes=64 << 20) if "SSD" in request.param else DdrHome())
 
 
 def batches(tables: int) -> list[Batch]:
@@ -44,8 +63,8 @@ def prefetch_all_begun(tbe: TieredTBE, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("in_the_pool", [1, 1.5, 2, 2.5, 3], ids=lambda n: f"room for {n} batches")
-def test_no_row_is_read_twice_however_few_batches_have_room(in_the_pool: float) -> None:
-    tbe, full = make(int(in_the_pool * IDS), ROWS - 1), make(ROWS, ROWS)
+def test_no_row_is_read_twice_however_few_batches_have_room(make: Make, in_the_pool: float) -> None:
+    tbe, full = make(int(in_the_pool * IDS), ROWS - 1), made(TieredTBE, DdrHome(), ROWS, ROWS)
     coming = batches(2)
     for k, batch in enumerate(coming):
         for ahead in coming[1 : 1 + DEPTH] if k == 0 else coming[k + DEPTH : k + DEPTH + 1]:
@@ -61,7 +80,7 @@ def test_no_row_is_read_twice_however_few_batches_have_room(in_the_pool: float) 
             assert torch.equal(mine, theirs)
 
 
-def test_a_batch_that_gave_way_has_its_rows_before_its_turn_if_there_is_room_by_then() -> None:
+def test_a_batch_that_gave_way_has_its_rows_before_its_turn_if_there_is_room_by_then(make: Make) -> None:
     tbe, coming = make(2 * IDS, ROWS - 1), batches(2)
     trains = tbe(*coming[0])
     for batch in coming[1:3]:
@@ -77,7 +96,27 @@ def test_a_batch_that_gave_way_has_its_rows_before_its_turn_if_there_is_room_by_
     assert tbe._pool.revoked == 0
 
 
-def test_batches_that_give_way_and_never_come_are_forgotten() -> None:
+def test_a_prefetch_waits_for_no_reads_that_it_has_begun(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tbe, coming = make(2 * IDS, ROWS - 1), batches(2)
+    if isinstance(tbe._pool, _core.SlotPool):
+        pytest.skip("its reads are waited for on a thread of its own")
+    finish, waited_for = tbe._pool._finish, list[int]()
+
+    def finishes(fill: Any) -> None:
+        waited_for.append(fill.seq)
+        finish(fill)
+
+    monkeypatch.setattr(tbe._pool, "_finish", finishes)
+    for k, batch in enumerate(coming[:-DEPTH]):
+        for ahead in coming[1 : 1 + DEPTH] if k == 0 else [coming[k + DEPTH]]:
+            before = tbe._pool._last_seq
+            waited_for.clear()
+            tbe.prefetch(*ahead)
+            assert all(seq <= before for seq in waited_for)
+        tbe(*batch).sum().backward()
+
+
+def test_batches_that_give_way_and_never_come_are_forgotten(make: Make) -> None:
     tbe = make(IDS, ROWS - 1)
     trains = tbe(*batches(2)[0])
     for k in range(2 * WAITING_LIMIT):
@@ -90,3 +129,19 @@ def test_batches_that_give_way_and_never_come_are_forgotten() -> None:
     misses = [stats["misses"] for stats in tbe.stats()]
     tbe(*ahead).sum().backward()
     assert misses == [stats["misses"] for stats in tbe.stats()] == [2 * IDS] * 2, "it was prefetched: none that is gone was waited for"
+
+
+def test_what_was_announced_of_batches_that_give_way_and_never_come_is_withdrawn(make: Make) -> None:
+    tbe, coming = make(IDS, ROWS - 1), batches(2)
+    trains = tbe(*coming[0])
+    for ahead in coming[1:4]:
+        assert tbe.announce(*ahead)
+    for ahead in coming[1:4]:
+        prefetch_all_begun(tbe, ahead)
+    assert tbe._pool.announced >= 2, "they have not begun"
+    tbe._waiting.clear()
+    trains.sum().backward()
+    prefetch_all_begun(tbe, coming[4])
+    assert tbe._pool.announced == 0
+    tbe(*coming[4]).sum().backward()
+    assert [stats["misses"] for stats in tbe.stats()] == [2 * IDS] * 2
