@@ -12,9 +12,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchrec_mtrains.kernels import _core
 from torchrec_mtrains.kernels.device_tbe import DEVICE_STATES
+from torchrec_mtrains.kernels.graphed_lookup import TRIES
 from torchrec_mtrains.kernels.prepared_lookup import PATIENCE, PreparedLookup
 from torchrec_mtrains.kernels.tiered_tbe import STATES
+
+from torchrec_mtrains.errors import ConfigurationError
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -166,6 +170,25 @@ def test_backwards_in_any_order_and_on_any_stream_train_their_own_batches(optimi
             output.backward(torch.ones_like(output))
         torch.cuda.current_stream().wait_stream(other)
     assert_equal(ours, theirs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("differ", [TRIES - 1, TRIES])
+def test_captures_that_differ_by_chance_are_made_again(differ: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, left = _core.GraphNumbers, [differ]
+
+    def differs(*of: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConfigurationError("two captures differ")
+        return compare(*of)
+
+    monkeypatch.setattr(_core, "GraphNumbers", differs)
+    if differ < TRIES:
+        graphed(EmbOptimType.EXACT_SGD)
+    else:
+        with pytest.warns(UserWarning, match="without CUDA graphs"), pytest.raises(AssertionError):
+            graphed(EmbOptimType.EXACT_SGD)
 
 
 @needs_gpu
