@@ -30,9 +30,12 @@ _INT8, _INT32, _INT64 = torch.int8, torch.int32, torch.int64
 
 
 class _Scratch:
-    """What the launches of an attempt pass on: by position, by candidate, by slot, by block or by table."""
+    """What the launches of an attempt pass on: by position, by candidate, by slot, by block or by table. They allocate nothing, since each
+    graph would have that memory for itself."""
 
     def __init__(self, directory: DeviceDirectory, capacity: int) -> None:
+        from .device_kernels_exchange import PageOrder  # needs Triton, which a CPU's PyTorch may lack
+
         tables, sizes = directory.tables, directory.sizes[SLOT]
 
         def empty(count: int, dtype: torch.dtype = _INT32) -> Tensor:
@@ -51,6 +54,7 @@ class _Scratch:
         self.whole_counts, self.part_counts, self.taken_starts, self.part_starts = (empty(tables * self.slot_blocks) for _ in range(4))
         self.decided, self.winners = empty(3 + 2 * tables, _INT64), empty(capacity)
         self.chosen = empty(min(capacity, directory.slots))
+        self.pages = PageOrder.of(sum(directory.sizes[HOST]), min(capacity, directory.slots), directory.device)
         self.batch = empty(BATCH, _INT64)
         self.counters = empty(2 + 4 * tables + tables * BINS, _INT64)
         parts = self.counters.split([1, 1, *[tables] * 4, tables * BINS])
@@ -228,7 +232,7 @@ class FusedDirectory(DeviceDirectory):
         )  # fmt: skip
         k._settle[by_position](s.batch, moves.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
         assert moves.order is not None
-        by_page(moves.hosts, moves.count, self._first_place[HOST], sum(self.sizes[HOST]), moves.order)
+        by_page(moves.hosts, moves.count, self._first_place[HOST], moves.order, s.pages)
 
 
 def _pow2(count: int) -> int:

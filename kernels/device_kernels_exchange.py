@@ -10,6 +10,7 @@ Its launches:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,14 +62,29 @@ def _order_pages(  # type: ignore[no-untyped-def]
     tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
 
 
-def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, host_places: int, order: Tensor) -> None:
+@dataclass
+class PageOrder:
+    """What the launches of ``by_page`` pass on, for at most ``most`` records."""
+
+    shift: int  # of a host place's number: its page's
+    counts: Tensor  # by page
+    starts: Tensor
+    rank: Tensor  # by record
+
+    @classmethod
+    def of(cls, host_places: int, most: int, device: torch.device) -> PageOrder:
+        shift = max(0, host_places.bit_length() - PAGES_POW2)
+        pages = (host_places >> shift) + 1
+        return cls(shift, *(torch.empty(n, dtype=torch.int32, device=device) for n in (pages, pages, most)))
+
+
+def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, order: Tensor, room: PageOrder) -> None:
     """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,), ``order`` (n,) int32."""
-    shift, blocks = max(0, host_places.bit_length() - PAGES_POW2), triton.cdiv(hosts.numel(), BLOCK)
-    pages = (host_places >> shift) + 1
-    counts = hosts.new_zeros(pages, dtype=torch.int32)
-    starts, rank = (hosts.new_empty(n, dtype=torch.int32) for n in (pages, hosts.numel()))
+    shift, counts, starts, rank = room.shift, room.counts, room.starts, room.rank
+    blocks = triton.cdiv(hosts.numel(), BLOCK)
+    counts.zero_()
     _count_pages[(blocks,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
-    _start_pages[(1,)](counts, starts, pages, CHUNK=CHUNK)
+    _start_pages[(1,)](counts, starts, counts.numel(), CHUNK=CHUNK)
     _order_pages[(blocks,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
 
 

@@ -120,7 +120,8 @@ class Planes:
 
         if moves.order is None:
             order = moves.hosts.new_empty(moves.hosts.numel(), dtype=torch.int32)
-            kernels.by_page(moves.hosts, moves.count, firsts[1], sum(self._host_places), order)
+            room = kernels.PageOrder.of(sum(self._host_places), moves.hosts.numel(), moves.hosts.device)
+            kernels.by_page(moves.hosts, moves.count, firsts[1], order, room)
             moves = replace(moves, order=order)
         for plane in self._planes:
             for layer in plane.layers:
