@@ -13,10 +13,12 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ..parameter_sharding import TIERED_KERNEL
+from . import gpu_charges
 from .access_profile import MissCurve, TableAccess
 from .enumerators import FUSED, TieredEnumerator
 from .gpu_options import UVM_CACHING, HbmOption, OverDdr, OverSsd, UvmCached, least_cached_rows
 from .gpu_perf_model import GpuPerfModel
+from .perf_model import ShardUse
 from .records import rowwise_bytes_per_row
 from .sharding_options import TieredShardingOption
 
@@ -102,6 +104,7 @@ class GpuEnumerator(TieredEnumerator):
                 state_bytes=state or 0,
                 waiting_bytes=self._waiting_bytes(fused, uses),
                 rowwise_bytes=rowwise_bytes_per_row(self._optimizer(template)),
+                graph_bytes=self._graph_bytes(fused, uses),
                 min_pool_rows=least,
                 uses=uses,
                 model=self._model,
@@ -109,3 +112,11 @@ class GpuEnumerator(TieredEnumerator):
             )
             for kind, least in kinds
         ]
+
+    def _graph_bytes(self, option: ShardingOption, uses: Sequence[ShardUse]) -> list[int]:
+        """Of each shard: of several, none has batches of one shape."""
+        if len(uses) > 1:
+            return [0] * len(uses)
+        ids = uses[0].lookups
+        outputs = self._bags(option) if isinstance(option.module[1], EmbeddingBagCollection) else ids
+        return [gpu_charges.graph_bytes(ids, outputs * option.tensor.shape[1])]

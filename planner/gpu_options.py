@@ -25,12 +25,14 @@ _LEAST_CACHED_SHARE = 0.01  # of a table, in UVM caching
 
 
 class HbmOption(TieredShardingOption):
-    """What the three have in common. ``rowwise_bytes``: of a row's optimizer state, what is its own and not its elements'."""
+    """What the three have in common. ``rowwise_bytes``: of a row's optimizer state, what is its own and not its elements'.
+    ``graph_bytes``: of each shard's lookup, where it is ours."""
 
     pool_tier: ClassVar[str] = "hbm"
     cache_tier: ClassVar[str] = "ddr"
     model: GpuPerfModel
     rowwise_bytes: int
+    graph_bytes: list[int]
     cache_params: CacheParams | None
 
     @property
@@ -42,6 +44,12 @@ class HbmOption(TieredShardingOption):
     def slot_bytes(self) -> int:
         return gpu_charges.slot_bytes(self.record_bytes)
 
+    def _with_pool(self, shard: int, pool_rows: Any, host_places: Any) -> Any:
+        """HBM of a shard of ours. Shapes: any → the same."""
+        rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
+        pool = gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, host_places, batch)
+        return self.batch_bytes[shard] + self.graph_bytes[shard] + pool
+
     def more_ms(self, shard: int) -> float:
         return float((self.busy_ms(shard) - self.model.in_memory(self.uses[shard])).max())
 
@@ -52,8 +60,7 @@ class OverDdr(HbmOption):
     place: ClassVar[str] = "in DDR"
 
     def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
-        rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
-        return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, rows, batch)
+        return self._with_pool(shard, pool_rows, self.shards[shard].size[0])
 
     def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         return gpu_charges.home_bytes(self.shards[shard].size[0], self.record_bytes, checkpoints=self.model.checkpoints.keep > 0)
@@ -84,8 +91,7 @@ class OverSsd(HbmOption):
         return cache_rows
 
     def hbm_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
-        rows, batch = self.shards[shard].size[0], self.uses[shard].lookups
-        return self.batch_bytes[shard] + gpu_charges.pool_bytes(rows, self.record_bytes, pool_rows, cache_rows, batch)
+        return self._with_pool(shard, pool_rows, cache_rows)
 
     def ddr_bytes(self, shard: int, pool_rows: Any, cache_rows: Any = 0) -> Any:
         rows = self.shards[shard].size[0]
