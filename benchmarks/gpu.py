@@ -6,18 +6,21 @@ about 30 GB of its memory, 40 GB of host memory and 30 GB of disk.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec_mtrains.kernels.device_directory import DeviceDirectory
+from torchrec_mtrains.planner import HardwareProfile
 
 from _common import Figure, finish, options, print_figures, print_machine
 from _gpu_bits import all_optimizers
 from _gpu_bus import rows_and_bus
 from _gpu_groups import Batches, Shape
 from _gpu_machine import GB, memory_and_bus, ssd_reads
+from _gpu_predicted import calibrated, predicted_ms
 from _gpu_steps import footprint, of_stock, of_tiered, on_ssd
 from torchrec_mtrains.tiers import DdrHome
 
@@ -28,13 +31,12 @@ SGD, ADAM = EmbOptimType.EXACT_SGD, EmbOptimType.ADAM
 PARTS = ("machine", "bits", "steps", "ssd")
 
 
-def steps(shape: Shape, batches: Batches, footprint_share: float, warm_up: int, count: int) -> dict[str, Any]:
+def steps(shape: Shape, batches: Batches, footprint_share: float, warm_up: int, count: int, hardware: HardwareProfile) -> dict[str, Any]:
     """Everything that is timed with host memory below the pools, by optimizer."""
     result: dict[str, Any] = {}
     for optimizer in (SGD, ADAM):
         of: dict[str, Any] = {"hbm": of_stock(shape, optimizer, batches, warm_up, count)}
-        if optimizer is SGD:
-            of["all in the pool"] = of_tiered(shape, optimizer, batches, warm_up, count, 1.0, DdrHome())
+        of["all in the pool"] = of_tiered(shape, optimizer, batches, warm_up, count, 1.0, DdrHome())
         for share in SHARES:
             rows = share * footprint_share
             of[f"ours {share}"] = of_tiered(shape, optimizer, batches, warm_up, count, rows, DdrHome())
@@ -46,6 +48,7 @@ def steps(shape: Shape, batches: Batches, footprint_share: float, warm_up: int, 
                 {k: v for k, v in figure.items() if k.endswith(("threaded", "_step", "_device", "_hbm_ms"))},
                 flush=True,
             )
+        of["predicted"] = predicted_ms(hardware, shape, footprint_share, of)
     return result
 
 
@@ -65,10 +68,10 @@ def table(results: dict[str, Any]) -> list[Figure]:
     for optimizer, of in results.get("steps", {}).items():
         machine = results["machine"]
         figures.append(Figure(f"{optimizer}: all-HBM step, ms", of["hbm"]["ms"]))
-        if whole := of.get("all in the pool"):
-            figures.append(Figure(f"{optimizer}: every row in the pool ÷ all-HBM", whole["ms"] / whole["all_hbm_ms"], "≤ 1.10"))
-            figures.append(Figure("    prefetched by a thread of its own", whole["ms_threaded"] / whole["all_hbm_ms_threaded"]))
-            figures.append(Figure("    of the device, launches hidden", whole["ms_of_device"] / of["hbm"]["ms_of_device"]))
+        whole = of["all in the pool"]
+        figures.append(Figure(f"{optimizer}: every row in the pool ÷ all-HBM", whole["ms"] / whole["all_hbm_ms"], "≤ 1.10"))
+        figures.append(Figure("    prefetched by a thread of its own", whole["ms_threaded"] / whole["all_hbm_ms_threaded"]))
+        figures.append(Figure("    of the device, launches hidden", whole["ms_of_device"] / of["hbm"]["ms_of_device"]))
         for share in SHARES:
             ours, uvm = of[f"ours {share}"], of[f"uvm {share}"]
             bus = bus_ms(ours, machine)
@@ -82,6 +85,8 @@ def table(results: dict[str, Any]) -> list[Figure]:
                     f"{optimizer}: pool {share:.0%} ÷ UVM caching", ours["ms"] / uvm["ms"], "≤ 1.0" if optimizer == SGD.name else "≤ 0.6"
                 )
             )
+        for name, (predicted, measured) in of["predicted"].items():
+            figures.append(Figure(f"{optimizer}: {name}: predicted ÷ {measured:.2f} ms", predicted / measured))
     if "ssd" in results:
         of, reads = results["ssd"], results["machine"]["ssd"]
         io_ms = of["read_ios_per_step"] / max(v for k, v in reads.items() if k != "backend") * 1e3
@@ -112,7 +117,9 @@ def main() -> None:
     share = footprint(shape, batches)
     print(f"{shape.lookups} lookups a step; all batches use {share:.1%} of the rows", flush=True)
     if "steps" in args.parts:
-        results["steps"] = steps(shape, batches, share, warm_up, count)
+        hardware = calibrated(args.quick)
+        results["machine"] |= {"calibrated_hbm": asdict(hardware.hbm), "calibrated_pcie": asdict(hardware.pcie)}
+        results["steps"] = steps(shape, batches, share, warm_up, count, hardware)
     if "ssd" in args.parts:
         results["ssd"] = on_ssd(shape, SGD, batches, 8, 2, args.folder)
         print(results["ssd"], flush=True)

@@ -10,9 +10,10 @@
 
 The SSD is busy as on a CPU, and so is the host's thread that reads and writes it (``tiers``). Predicted is the largest of them.
 
-The constants were fitted to one run of benchmarks/gpu.py on an H200 (docs/gpu.md, 2026-11-26), whose steps they give back within 12%:
-10 tables of 1M × 128 in FP32, 1.06M lookups of 320 thousand rows, pools of 80% and 10% of what is used, SGD and Adam
-(tests/test_gpu_planner.py).
+The constants were fitted to a run of benchmarks/gpu.py on an H200 and one on an H100 (docs/gpu.md, both of 2026-11-26), whose steps they
+give back within 6%: 10 tables of 1M × 128 in FP32, 1.06M lookups of 320 thousand rows, pools of all rows and of 80% and 10% of what is
+used, SGD and Adam (tests/test_gpu_planner.py). Steps of stock tables in HBM are those of the device, with launches hidden: a host may take
+longer for them, and is not in the model.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from ..errors import ConfigurationError
 from .hardware_profile import LinkProfile, MemoryProfile
 from .perf_model import DDR, GPU, PCIE, RESOURCES, SSD, TIERS, Floats, PerfModel, ShardUse
 
-_TBE_SHARE_OF_HBM = 0.47  # of the rate of reading in order, that the stock TBE has over rows
+_TBE_BYTES_PER_S, _TBE_SHARE_OF_HBM = 1.84e12, 0.7  # of rows, at most: what multiprocessors do (H200), what memory gives (H100)
 _READ_AND_WRITTEN = 2  # of a batch's rows, by the optimizer
-_STEP_MS = 0.035  # of the host: launches, events and hooks of a group of tiered tables, less what prepared arguments save
-_NS_PER_LOOKUP = 0.085  # of the directory
-_ROWS_SHARE_OF_BUS = 0.75  # of the rate of copies in both directions, that kernels have over rows
-_HELD_UP = 0.4  # of the time for which rows of ours move, that training takes longer
-_UVM_NS_PER_LOOKUP = 3.8
-_UVM_NS_PER_MISS = 32.0
+_STEP_MS = 0.035  # of launches, events and hooks of a group of tiered tables
+_NS_PER_LOOKUP = 0.146  # of the directory, beside what trains
+_ROWS_SHARE_OF_BUS = 0.74  # of the rate of copies in both directions, that kernels have over rows
+_HELD_UP = 0.41  # of the time for which rows of ours move, that training takes longer
+_UVM_NS_PER_LOOKUP = 3.6
+_UVM_NS_PER_MISS = 30.0
 _UVM_MISSES = 1.5  # of an LRU cache, ÷ those of our policy with its lookahead
 
 
@@ -83,7 +84,7 @@ class GpuPerfModel(PerfModel):
     def over_ddr(self, use: ShardUse, pool_rows: Any) -> Floats:
         """Busy times of a shard with a pool above host memory, by its size. Shapes: (n,) → (n, resources)."""
         pool = np.atleast_1d(np.asarray(pool_rows, np.float64))
-        return self._pooled(use, use.misses(pool))
+        return self._pooled(use, pool, use.misses(pool))
 
     def tiered(self, use: ShardUse, pool_rows: Any, cache_rows: Any = 0) -> Floats:
         """Busy times of a shard with a pool above a DDR cache above an SSD. Shapes: (n,), (n,) → (n, resources)."""
@@ -91,7 +92,7 @@ class GpuPerfModel(PerfModel):
         behind = np.minimum(pool + cache, use.rows)
         missed = use.misses(pool)
         cold, written = np.minimum(missed, use.misses(behind)), use.write_backs(behind)
-        busy = self._pooled(use, missed)
+        busy = self._pooled(use, pool, missed)
         busy[:, SSD] += self._ssd_ms(use.record_bytes, cold, written)
         kernel_ns = cold * self._measured("cpu_ns_per_io", cold) + written * self._measured("cpu_ns_per_write_back", written)
         busy[:, TIERS] += (kernel_ns + cold * self.hardware.kernel.cpu_ns_per_miss) * 1e-6
@@ -105,9 +106,10 @@ class GpuPerfModel(PerfModel):
         busy[:, GPU] += (use.lookups * _UVM_NS_PER_LOOKUP + missed * _UVM_NS_PER_MISS) * 1e-6
         return self._over_the_bus(busy, 2 * (missed * use.weight_bytes + use.unique_rows * state_bytes), 1.0)
 
-    def _pooled(self, use: ShardUse, missed: Floats) -> Floats:
+    def _pooled(self, use: ShardUse, pool: Floats, missed: Floats) -> Floats:
+        """Where all rows have slots, ids are slots, and nothing is looked up."""
         busy = np.tile(self._stock(use), (len(missed), 1))
-        busy[:, GPU] += use.lookups * _NS_PER_LOOKUP * 1e-6
+        busy[:, GPU] += np.where(pool < use.rows, use.lookups * _NS_PER_LOOKUP * 1e-6, 0.0)
         return self._over_the_bus(busy, 2 * missed * use.record_bytes, _HELD_UP)
 
     def _over_the_bus(self, busy: Floats, moved_bytes: Floats, held_up: float) -> Floats:
@@ -120,5 +122,6 @@ class GpuPerfModel(PerfModel):
     def _stock(self, use: ShardUse) -> Floats:
         busy = np.zeros(len(RESOURCES))
         moved = use.lookups * use.weight_bytes + _READ_AND_WRITTEN * use.unique_rows * use.record_bytes
-        busy[GPU] = 1e3 * moved / (_TBE_SHARE_OF_HBM * self._hbm.read_bytes_per_s) + use.comms_ms + use.compute_ms
+        bytes_per_s = min(_TBE_BYTES_PER_S, _TBE_SHARE_OF_HBM * self._hbm.read_bytes_per_s)
+        busy[GPU] = 1e3 * moved / bytes_per_s + use.comms_ms + use.compute_ms
         return busy
