@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -60,7 +61,11 @@ def batches(job: Job, failure: str | None) -> Iterator[KeyedJaggedTensor]:
         yield ids
 
 
+HANGS_S = 120  # guess: far above what a rank takes to end, and below what the test waits
+
+
 def main() -> None:
+    faulthandler.dump_traceback_later(HANGS_S)
     failure, failing, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
