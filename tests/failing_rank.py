@@ -24,6 +24,7 @@ from torchrec_mtrains import SsdHome
 
 AT = 5  # the step
 ROWS = 100_000  # more than 2 MiB of records
+STACKS_AFTER_S = 120  # guess: far above what a rank takes to end, and below what the test waits
 
 
 class Model(nn.Module):
@@ -61,11 +62,8 @@ def batches(job: Job, failure: str | None) -> Iterator[KeyedJaggedTensor]:
         yield ids
 
 
-HANGS_S = 120  # guess: far above what a rank takes to end, and below what the test waits
-
-
 def main() -> None:
-    faulthandler.dump_traceback_later(HANGS_S)
+    faulthandler.dump_traceback_later(STACKS_AFTER_S)
     failure, failing, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -60,19 +60,16 @@ def run(nodes: list[Node], ranks_per_node: int, *program: object, port: int | No
         agents.append(
             subprocess.Popen(command, cwd=node.folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         )
-    codes: list[int] = []
     try:
         codes = [agent.wait(HANG_S) for agent in agents]
-    except subprocess.TimeoutExpired:  # the test fails below, and says what everyone was at
-        pass
+    except subprocess.TimeoutExpired as e:
+        said = [p for node in nodes for p in (node.folder / "agent.log", *sorted(node.folder.glob("logs/*/attempt_0/*/*.log")))]
+        raise AssertionError(f"not over after {HANG_S} s:\n" + "\n".join(f"== {p}\n{p.read_text()}" for p in said)) from e
     finally:
         for agent in agents:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)  # an agent takes its ranks with it
                 agent.wait(60)
-    if not codes:
-        said = [p for node in nodes for p in (node.folder / "agent.log", *sorted(node.folder.glob("logs/*/attempt_0/*/*.log")))]
-        raise AssertionError(f"not over after {HANG_S} s:\n" + "\n".join(f"== {p}\n{p.read_text()}" for p in said))
     of_ranks = sorted(p for node in nodes for p in (node.folder / "logs").glob("*/attempt_0/*"))
     ended = Ended(codes, *([(p / f"{stream}.log").read_text() for p in of_ranks] for stream in ("stdout", "stderr")))
     if not of_ranks:
