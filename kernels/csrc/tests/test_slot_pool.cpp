@@ -162,6 +162,7 @@ void train_on_threads(Random& random, Volume& volume, uint32_t steps, bool whole
       }
     }
     while (ahead.size() < 1 + below(random, 3)) {
+      if (coming.empty()) coming.push_back(trainer.draw(random));  // many were not wanted after all
       ahead.push_back(std::move(coming.front()));
       coming.pop_front();
       begin_when_released(*ahead.back(), false);
