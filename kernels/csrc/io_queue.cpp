@@ -14,6 +14,8 @@ namespace mtrains {
 namespace {
 
 std::atomic<uint32_t> queues{0};  // of the process
+constexpr size_t kAhead = 4;      // completions between the fetch of what was read and its turn; a guess
+constexpr uint32_t kLine = 64, kMostAhead = 512;  // bytes
 
 }  // namespace
 
@@ -72,6 +74,15 @@ void IoQueue::start(uint32_t tag) {
   engine_->start({job.write, job.fd, job.bytes, job.offset, buffer}, tag);
 }
 
+void IoQueue::fetch(uint32_t tag) const {
+  const IoJob::Ahead& ahead = flying_[tag].ahead;
+  const std::byte* from = buffers_ + static_cast<size_t>(tag) * kMostBytes + ahead.first;
+  for (uint32_t at = 0; at < std::min(ahead.bytes, kMostAhead); at += kLine) {
+    __builtin_prefetch(from + at);
+    if (ahead.to) __builtin_prefetch(ahead.to + at, 1);
+  }
+}
+
 void IoQueue::finish(uint32_t tag, int32_t result) {
   const IoJob job = flying_[tag];
   if (result == -EAGAIN || result == -EINTR) return start(tag);
@@ -121,7 +132,10 @@ void IoQueue::run(const std::string& backend) {
     const size_t stay = depth_ - depth_ / 3;
     const size_t least = std::max({size_t{1}, flying / 8, flying - std::min(flying, stay)});
     const size_t n = engine_->reap(completions, least);
-    for (size_t i = 0; i < n; ++i) finish(completions[i].tag, completions[i].result);
+    for (size_t i = 0; i < n; ++i) {
+      if (i + kAhead < n) fetch(completions[i + kAhead].tag);
+      finish(completions[i].tag, completions[i].result);
+    }
   }
   engine_.reset();
 }

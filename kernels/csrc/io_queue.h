@@ -30,6 +30,11 @@ struct IoJob {
   std::byte* source;  // of a write
   void* owner;        // the handler's
   uint32_t index;     // the handler's
+  // Of a read: the bytes that the handler looks at first, and where it will write them. They are fetched into the processor's caches before.
+  struct Ahead {
+    uint32_t first = 0, bytes = 0;
+    std::byte* to = nullptr;
+  } ahead = {};
 };
 
 // Of the time that anything was in flight, and of each I/O: their quotient is the mean number in flight.
@@ -60,6 +65,7 @@ class IoQueue {
  private:
   void run(const std::string& backend);
   void start(uint32_t tag);
+  void fetch(uint32_t tag) const;
   void finish(uint32_t tag, int32_t result);
   bool take(bool idle);
 

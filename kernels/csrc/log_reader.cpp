@@ -35,8 +35,12 @@ std::vector<IoJob> LogReader::plan(ReadBatch& batch, const LogSegments& segments
     const uint64_t begin = uint64_t{from.position} * shape.stride_bytes / kPageBytes * kPageBytes;
     const uint64_t stop = (uint64_t{to.position + 1} * shape.stride_bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
     const auto bytes = static_cast<uint32_t>(std::min<uint64_t>(stop, shape.block_bytes) - begin);
+    const GetRequest& request = batch.requests[batch.items[first].request];
+    const Part& part = request.parts.front();
+    const IoJob::Ahead ahead = {static_cast<uint32_t>(uint64_t{from.position} * shape.stride_bytes - begin), shape.stride_bytes,
+                                part.base + static_cast<uint64_t>(request.slots[batch.items[first].at]) * part.stride_bytes};
     jobs.push_back({false, segments.at(from.segment)->file.fd(), bytes, block_offset(shape.block_bytes, from.block) + begin, nullptr,
-                    &batch, static_cast<uint32_t>(batch.reads.size())});
+                    &batch, static_cast<uint32_t>(batch.reads.size()), ahead});
     batch.reads.push_back({first, end - first, static_cast<uint32_t>(begin)});
     first = end;
   }

@@ -225,7 +225,12 @@ void LogVolume::finish(ReadBatch& batch) {
     found.clear();
     return;
   }
-  for (const ReadBatch::Item& item : batch.items) {
+  for (size_t k = 0; k < batch.items.size(); ++k) {
+    if (k + kEntriesAhead < batch.items.size()) {
+      const ReadBatch::Item& ahead = batch.items[k + kEntriesAhead];
+      __builtin_prefetch(&batch.tables[ahead.request]->index[static_cast<size_t>(batch.requests[ahead.request].rows[ahead.at])], 1);
+    }
+    const ReadBatch::Item& item = batch.items[k];
     const GetRequest& request = batch.requests[item.request];
     if (request.take) give_up(*batch.tables[item.request], request.rows[item.at], item.place);
   }
