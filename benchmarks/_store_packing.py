@@ -6,8 +6,8 @@ Batches are trained through a slot pool of a tenth of the rows over an SSD volum
     drifting      the same, and with every batch a share ``DRIFT`` of the ranks changes hands
     co-accessed   groups of ``GROUP`` rows, scattered over the table and always used together, in any order: Zipf over groups
 
-Rows of a block are no neighbours at first, and batches of any rows leave the pool's slots in no order. Then every row is used
-once, group by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they
+Rows of a block are no neighbours at first, and batches of any of ``APART`` more rows, which no trace uses, leave the pool's slots in no order. (Rows of the
+trace would be remembered as used apart, and leave apart for the first few uses.) Then every row is used once, group by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they
 are no I/O. *At most* is rows missed ÷ groups missed, as if every group lay in one block.
 
 Then again with the next ``WINDOW`` batches announced: block neighbours of missed rows that one of them wants come into the pool with the
@@ -30,6 +30,7 @@ from _store_writes import LOOKUPS_PER_ROW, POOL_SHARE, ZIPF_EXPONENT, AnnouncedI
 DRIFT = 0.001
 GROUP = range(2, 15)  # equally likely sizes; of one size, a group would take the very slots of another
 WINDOW = 32
+APART = 2  # pools
 
 
 class Trace:
@@ -77,10 +78,11 @@ class Reads:
 
 
 def through_the_pool(volume: SsdVolume, trace: Trace, record_bytes: int, steps: int) -> dict[str, float]:
-    pooled = PooledTable(volume, trace.rows, record_bytes, int(trace.rows * POOL_SHARE))
+    pool_rows = int(trace.rows * POOL_SHARE)
+    pooled = PooledTable(volume, trace.rows + APART * pool_rows, record_bytes, pool_rows)
     first = torch.from_numpy(trace.every_row())
     for _ in range(40):
-        pooled.train(torch.from_numpy(trace.rng.choice(2 * pooled.memory.shape[0], pooled.memory.shape[0] // 4)))
+        pooled.train(torch.from_numpy(trace.rows + trace.rng.choice(APART * pool_rows, pool_rows // 4)))
     for part in first.split(trace.batch):
         pooled.train(part)
     for _ in range(steps):
@@ -99,7 +101,8 @@ def through_the_pool(volume: SsdVolume, trace: Trace, record_bytes: int, steps: 
 
 
 def with_lookahead(volume: SsdVolume, trace: Trace, record_bytes: int, steps: int) -> dict[str, float]:
-    pooled, coming = PooledTable(volume, trace.rows, record_bytes, int(trace.rows * POOL_SHARE)), deque[AnnouncedIds]()
+    pool_rows, coming = int(trace.rows * POOL_SHARE), deque[AnnouncedIds]()
+    pooled = PooledTable(volume, trace.rows + APART * pool_rows, record_bytes, pool_rows)
 
     def train() -> None:
         while len(coming) < WINDOW:
@@ -120,7 +123,8 @@ def measure(root: Path, *, rows: int, record_bytes: int, steps: int) -> dict[str
     batch = int(rows * LOOKUPS_PER_ROW)
     f: dict[str, Any] = {"rows": rows, "record_bytes": record_bytes, "batch": batch, "traces": {}}
     for kind in ("independent", "drifting", "co-accessed"):
-        volume = filled(root / kind, rows, record_bytes, rows * (record_bytes + 64) * 3 + (256 << 20))
+        every = rows + APART * int(rows * POOL_SHARE)
+        volume = filled(root / kind, every, record_bytes, every * (record_bytes + 64) * 3 + (256 << 20))
         trace = Trace(kind, rows, batch)
         now = through_the_pool(volume, trace, record_bytes, steps)
         f["traces"][kind] = {**now, "ahead": with_lookahead(volume, trace, record_bytes, steps)}

@@ -11,7 +11,7 @@ namespace mtrains {
 struct AbsentRow {
   uint64_t window;  // as of SlotState
   int32_t miss;     // k + 1: the k-th miss of the batch being looked up; 0: none
-  int32_t entry;    // what the directory said of the row before: 0, or when it left small
+  int32_t entry;    // what the directory said of the row before: 0, or its pace and last use
 };
 
 class AbsentRows {

@@ -1,86 +1,99 @@
 #include "eviction_order.h"
 
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 
 namespace mtrains {
 
 namespace {
-constexpr uint64_t kUsesToStay = 1;  // in small, to go to main
-constexpr size_t kAhead = 16;        // pops between the prefetch of a slot's state and its turn; a guess
+constexpr size_t kAhead = 16;  // looks between the prefetch of a slot's state and its turn; a guess
+
+uint32_t queue_of(const SlotState& s) { return std::min(ReuseRates::class_of(s.pace()), ReuseRates::kClasses - 1); }
 }  // namespace
 
 EvictionOrder::EvictionOrder(int32_t slots)
-    : states_(static_cast<size_t>(slots)), places_(static_cast<size_t>(slots)), small_target_(static_cast<size_t>(slots) / 10) {}
+    : states_(static_cast<size_t>(slots)), places_(static_cast<size_t>(slots)), queues_(ReuseRates::kClasses, SlotQueue(places_.data())) {}
 
 void EvictionOrder::push_newest(int32_t slot) {
   SlotState& s = state(slot);
-  list_of(s).push_newest(slot);
-  s.stamp |= Stamp::kLinked;
+  const uint32_t queue = queue_of(s);
+  queues_[queue].push_newest(slot);
+  s.set_queue(queue);
 }
 
-void EvictionOrder::enter(int32_t slot, bool seen_lately) {
-  if (seen_lately) state(slot).stamp |= Stamp::kMain;
+void EvictionOrder::enter(int32_t slot) {
   if (!state(slot).awaited()) push_newest(slot);
 }
 
 void EvictionOrder::leave(int32_t slot) {
   SlotState& s = state(slot);
   if (!s.linked()) return;
-  list_of(s).remove(slot);
-  s.stamp &= ~Stamp::kLinked;
+  queues_[s.queue()].remove(slot);
+  s.unlink();
 }
 
 void EvictionOrder::put_back(int32_t slot) {
   SlotState& s = state(slot);
   if (s.awaited()) return;
-  list_of(s).push_oldest(slot);
-  s.stamp |= Stamp::kLinked;
+  const uint32_t queue = queue_of(s);
+  queues_[queue].push_oldest(slot);
+  s.set_queue(queue);
 }
 
 void EvictionOrder::settle(int32_t slot) {
-  SlotState& s = state(slot);
-  if (s.linked() || s.awaited()) return;
-  if (s.uses() >= kUsesToStay) s.stamp |= Stamp::kMain;
-  push_newest(slot);
+  const SlotState& s = state(slot);
+  if (!s.linked() && !s.awaited()) push_newest(slot);
 }
 
 void EvictionOrder::begin_round(size_t wanted) {
   wanted_ = wanted;
   collected_ = false;
   candidates_.clear();
-  pinned_in_small_ = 0;
-  looks_in_main_ = 4 * static_cast<int64_t>(small_.size() + main_.size());  // no row stays for more than two rounds
+  round_.unknown = (1u << queues_.size()) - 1;
+  for (size_t q = 0; q < queues_.size(); ++q) round_.unlooked[q] = queues_[q].size();
 }
 
 int32_t EvictionOrder::next(uint32_t limit_batch, uint64_t first_announced, uint64_t until) {
-  const int32_t slot = next_in_lists(limit_batch);
+  const int32_t slot = next_in_queues(limit_batch);
   return slot >= 0 ? slot : next_awaited(limit_batch, first_announced, until);
 }
 
-int32_t EvictionOrder::next_in_lists(uint32_t limit_batch) {
-  while (true) {
-    const bool small_has = pinned_in_small_ < small_.size(), main_has = main_.size() > 0 && looks_in_main_ > 0;
-    if (!small_has && !main_has) return -1;
-    const bool from_small = small_has && (small_.size() > small_target_ || !main_has);
-    SlotQueue& list = from_small ? small_ : main_;
-    if (const int32_t ahead = list.peek(kAhead); ahead >= 0) __builtin_prefetch(&state(ahead), 1);
-    const int32_t slot = list.pop_oldest();
-    SlotState& s = state(slot);
-    s.stamp &= ~Stamp::kLinked;
-    if (!from_small) --looks_in_main_;
-    if (s.awaited()) continue;
-    if (s.batch() >= limit_batch) {
-      pinned_in_small_ += from_small;
-      push_newest(slot);
-    } else if (from_small ? s.uses() >= kUsesToStay : s.uses() > 0) {
-      s.stamp -= from_small ? s.stamp & Stamp::kUses : Stamp::kOneUse;
-      s.stamp |= Stamp::kMain;
-      push_newest(slot);
-    } else {
-      return slot;
-    }
+int32_t EvictionOrder::next_in_queues(uint32_t limit_batch) {
+  while (round_.unknown) {
+    const auto queue = static_cast<uint32_t>(std::countr_zero(round_.unknown));
+    round_.unknown ^= 1u << queue;
+    round_.oldest[queue] = look(queue, limit_batch);
   }
+  size_t least = 0;
+  for (size_t q = 1; q < queues_.size(); ++q) least = round_.oldest[q] < round_.oldest[least] ? q : least;
+  if (round_.oldest[least] == kNone) return -1;
+  const int32_t slot = queues_[least].pop_oldest();
+  state(slot).unlink();
+  round_.unknown |= 1u << least;
+  --round_.unlooked[least];
+  return slot;
+}
+
+uint64_t EvictionOrder::look(uint32_t queue, uint32_t limit_batch) {
+  SlotQueue& slots = queues_[queue];
+  for (; round_.unlooked[queue] > 0; --round_.unlooked[queue]) {
+    if (const int32_t ahead = slots.peek(kAhead); ahead >= 0) __builtin_prefetch(&state(ahead), 1);
+    const int32_t slot = slots.oldest();
+    SlotState& s = state(slot);
+    const bool used = s.used();
+    if (!s.awaited() && !used && s.batch() < limit_batch) {
+      return uint64_t{std::bit_cast<uint32_t>(rates_.rate(queue, rates_.now() - s.batch()))} << 32 | s.batch();
+    }
+    slots.pop_oldest();
+    s.unlink();
+    if (s.awaited()) continue;
+    push_newest(slot);
+    if (!used) continue;  // an outstanding batch uses it
+    ++round_.unlooked[s.queue()];
+    if (round_.oldest[s.queue()] == kNone) round_.unknown |= 1u << s.queue();
+  }
+  return kNone;
 }
 
 void EvictionOrder::collect(uint32_t limit_batch, uint64_t first_announced) {
@@ -119,15 +132,15 @@ int32_t EvictionOrder::next_awaited(uint32_t limit_batch, uint64_t first_announc
 void EvictionOrder::check(int32_t occupied) const {
   auto fail = [](const char* what) { throw std::logic_error(what); };
   int32_t seen = 0;
-  for (const SlotQueue* list : {&small_, &main_}) {
+  for (size_t q = 0; q < queues_.size(); ++q) {
     size_t size = 0;
-    list->each([&](int32_t slot, bool in_place) {
-      if (!state(slot).linked()) fail("eviction order: a slot in a list is not marked as linked");
-      if (state(slot).main() != (list == &main_)) fail("eviction order: a slot is in the other list");
+    queues_[q].each([&](int32_t slot, bool in_place) {
+      if (!state(slot).linked()) fail("eviction order: a slot in a queue is not marked as linked");
+      if (state(slot).queue() != q) fail("eviction order: a slot is in another queue than it says");
       if (!in_place) fail("eviction order: a slot is not where its place says");
       ++size;
     });
-    if (size != list->size()) fail("eviction order: a list is not as long as it says");
+    if (size != queues_[q].size()) fail("eviction order: a queue is not as long as it says");
     seen += static_cast<int32_t>(size);
   }
   int32_t linked = 0, settled = 0, awaited = 0;
@@ -137,8 +150,8 @@ void EvictionOrder::check(int32_t occupied) const {
     settled += s.linked() && !s.awaited();
     awaited += s.awaited();
   }
-  if (linked != seen) fail("eviction order: a slot is marked as linked and in no list");
-  if (settled + awaited != occupied) fail("eviction order: an occupied slot is neither awaited nor in a list");
+  if (linked != seen) fail("eviction order: a slot is marked as linked and in no queue");
+  if (settled + awaited != occupied) fail("eviction order: an occupied slot is neither awaited nor in a queue");
 }
 
 }  // namespace mtrains

@@ -5,8 +5,8 @@
 //   records_     one record a slot, back to back. Host memory is mapped lazily; a mapped file is taken at once.
 //
 // The cache is exclusive: records enter when they leave the tier above, and are given back when that tier takes them. So it
-// never holds what is above it, a read does not touch the order, and the order of eviction is that of insertion. Evicted
-// records go to the tier below, which need not keep the clean ones.
+// never holds what is above it, a read does not touch the order, and what is learned of a row is after how many insertions it is
+// inserted again (reuse_rates.h). Evicted records go to the tier below, which need not keep the clean ones.
 //
 // Not thread-safe: CachedVolume locks.
 #pragma once

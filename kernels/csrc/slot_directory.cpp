@@ -15,6 +15,7 @@ namespace {
 // 128/64 5.3, 192/96 5.0, 256/128 4.4. The distance between the two matters as much as the distance to the use.
 constexpr int64_t kMapAhead = 192;
 constexpr int64_t kStateAhead = 96;
+constexpr size_t kLeaveAhead = 16;  // victims between the prefetch of a row's map entry and its change; a guess
 }  // namespace
 
 SlotDirectory::SlotDirectory(int64_t rows, int32_t pool_rows)
@@ -37,6 +38,8 @@ int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, S
   int32_t* const map = slot_of_row_.data();
   SlotState* const states = order_.states();
   const uint32_t batch = stamp.batch();
+  ReuseRates& rates = order_.rates();
+  rates.advance_to(batch);
   int64_t first_seen = 0;
   for (int64_t i = begin; i < end; ++i) {
     if constexpr (kWhole) {
@@ -59,8 +62,13 @@ int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, S
       SlotState& s = states[slot];
       const uint64_t old = s.stamp;
       const bool first = Stamp{old}.batch() != batch;
-      const uint64_t use = (first & ((old & Stamp::kUses) != Stamp::kMostUses)) ? Stamp::kOneUse : 0;
-      s.stamp = stamp.at(i).value | ((old & Stamp::kFlags) + use);
+      s.stamp = stamp.at(i).value | (old & Stamp::kFlags);
+      if constexpr (!kWhole) {  // nothing is ever evicted there
+        if (first) {
+          const uint32_t pace = rates.used(s.pace(), batch - Stamp{old}.batch());
+          s.stamp = (s.stamp & ~Stamp::kPace) | uint64_t{pace} << Stamp::kPaceShift | Stamp::kUsed;
+        }
+      }
       first_seen += first;
       if (!kWhole || slots) slots[i] = slot;
       if (s.window & announced) {
@@ -196,6 +204,7 @@ void SlotDirectory::reserve_for_wanted(std::span<const int64_t> rows, uint32_t o
   for (const int64_t row : rows) {
     if (wants(row)) soonest.push_back({next_use(absent_[place(slot_of_row_[row])].window, first_announced_), row});
   }
+  for_wanted_ = true;
   std::sort(soonest.begin(), soonest.end(), [](const Wanted& a, const Wanted& b) { return a.use != b.use ? a.use < b.use : a.row < b.row; });
   std::vector<int64_t> those;
   for (const Wanted& w : soonest) those.push_back(w.row);
@@ -214,16 +223,28 @@ void SlotDirectory::reserve_for_wanted(std::span<const int64_t> rows, uint32_t o
 
 void SlotDirectory::sort_victims() { sort_by_use(std::span(reserved_).subspan(reserved_free_)); }
 
-bool SlotDirectory::left_lately(int32_t entry) const {
-  if (!is_ghost(entry)) return false;
-  const uint32_t since = (ghost_clock_ - static_cast<uint32_t>(place(entry))) & kPlace;
-  return since <= row_of_slot_.size();
+int32_t SlotDirectory::remembered(int32_t slot) const {
+  const SlotState& s = order_.state(slot);
+  const uint32_t last_use = (s.batch() + renumbered_) & kLastUse;
+  return static_cast<int32_t>(kAbsentBit | kRememberedBit | last_use << kPaceBits | s.pace());
 }
 
-void SlotDirectory::leave(int32_t slot, int32_t entry) {
+uint64_t SlotDirectory::state_of(int32_t entry, Stamp stamp, bool used) {
+  const uint32_t known = static_cast<uint32_t>(entry) & kPlace;
+  uint32_t pace = is_remembered(entry) ? known & ((1u << kPaceBits) - 1) : ReuseRates::kUnused;
+  const uint32_t age = pace == ReuseRates::kUnused ? 0 : (stamp.batch() + renumbered_ - (known >> kPaceBits)) & kLastUse;
+  if (used) {
+    pace = order_.rates().used(pace, age);
+  } else {
+    stamp = Stamp::of(stamp.batch() - std::min(age, stamp.batch()), stamp.value & Stamp::kDirty);
+  }
+  return stamp.value | uint64_t{pace} << Stamp::kPaceShift;
+}
+
+void SlotDirectory::leave(int32_t slot) {
   const int64_t row = row_of_slot_[slot];
   const uint64_t window = order_.state(slot).window;
-  slot_of_row_[row] = entry;
+  slot_of_row_[row] = remembered(slot);
   if (window) {
     absent_[absent_entry(row)].window = window;
     wanted_.add(row);
@@ -234,24 +255,27 @@ void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
   free_count_ -= reserved_free_;
   if (!whole()) free_.resize(free_count_);
   evictions_ += static_cast<int64_t>(reserved_.size() - reserved_free_);
-  std::vector<uint8_t> seen_lately(missed_rows_.size());
   for (size_t k = 0; k < missed_rows_.size(); ++k) {
+    if (k + kLeaveAhead < reserved_.size()) {
+      if (const int64_t leaves = row_of_slot_[reserved_[k + kLeaveAhead]]; leaves >= 0) __builtin_prefetch(&slot_of_row_[leaves], 1);
+    }
     const int32_t slot = reserved_[k];
     const int64_t row = missed_rows_[k];
     const AbsentRow absent = absent_[place(slot_of_row_[row])];
-    if (row_of_slot_[slot] >= 0) leave(slot, order_.state(slot).main() ? 0 : ghost());
+    if (row_of_slot_[slot] >= 0) leave(slot);
     forget_absent(row, place(slot_of_row_[row]));
     row_of_slot_[slot] = static_cast<int32_t>(row);
     slot_of_row_[row] = slot + 1;
-    order_.state(slot) = {stamp.value, absent.window};
-    seen_lately[k] = left_lately(absent.entry);
+    order_.state(slot) = {state_of(absent.entry, stamp, !for_wanted_), absent.window};
   }
   for (const Missed& m : missed_) {
     const int32_t slot = reserved_[static_cast<size_t>(m.miss)];
     if (slots) slots[m.position] = slot;
-    order_.state(slot).stamp = stamp.at(m.position).value;
+    uint64_t& state = order_.state(slot).stamp;
+    state = stamp.at(m.position).value | (state & Stamp::kFlags);
   }
-  for (size_t k = 0; k < missed_rows_.size(); ++k) order_.enter(reserved_[k], seen_lately[k]);
+  for (const int32_t slot : reserved_) order_.enter(slot);
+  for_wanted_ = false;
   missed_rows_.clear();
   missed_.clear();
   reserved_.clear();
@@ -260,6 +284,7 @@ void SlotDirectory::commit(Stamp stamp, int64_t* slots) {
 
 void SlotDirectory::rollback() {
   for (size_t k = reserved_free_; k < reserved_.size(); ++k) order_.put_back(reserved_[k]);
+  for_wanted_ = false;
   for (const int64_t row : missed_rows_) {
     const int32_t at = place(slot_of_row_[row]);
     absent_[at].miss = 0;
@@ -272,7 +297,7 @@ void SlotDirectory::rollback() {
 }
 
 void SlotDirectory::drop(int32_t slot) {
-  leave(slot, 0);
+  leave(slot);
   order_.leave(slot);
   order_.state(slot) = {0, 0};
   row_of_slot_[slot] = -1;
@@ -281,6 +306,8 @@ void SlotDirectory::drop(int32_t slot) {
 }
 
 void SlotDirectory::age(uint32_t batches) {
+  renumbered_ += batches;
+  order_.rates().renumber(batches);
   for (int32_t s = 0; s < pool_rows(); ++s) touch(s, batch_of_slot(s) > batches ? batch_of_slot(s) - batches : 0);
 }
 

@@ -1,7 +1,7 @@
 // SlotDirectory: which row of one table shard sits in which slot of its pool.
 //
-//   slot_of_row_[row]   > 0: in slot s - 1.  0: nothing is known of the row.  < 0 with bit 30: not here; the rest is when it left
-//                       the eviction order's small list (ghost).  < 0 without: not here; the rest is its place in absent_.
+//   slot_of_row_[row]   > 0: in slot s - 1.  0: nothing is known of the row.  < 0 with bit 30: not here; the rest is its pace and
+//                       the batch that used it last.  < 0 without: not here; the rest is its place in absent_.
 //                       4 bytes a row, mapped lazily: rows never touched cost nothing.
 //   row_of_slot_[slot]  the row in the slot, or -1 while the slot is free.
 //   order_              the state of every slot (slot_state.h), and who goes first (eviction_order.h).
@@ -78,6 +78,7 @@ class SlotDirectory {
   std::span<const int32_t> reserved_slots() const { return reserved_; }
   int64_t row_of_slot(int32_t slot) const { return row_of_slot_[slot]; }
   bool dirty(int32_t slot) const { return order_.state(slot).dirty(); }
+  uint32_t pace(int32_t slot) const { return order_.state(slot).pace(); }
 
   // Gives the reserved slots to the missed rows, and patches the positions that lookup left open.
   void commit(Stamp stamp, int64_t* slots);
@@ -108,15 +109,19 @@ class SlotDirectory {
   void miss(int64_t row);
   int32_t absent_entry(int64_t row);        // of a row that is not here; makes one
   void forget_absent(int64_t row, int32_t at);  // nothing is awaited of it any more
-  void leave(int32_t slot, int32_t entry);  // the row is not here any more; `entry` is what remains to be known of it
+  void leave(int32_t slot);                // the row is not here any more
   void take_free(std::span<const int64_t> rows);  // of rows that are not here, those for which there is a slot
   void sort_victims();
-  int32_t ghost() { return static_cast<int32_t>(kAbsentBit | kGhostBit | (ghost_clock_++ & kPlace)); }
-  bool left_lately(int32_t entry) const;
+  // What stays known of a row that leaves the slot; and of one that comes, from its entry: its state, but for the window. It is `used` by
+  // the stamp's batch, or has come before that.
+  int32_t remembered(int32_t slot) const;
+  uint64_t state_of(int32_t entry, Stamp stamp, bool used);
 
-  static constexpr uint32_t kAbsentBit = 1u << 31, kGhostBit = 1u << 30, kPlace = kGhostBit - 1;
-  static bool is_ghost(int32_t entry) { return entry < 0 && (static_cast<uint32_t>(entry) & kGhostBit); }
-  static bool is_absent(int32_t entry) { return entry < 0 && !(static_cast<uint32_t>(entry) & kGhostBit); }
+  static constexpr uint32_t kAbsentBit = 1u << 31, kRememberedBit = 1u << 30, kPlace = kRememberedBit - 1;
+  static constexpr int kPaceBits = 6;
+  static constexpr uint32_t kLastUse = kPlace >> kPaceBits;  // 24 bits of a batch's number
+  static bool is_remembered(int32_t entry) { return entry < 0 && (static_cast<uint32_t>(entry) & kRememberedBit); }
+  static bool is_absent(int32_t entry) { return entry < 0 && !(static_cast<uint32_t>(entry) & kRememberedBit); }
   static int32_t place(int32_t entry) { return static_cast<int32_t>(static_cast<uint32_t>(entry) & kPlace); }
 
   LazyArray<int32_t> slot_of_row_;
@@ -131,7 +136,8 @@ class SlotDirectory {
   std::vector<int32_t> reserved_;
   std::vector<int32_t> settled_;  // slots whose last announced use this lookup is
   size_t reserved_free_ = 0;  // the first of reserved_ were free
-  uint32_t ghost_clock_ = 0;
+  bool for_wanted_ = false;  // the rows reserved for are not those of a batch
+  uint32_t renumbered_ = 0;  // what was subtracted from batches' numbers so far
   uint64_t first_announced_ = 0;
   int64_t evictions_ = 0;
 };

@@ -31,13 +31,17 @@ class SlotQueue {
     entries_.push_front(slot);
   }
 
-  // Takes the oldest slot off; there is one.
-  int32_t pop_oldest() {
+  // The oldest slot; there is one.
+  int32_t oldest() {
     while (entries_.front() < 0) {
       pop_front();
       --holes_;
     }
-    const int32_t slot = entries_.front();
+    return entries_.front();
+  }
+  // Takes it off.
+  int32_t pop_oldest() {
+    const int32_t slot = oldest();
     pop_front();
     return slot;
   }

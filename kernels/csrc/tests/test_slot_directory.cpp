@@ -243,16 +243,50 @@ TEST("victims of one batch leave in the order of their last use") {
   CHECK((pool.train({40, 41, 42, 43, 44, 45}) == Rows{5, 9, 3, 1, 8, 2}));
 }
 
-TEST("a row used again stays when others leave, and one that comes back soon is taken for such") {
-  Pool pool(1000, 20);
-  for (int64_t row = 0; row < 20; ++row) pool.train({row});
+TEST("of rows that are used often, once, and once in a long while, the pool learns to keep those that come again soonest") {
+  Random random = fresh_random();
+  Pool pool(1'000'000, 200);
+  int64_t once = 1000;
+  for (int batch = 0; batch < 1000; ++batch) {
+    Rows ids;
+    for (int k = 0; k < 10; ++k) ids.push_back(static_cast<int64_t>(below(random, 100)));  // of 100 rows each comes in every tenth batch
+    for (int k = 0; k < 10; ++k) ids.push_back(100 + static_cast<int64_t>(below(random, 900)));  // of 900 in every 90th
+    for (int k = 0; k < 30; ++k) ids.push_back(once++);
+    pool.train(ids);
+  }
+  int often = 0, seldom = 0, unseen = 0;
+  for (int64_t row = 0; row < 100; ++row) often += pool.directory.slot_of_row(row) >= 0;
+  for (int64_t row = 100; row < 1000; ++row) seldom += pool.directory.slot_of_row(row) >= 0;
+  for (int64_t row = 1000; row < once; ++row) unseen += pool.directory.slot_of_row(row) >= 0;
+  CHECK(often >= 95);  // in the order of last uses it would be 34, and 120 of those used once
+  CHECK(unseen <= 45);
+  CHECK(seldom >= 50);
+}
+
+TEST("what is known of a row stays when it leaves, and when batches are renumbered") {
+  Pool pool(1000, 4);
+  const auto pace_of = [&](int64_t row) { return pool.directory.pace(pool.directory.slot_of_row(row)); };
   pool.train({0});
-  CHECK((pool.train({20}) == Rows{1}));  // 0 goes to main
-  for (int64_t row = 21; row < 39; ++row) CHECK((pool.train({row}) == Rows{row - 19}));
-  CHECK((pool.train({1}) == Rows{20}));  // 1 was remembered: main
-  for (int64_t row = 100; row < 200; ++row) pool.train({row});
-  CHECK(pool.directory.slot_of_row(0) >= 0 && pool.directory.slot_of_row(1) >= 0);
-  CHECK(pool.directory.slot_of_row(2) < 0);
+  CHECK_EQ(pace_of(0), ReuseRates::kOnce);
+  for (int64_t row = 1; row < 8; ++row) pool.train({row});
+  CHECK(pool.directory.slot_of_row(0) < 0);
+  pool.directory.age(6);
+  pool.batch -= 6;
+  pool.train({0});  // 8 batches after
+  CHECK_EQ(pace_of(0), ReuseRates::bin(8));
+  for (int64_t row = 20; row < 50; ++row) pool.train({row});
+  CHECK(pool.directory.slot_of_row(0) < 0);
+  pool.announce(1, {0});
+  pool.directory.set_first_announced(1);
+  const Rows rows = {0};
+  pool.directory.reserve_for_wanted(rows, pool.batch + 1);
+  CHECK_EQ(pool.directory.missed_rows().size(), size_t{1});
+  pool.directory.commit(Stamp::of(pool.batch, false), nullptr);  // it came along, and is not used yet
+  pool.directory.check();
+  CHECK_EQ(pace_of(0), ReuseRates::bin(8));
+  pool.train({0}, 2);  // 31 batches after its last use
+  CHECK_EQ(ReuseRates::bin(31), ReuseRates::bin(8) + 7);
+  CHECK_EQ(pace_of(0), ReuseRates::bin(8) + 3);
 }
 
 TEST("awaited rows leave after all others, those used last first") {
