@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import errors
 from ..tiers import Cache, DdrCache, DdrHome
-from .device_batches import DeviceTable
+from .device_below import DeviceTable
 from .device_directory import WINDOW
 from .device_ids import Batch
 from .device_planes import Planes
