@@ -38,19 +38,15 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from . import _core
-from .device_directory import HOST, SLOT, WINDOW, Attempt, DeviceDirectory, Lookup, Misses, Turn
+from .device_announced import Announced
+from .device_below import Below, DeviceTable, Read
+from .device_directory import HOST, SLOT, Attempt, DeviceDirectory, Lookup, Misses, Turn
 from .device_fused import FusedDirectory
 from .device_ids import Batch
-from .device_planes import Moves, Planes, native_part
+from .device_planes import Moves, Planes
 from .device_sequences import SEQUENCES
 from .device_streams import Streams
-
-MOVE_ROWS = 65536
-"""Rows that a flush copies to host memory at a time; a guess."""
-
-PIECE_ROWS = 8192
-"""Rows of a table that are evicted, and then read, at a time: the disk reads a piece while the host evicts the next. A guess."""
+from .device_turns import Standing, Turns
 
 MOST_LATE, BATCHES_PER_LATE, LATE_EVERY = 4, 4, 64
 """Of tickets that are let go late: at most; one for a pool's room for the rows of so many batches; counted anew every so many batches."""
@@ -59,35 +55,11 @@ _INT64 = torch.int64
 
 
 @dataclass
-class DeviceTable:
-    """One table of the group, as its pool sees it."""
-
-    name: str
-    volume: Any  # native, below the host places
-    id: int
-    rows: int
-    pool_rows: int
-    host_places: int
-    upper: list[Tensor]  # the record's parts in slots, (pool_rows, …) each, in the record's order
-    lower: list[Tensor]  # and in host places, on the CPU
-    has_all: bool  # as many host places as rows, which are all there from the beginning
-
-
-@dataclass
-class _Standing:
-    """Of a batch, which it keeps when its ticket gives way."""
-
-    turn: int  # the number of its first ticket
-    announced: int = 0  # its number, while that stands
-    counted: bool = False
-
-
-@dataclass
 class _Held:
     """An outstanding ticket: what it pins, and when its rows are in their slots."""
 
     hard: bool
-    standing: _Standing
+    standing: Standing
     slots: Tensor  # (n,): of each position, within its table; the caller's
     places: Tensor  # the same through the group
     ready: list[Any]  # events, or None
@@ -97,24 +69,11 @@ class _Held:
 
 
 @dataclass
-class _Read:
-    """Some rows of a table on their way from below into host places."""
-
-    volume: Any
-    token: int
-    misses: slice  # of those from below
-
-    def wait(self) -> None:
-        """Raises: what it failed with."""
-        self.volume.wait(self.token)
-
-
-@dataclass
 class _Fill:
     """Rows from below on their way: into which host places native code reads them, and for which slots."""
 
     seq: int
-    reads: list[_Read]  # in the order of misses
+    reads: list[Read]  # in the order of misses
     slots: Tensor  # through the group, by miss
     hosts: Tensor
     table: Tensor
@@ -126,8 +85,6 @@ class _Counts:
 
     flushed_rows: int = 0
     trickled_rows: int = 0
-    host_evictions: int = 0
-    host_write_backs: int = 0
     host_flushed_rows: int = 0
 
 
@@ -150,26 +107,22 @@ class DeviceBatches:
         self._failed: dict[int, errors.MTrainsError] = {}  # why attempts were refused that nobody has asked for yet
         self._released: deque[tuple[int, Any]] = deque()  # with events
         self._attempted: deque[int] = deque(maxlen=SEQUENCES)  # the last of them
-        self._announced: dict[int, Batch] = {}  # by number
-        self._untold: dict[int, Any] = {}  # of those, which the directory does not know yet, and the stream that announced each
-        self._last_seq = self._last_announced = 0
+        self._announced, self._turns = Announced(self.directory, self._streams), Turns()
+        self._below = Below(self.tables, self.directory, self._streams)
+        self._last_seq = 0
         self._attempts = True  # no row was below, lately
         self._late = 0
         self._counts = [_Counts() for _ in tables]
         # The sums of all batches, and of those that began anew: as in an attempt's summary, hits, misses and misses below by table, and
         # where features begin.
         self._sums = np.zeros((2, 3 * len(tables) + len(table_of_feature) + 1), dtype=np.int64)
-        self._gave_way: dict[int, _Standing] = {}  # by ticket, of batches that have not begun anew
-        self._unwanted: deque[int] = deque()  # announced batches that gave way and will not come
-        self._began_anew = 0  # the last ticket, if its batch had one before
         self._device = device
         self._hands = [0] * len(tables)
         self.revoked = self.declined = self.attempted = self.batches = 0
         self._lock = threading.RLock()  # hooks run on autograd's thread
         for t, table in enumerate(self.tables):
             if table.has_all:
-                _fill_host_places(table)
-                self.directory.fill(t)
+                self._below.fill_host_places(t)
 
     # -- batches
 
@@ -185,29 +138,27 @@ class DeviceBatches:
         """
         with self._lock:
             self._let_go(self._late)
-            while self._unwanted:
-                self.withdraw(self._unwanted.popleft())
+            for number in self._turns.unwanted():
+                self.withdraw(number)
             self._look_at_told()
-            standing = self._gave_way.get(lost) or _Standing(self._last_seq + 1, announced)
+            standing = self._turns.standing_of(lost, self._last_seq + 1, announced)
             if not hard and self._comes_too_soon(standing, lost):
-                self._gave_way.pop(lost, None)
+                self._turns.forget(lost)
                 self._last_seq += 1
                 return self._declined(self._last_seq, standing)
             self._finish_fill()
             announced, standing.announced = standing.announced or announced, 0
-            self._announced.pop(announced, None)
-            self._untold.pop(announced, None)
+            self._announced.begins(announced)
             begun = self._begin(batch, hard, dirty, announced, standing)
-            self._gave_way.pop(lost, None)
-            self._began_anew = self._last_seq if lost else 0
+            self._turns.began(self._last_seq, lost)
             return begun
 
-    def _comes_too_soon(self, standing: _Standing, lost: int) -> bool:
+    def _comes_too_soon(self, standing: Standing, lost: int) -> bool:
         """Whether an earlier batch waits for room; or one that did has just begun, so that this one would wait for its reads."""
-        behind_reads = not lost and self._fill is not None and self._fill.seq == self._began_anew
-        return behind_reads or any(other.turn < standing.turn for other in tuple(self._gave_way.values()))
+        behind_reads = not lost and self._fill is not None and self._fill.seq == self._turns.began_anew
+        return behind_reads or self._turns.others_are_before(standing)
 
-    def _begin(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: _Standing) -> tuple[int, Tensor]:
+    def _begin(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: Standing) -> tuple[int, Tensor]:
         if self._attempts and batch.ids.numel():
             seq = self._attempt(batch, hard, dirty, announced, standing)
             if not hard or self._look(seq):
@@ -215,15 +166,15 @@ class DeviceBatches:
         with self._streams.on_directory():
             return self._begin_step_by_step(batch, hard, dirty, announced, standing)
 
-    def _declined(self, seq: int, standing: _Standing) -> tuple[int, Tensor]:
-        self._gave_way[seq] = standing
+    def _declined(self, seq: int, standing: Standing) -> tuple[int, Tensor]:
+        self._turns.gives_way(seq, standing)
         self.declined += 1
         return seq, torch.empty(0, dtype=_INT64)
 
-    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: _Standing) -> tuple[int, Tensor]:
+    def _begin_step_by_step(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: Standing) -> tuple[int, Tensor]:
         self._let_go()
         self._look_at_all()
-        self._tell_but(0)
+        self._announced.tell_but(0)
         seq = self._last_seq = self._last_seq + 1
         found = self.directory.lookup(batch, seq, dirty, announced)
         sums = self._sums[int(standing.counted)]
@@ -238,14 +189,14 @@ class DeviceBatches:
         self._held[seq] = _Held(hard, standing, found.slot, found.place, [self._streams.now(), self._streams.moves_now()])
         return seq, found.slot
 
-    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: _Standing) -> int:
+    def _attempt(self, batch: Batch, hard: bool, dirty: bool, announced: int, standing: Standing) -> int:
         """Queues all that the batch needs."""
         if len(self._attempted) == SEQUENCES:  # the directory uses what it told of that one in again
             self._look_without_asking(self._attempted[0])
         seq = self._last_seq = self._last_seq + 1
         self._attempted.append(seq)
-        turn = Turn(seq, min(self._held, default=seq), dirty, announced, next(iter(self._announced), 0))  # numbers are in order
-        attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._told_last())
+        turn = Turn(seq, min(self._held, default=seq), dirty, announced, self._announced.oldest)
+        attempt = self.directory.attempt(batch, turn, self._exchange, self._streams, self._announced.told_by_attempt())
         self._held[seq] = _Held(hard, standing, attempt.slot, attempt.place, [attempt.done], attempt, attempt.give_back)
         return seq
 
@@ -304,37 +255,12 @@ class DeviceBatches:
     def announce(self, batch: Batch) -> int:
         """A coming batch will use these rows. Returns the number to begin or withdraw it by; 0: too many are announced."""
         with self._lock:
-            number = self._last_announced + 1
-            if self._announced and number - min(self._announced) >= WINDOW:
-                return 0
-            self._last_announced = number
-            self._announced[number], self._untold[number] = batch, self._streams.current()
-            self._tell_but(1)
-            return number
-
-    def _tell_but(self, last: int) -> None:
-        """The directory hears of announced batches, but for so many of the last ones: the next attempt tells one at no cost."""
-        if len(self._untold) > last:
-            with self._streams.on_directory():
-                for number in list(self._untold)[: len(self._untold) - last]:
-                    self._streams.wait_for_stream(self._untold.pop(number))
-                    self.directory.announce(self._announced[number], number, True)
-
-    def _told_last(self) -> tuple[Batch, int] | None:
-        """The announced batch that is left to tell, for an attempt to do."""
-        self._tell_but(1)
-        for number in list(self._untold):
-            self._streams.wait_for_stream(self._untold.pop(number))
-            return self._announced[number], number
-        return None
+            return self._announced.announce(batch)
 
     def withdraw(self, number: int) -> None:
         """The announced batch will not come."""
-        with self._lock, self._streams.on_directory():
-            batch = self._announced.pop(number)
-            if self._untold.pop(number, self) is self:
-                self.directory.announce(batch, number, False)
-                self._streams.keep(self._streams.now(), batch)
+        with self._lock:
+            self._announced.withdraw(number)
 
     @property
     def announced(self) -> int:
@@ -366,11 +292,11 @@ class DeviceBatches:
             self._attempts = choice is None
             total, below_total = sum(counts), sum(below_counts)
             table, hosts = misses.table[:total], misses.was[:total]
-            reads: list[_Read] = []
+            reads: list[Read] = []
             if choice is not None:
                 from_below = torch.nonzero_static(misses.below[:total], size=below_total).squeeze(1)
                 hosts = hosts.index_copy(0, from_below, choice)
-                reads = self._read_below(misses, from_below, choice, below_counts, seq, dirty)
+                reads = self._below.read(misses, from_below, choice, below_counts, seq, dirty)
         except BaseException:
             directory.unclaim(misses)
             raise
@@ -388,7 +314,7 @@ class DeviceBatches:
 
     def _find_room(self, found: Lookup, misses: Misses, seq: int, hard: bool) -> tuple[Tensor, Tensor | None, list[int], list[int]] | None:
         """Slots for all misses, host places for those from below, if there are any, and the counts of both by table."""
-        directory, first = self.directory, min(self._announced, default=0)
+        directory, first = self.directory, self._announced.oldest
         slots = directory.choose(SLOT, misses.count, misses.most)
         counts, have, below = self._pull(misses.count, slots.available, misses.below_count)
         if _short(have, counts):
@@ -440,10 +366,10 @@ class DeviceBatches:
     def _give_way(self, seq: int) -> None:
         """Of a soft ticket. Who releases it at the same time, without the lock, finds it in one of the two, or is found out here."""
         held = self._held[seq]
-        self._gave_way[seq] = held.standing
+        self._turns.gives_way(seq, held.standing)
         del self._held[seq]
         if held.released:
-            self._gave_way.pop(seq, None)
+            self._turns.forget(seq)
 
     def _refuse(self, found: Lookup, counts: list[int], have: list[int]) -> None:
         table = next(t for t, (c, h) in enumerate(zip(counts, have, strict=True)) if h < c)
@@ -456,40 +382,6 @@ class DeviceBatches:
             f"(pool_rows), and {others} slots are pinned by {len(self._held)} forward passes whose backward has not run. Nothing was "
             f"changed. Raise pool_rows to at least {needed + others}, use smaller batches, or drop outputs that need no backward"
         )
-
-    def _read_below(self, misses: Misses, which: Tensor, hosts: Tensor, counts: list[int], seq: int, dirty: bool) -> list[_Read]:
-        """Evicts what is in host places into the volumes, and starts reading missed rows into them, piece by piece.
-
-        Raises: what evicting or reading failed with; what came before that is in host places, and misses say so.
-        """
-        directory, table = self.directory, misses.table.index_select(0, which)
-        rows = misses.row.index_select(0, which) - directory._first_row.index_select(0, table)
-        columns = [rows, hosts, directory.row_of_place.index_select(0, hosts).long(), directory.stamp.index_select(0, hosts)]
-        rows_, hosts_, leaving, stamps = torch.stack(columns).cpu().numpy()
-        self._streams.finish_moves()  # out of these places, and into them
-        reads: list[_Read] = []
-        try:
-            for t, mine in _pieces(counts):
-                of, places = self.tables[t], (hosts_[mine] - directory.first_place[HOST][t]).astype(np.int32)
-                parts = [native_part(p) for p in of.lower]
-                for is_dirty in (False, True):
-                    goes = (leaving[mine] >= 0) & ((stamps[mine] & 1) == is_dirty)
-                    if goes.any():
-                        _core.evict_rows(of.volume, of.id, leaving[mine][goes], places[goes], parts, is_dirty)
-                        self._counts[t].host_evictions += int(goes.sum())
-                        self._counts[t].host_write_backs += int(goes.sum()) * is_dirty
-                request = _core.GetRequest(of.id, np.ascontiguousarray(rows_[mine]), places, parts, dirty)
-                reads.append(_Read(of.volume, _core.submit_gets(of.volume, [request]), mine))
-        except BaseException:
-            for read in reads:
-                mine = read.misses
-                directory.give_up(hosts[mine], table[mine])
-                with suppress(errors.MTrainsError):  # rows that could not be read are below
-                    read.wait()
-                    directory.arrive(misses, which[mine], hosts[mine], seq, dirty)
-            raise
-        directory.give_up(hosts, table)
-        return reads
 
     def _move(self, slots: Tensor, hosts: Tensor, table: Tensor) -> None:
         """Queues an exchange. Places are counted through the group."""
@@ -581,9 +473,7 @@ class DeviceBatches:
         if held is not None and not held.released:
             held.released = True
             self._released.append((seq, self._streams.now()))
-        gone = self._gave_way.pop(seq, None)
-        if gone is not None and gone.announced:
-            self._unwanted.append(gone.announced)
+        self._turns.released(seq)
 
     def _let_go(self, but: int = 0) -> None:
         """Of released tickets, except for so many of the last ones."""
@@ -602,7 +492,7 @@ class DeviceBatches:
         """Whether a soft ticket is gone, as far as the device has told, and its batch has not begun anew."""
         with self._lock:
             self._look_at_told()
-            return seq in self._gave_way
+            return seq in self._turns
 
     def alive(self, seq: int) -> bool:
         """Whether a ticket is outstanding."""
@@ -625,22 +515,6 @@ class DeviceBatches:
 def directory_type(device: torch.device) -> type[DeviceDirectory]:
     """Of the directories of a device the fastest."""
     return FusedDirectory if device.type == "cuda" else DeviceDirectory
-
-
-def _fill_host_places(table: DeviceTable) -> None:
-    parts = [native_part(p) for p in table.lower]
-    for first in range(0, table.rows, MOVE_ROWS):
-        rows = np.arange(first, min(first + MOVE_ROWS, table.rows))
-        table.volume.wait(_core.submit_gets(table.volume, [_core.GetRequest(table.id, rows, rows.astype(np.int32), parts, False)]))
-
-
-def _pieces(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Of so many rows a table, in the order of tables: (table, which of all)."""
-    start = 0
-    for table, count in enumerate(counts):
-        for first in range(start, start + count, PIECE_ROWS):
-            yield table, slice(first, min(first + PIECE_ROWS, start + count))
-        start += count
 
 
 def _short(have: Sequence[int], wanted: Sequence[int]) -> bool:

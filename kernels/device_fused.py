@@ -17,7 +17,7 @@ from torch import Tensor
 from .device_directory import BUCKETS, FAR_BATCHES, HOST, QUEUE_SHARE, SLOT, STAYS, WINDOW, Attempt, DeviceDirectory, Exchange, Turn
 from .device_ids import Batch
 from .device_planes import Moves
-from .device_sequences import BATCH, BLOCK, GIVEN, Sequence, Sequences, capacity_for, captured
+from .device_sequences import BATCH, BLOCK, GIVEN, LOOK_PROGRAMS, PROGRAMS, Sequence, Sequences, capacity_for, captured
 from .device_streams import Streams, new_event
 
 SLOT_BLOCK = 2048
@@ -42,17 +42,16 @@ class _Scratch:
             return torch.empty(max(1, count), dtype=dtype, device=directory.device)
 
         self.capacity, blocks = capacity, capacity // BLOCK
-        self.queue_blocks = -(-max(queue_room(s) for s in sizes) // BLOCK)
+        queue_blocks = -(-max(queue_room(s) for s in sizes) // BLOCK)
         self.slot_blocks = -(-max(sizes) // SLOT_BLOCK)
-        self.row, self.feature = empty(capacity, _INT64), empty(capacity)
-        self.missing, self.wins = empty(capacity, _INT8), empty(capacity, _INT8)
+        self.missing, self.wins, self.winners = empty(capacity), empty(capacity, _INT8), empty(capacity)
         self.block_wins, self.win_starts = empty(blocks), empty(blocks)
-        self.fresh = empty(tables * self.queue_blocks * BLOCK, _INT8)
-        self.block_fresh, self.fresh_starts = empty(tables * self.queue_blocks), empty(tables * self.queue_blocks)
+        self.fresh = empty(tables * queue_blocks * BLOCK, _INT8)
+        self.block_fresh, self.fresh_starts = empty(tables * queue_blocks), empty(tables * queue_blocks)
         self.bucket = empty(directory.slots)
         self.whole, self.rest = empty(tables), empty(tables, _INT64)
         self.whole_counts, self.part_counts, self.taken_starts, self.part_starts = (empty(tables * self.slot_blocks) for _ in range(4))
-        self.decided, self.winners = empty(3 + 2 * tables, _INT64), empty(capacity)
+        self.decided = empty(3 + 2 * tables, _INT64)
         self.chosen = empty(min(capacity, directory.slots))
         self.pages = PageOrder.of(sum(directory.sizes[HOST]), min(capacity, directory.slots), directory.device)
         self.batch = empty(BATCH, _INT64)
@@ -182,26 +181,26 @@ class FusedDirectory(DeviceDirectory):
         s, tables, moves = self._scratch, self.tables, sequence.room.moves
         assert s is not None
         features = self.features
-        feature_sizes = {"FEATURES": features, "SEARCH": max(1, features.bit_length())}
         pow2 = {"FEATURES_POW2": _pow2(features + 1), "TABLES_POW2": _pow2(tables)}
         ids32, offsets32 = {"IDS32": sequence.ids32}, {"OFFSETS32": sequence.offsets32}
         blocks = sequence.capacity // BLOCK
-        by_position, by_slot = (blocks,), (tables, s.slot_blocks)
+        by_position, by_slot = (min(PROGRAMS, blocks),), (tables, min(max(1, PROGRAMS // tables), s.slot_blocks))
         by_block, first_slot = {"BLOCK": BLOCK}, self._first_place[SLOT]
+        reads = {"FEATURES": features, "SEARCH": max(1, features.bit_length()), **ids32, **offsets32, **by_block}
         start[(-(-s.counters.numel() // 2048),)](sequence.given, s.batch, s.counters, s.counters.numel(), BLOCK=2048)
-        k._look[(2 * blocks,)](
-            s.batch, *self._of_feature, self.place_of_row, self.stamp, self.window, s.row, s.feature, s.missing, s.bad, s.missing_count,
-            s.hits, self.slots, self._sink_place, blocks, WINDOW=WINDOW, **feature_sizes, **ids32, **offsets32, **by_block,
+        k._look[(2 * min(LOOK_PROGRAMS // 2, blocks),)](
+            s.batch, *self._of_feature, self.place_of_row, self.stamp, self.window, s.missing, s.wins, s.block_wins, s.bad, s.missing_count,
+            s.hits, self.slots, self._sink_place, WINDOW=WINDOW, **reads,
         )  # fmt: skip
-        k._claim[by_position](s.missing, s.row, self.place_of_row, s.missing_count, **by_block)
-        k._win[(blocks + tables * s.queue_blocks,)](
-            s.batch, s.missing, s.row, s.feature, self._feature_table, self.place_of_row, s.missing_count, s.wins, s.block_wins, s.misses,
+        k._claim[by_position](s.batch, s.missing, s.missing_count, self._feature_row, self.place_of_row, **reads)
+        k._win[by_position](
+            s.batch, s.missing, s.missing_count, self._feature_row, self._feature_table, self.place_of_row, s.wins, s.block_wins, s.misses,
             s.below, self._queue_place, self._queue_stamp, self._queue_window, self._queue_start, self._queue_fill, self.stamp, self.window,
-            s.fresh, s.block_fresh, s.available, blocks, s.queue_blocks, **by_block,
+            s.fresh, s.block_fresh, s.available, tables, TABLES_POW2=pow2["TABLES_POW2"], **reads,
         )  # fmt: skip
         k._scan[(1,)](
             s.batch, s.bad, s.missing_count, s.block_wins, s.win_starts, s.block_fresh, s.fresh_starts, s.misses, s.available, s.decided,
-            blocks, tables * s.queue_blocks, tables, FEATURES=features, CHUNK=CHUNK, **pow2, **ids32, **offsets32,
+            self._queue_fill, tables, FEATURES=features, CHUNK=CHUNK, **pow2, **ids32, **offsets32, **by_block,
         )  # fmt: skip
         queue._age[by_slot](
             s.batch, s.decided, first_slot, self.stamp, self.window, s.bucket, s.bins, BUCKETS=BUCKETS, FAR_BATCHES=FAR_BATCHES,
@@ -210,27 +209,31 @@ class FusedDirectory(DeviceDirectory):
         queue._threshold[(tables,)](
             s.decided, s.bins, s.misses, first_slot, self._queue_start, s.whole, s.rest, QUEUE_SHARE=QUEUE_SHARE, STAYS=STAYS, BINS=BINS
         )  # fmt: skip
-        queue._count_old[by_slot](s.decided, first_slot, s.bucket, s.whole, s.whole_counts, s.part_counts, STAYS=STAYS, BLOCK=SLOT_BLOCK)
+        queue._count_old[by_slot](
+            s.decided, first_slot, s.bucket, s.whole, s.whole_counts, s.part_counts, s.slot_blocks, STAYS=STAYS, BLOCK=SLOT_BLOCK
+        )
         queue._scan_old[(tables,)](
             s.decided, s.whole_counts, s.part_counts, s.rest, s.taken_starts, s.part_starts, self._queue_fill, s.available, s.slot_blocks,
             CHUNK=CHUNK,
         )  # fmt: skip
         queue._queue[by_slot](
             s.decided, first_slot, s.bucket, s.whole, s.rest, s.taken_starts, s.part_starts, self._queue_start, self.stamp, self.window,
-            self._queue_place, self._queue_stamp, self._queue_window, STAYS=STAYS, BLOCK=SLOT_BLOCK,
+            self._queue_place, self._queue_stamp, self._queue_window, s.slot_blocks, STAYS=STAYS, BLOCK=SLOT_BLOCK,
         )  # fmt: skip
-        k._choose[(tables * s.queue_blocks + blocks,)](
+        k._choose[by_position](
             s.batch, s.bad, s.missing_count, s.hits, s.decided, s.misses, s.below, s.available, s.fresh, s.fresh_starts, self._queue_place,
-            self._queue_start, self._queue_fill, s.chosen, sequence.summary, s.wins, s.win_starts, s.winners, s.queue_blocks, tables,
+            self._queue_start, self._queue_fill, s.chosen, sequence.summary, s.wins, s.win_starts, s.winners, tables,
             FEATURES=features, **pow2, **offsets32, **by_block,
         )  # fmt: skip
         k._commit[by_position](
-            s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.winners, s.row, s.feature,
+            s.batch, s.bad, s.missing_count, s.decided, s.misses, s.below, s.available, s.winners, self._feature_row,
             self._feature_table, s.chosen, self._first_row, self.place_of_row, self.row_of_place, self.stamp, self.window, self.evictions,
             self.write_backs, moves.slots, moves.hosts, moves.tables, moves.count, sequence.summary[-1:], tables,
-            TABLES_POW2=pow2["TABLES_POW2"], **by_block,
+            TABLES_POW2=pow2["TABLES_POW2"], **reads,
         )  # fmt: skip
-        k._settle[by_position](s.batch, moves.count, s.missing, s.row, s.feature, self._feature_slot, self.place_of_row, **by_block)
+        k._settle[by_position](
+            s.batch, moves.count, s.missing, s.missing_count, self._feature_row, self._feature_slot, self.place_of_row, **reads
+        )
         assert moves.order is not None
         by_page(moves.hosts, moves.count, self._first_place[HOST], moves.order, s.pages)
 

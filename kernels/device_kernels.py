@@ -2,9 +2,10 @@
 
 The tensor operations beside them run on a CPU and are the reference; kernels leave the same state (tests/test_device_kernels.py). They are
 for the host's sake as much as the device's: a step of an all-HBM table takes less than a millisecond, of which a launch takes 10 to 20 µs.
-So nothing depends on the host once a batch has begun: what varies from batch to batch is in ``batch``, counts stay on the device, grids are
-as large as they may have to be, and programs without work return. The sequence of launches is the same for every batch
-(``device_sequences`` has it replayed as a graph). Triton comes with PyTorch's CUDA wheels.
+So nothing depends on the host once a batch has begun: what varies from batch to batch is in ``batch``, counts stay on the device, and the
+sequence of launches is the same for every batch (``device_sequences`` has it replayed as a graph). Triton comes with PyTorch's CUDA wheels.
+
+What trains runs beside an attempt, so an attempt has few programs, which take block after block (``PROGRAMS``).
 
 Atomics are relaxed: what others need of a launch they read in a later one. Triton's own choice orders all that a program reads and writes
 around each.

@@ -2,7 +2,7 @@
 written everywhere:
 
     start       batch from the host; counters to zero
-    look        by position: place and slot; stamps of hits; what misses. By position of a batch that is announced: windows
+    look        by position: place and slot; stamps of hits; the list of what misses. By position of a batch that is announced: windows
     claim       by position that misses: its claim, the smaller the earlier
     win         by position that misses: whether its claim won. By candidate: whether it is fresh. Both counted by block and table
     scan        one program: where each block's winners and candidates begin; whether a table has too few candidates
@@ -10,6 +10,8 @@ written everywhere:
     choose      by candidate: the k-th of a table is for its k-th miss. By position: the list of winners. The summary, for the host
     commit      by winner: rows and places; or the claim taken back. The summary's seal
     settle      by position that misses: its slot
+
+Few positions miss: what they need is read from the batch again. Their list is in any order, on which nothing depends that is made of it.
 
 ``decided``: whether the queue is made anew, whether offsets are sound, then by table the first winner, and the first candidate, and
 how many winners there are.
@@ -34,6 +36,7 @@ from .device_kernels import (
     SEQ,
     STRIDE,
     add_by_table,
+    feature_at,
     id_at,
     ids_and_offsets,
     scan_blocks,
@@ -63,52 +66,62 @@ def _set_windows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _look(  # type: ignore[no-untyped-def]
-    batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, row_out, feature_out, missing_out,
-    bad, missing_count, hits, slots, sink, blocks, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr,
-    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, missing_out, wins_out, block_wins, bad,
+    missing_count, hits, slots, sink, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(batch + COUNT)
-    if tl.program_id(0) >= blocks:
-        at -= blocks * BLOCK
-        later = tl.load(batch + LATER_COUNT)
-        if (tl.program_id(0) - blocks) * BLOCK < later:
-            later_ids, later_offsets = ids_and_offsets(batch, IDS32, OFFSETS32, LATER_IDS)
-            _set_windows(
-                later_ids, later_offsets, tl.load(batch + LATER_STRIDE), feature_row, feature_rows, place_of_row, window, later,
-                tl.load(batch + LATER_SHIFT), at, True, FEATURES, SEARCH, BLOCK,
+    half = tl.num_programs(0) // 2
+    if tl.program_id(0) < half:
+        block = tl.program_id(0).to(tl.int64)
+        while block * BLOCK < tl.load(batch + COUNT):
+            _look_up(
+                batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, missing_out, wins_out,
+                block_wins, bad, missing_count, hits, slots, sink, block, FEATURES, SEARCH, IDS32, OFFSETS32, BLOCK, WINDOW,
             )  # fmt: skip
-    elif tl.program_id(0).to(tl.int64) * BLOCK >= count:
-        tl.store(missing_out + at, tl.zeros([BLOCK], tl.int8))
+            block += half
     else:
-        ids, offsets = ids_and_offsets(batch, IDS32, OFFSETS32)
-        out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
-        here = at < count
-        now, dirty = tl.load(batch + SEQ), tl.load(batch + DIRTY)
-        feature, id, good = id_at(ids, offsets, tl.load(batch + STRIDE), feature_rows, at, here, FEATURES, SEARCH)
-        row = tl.load(feature_row + feature) + id
-        place = tl.load(place_of_row + row, mask=good, other=-1).to(tl.int64)
-        hit = good & (place >= 0) & (place < slots)
-        missing = good & ((place < 0) | (place >= slots))
-        tl.store(out + at, place, mask=here)
-        tl.store(out + count + at, place - tl.load(feature_slot + feature), mask=here)
-        tl.store(missing_out + at, missing.to(tl.int8))
-        tl.store(row_out + at, row, mask=missing)
-        tl.store(feature_out + at, feature.to(tl.int32), mask=missing)
-        first = stamp_used(stamp + PLACE * tl.where(hit, place, sink), now, dirty, hit)
-        number = tl.load(batch + ANNOUNCED)
-        if number > 0:
-            bit = tl.full([BLOCK], 1, tl.int64) << (number % WINDOW)
-            has = good & (place >= 0)
-            window_at = window + PLACE * tl.maximum(place, 0)
-            awaited = has & ((tl.load(window_at, mask=has, other=0, cache_modifier=".cg") & bit) != 0)
-            tl.atomic_and(window_at, ~bit, mask=awaited, sem="relaxed")
-        add_by_table(hits, tl.load(feature_table + feature), first.to(tl.int64), here)
-        bad_here, missing_here = tl.sum((here & ~good).to(tl.int64)), tl.sum(missing.to(tl.int64))
-        if bad_here > 0:
-            tl.atomic_add(bad, bad_here, sem="relaxed")
-        if missing_here > 0:
-            tl.atomic_add(missing_count, missing_here, sem="relaxed")
+        ids, offsets = ids_and_offsets(batch, IDS32, OFFSETS32, LATER_IDS)
+        later, block = tl.load(batch + LATER_COUNT), (tl.program_id(0) - half).to(tl.int64)
+        while block * BLOCK < later:
+            _set_windows(
+                ids, offsets, tl.load(batch + LATER_STRIDE), feature_row, feature_rows, place_of_row, window, later,
+                tl.load(batch + LATER_SHIFT), block * BLOCK + tl.arange(0, BLOCK), True, FEATURES, SEARCH, BLOCK,
+            )  # fmt: skip
+            block += half
+
+
+@triton.jit
+def _look_up(  # type: ignore[no-untyped-def]
+    batch, feature_row, feature_rows, feature_slot, feature_table, place_of_row, stamp, window, missing_out, wins_out, block_wins, bad,
+    missing_count, hits, slots, sink, block, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    ids, offsets = ids_and_offsets(batch, IDS32, OFFSETS32)
+    out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
+    count, number = tl.load(batch + COUNT), tl.load(batch + ANNOUNCED)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    here = at < count
+    feature, id, good = id_at(ids, offsets, tl.load(batch + STRIDE), feature_rows, at, here, FEATURES, SEARCH)
+    row = tl.load(feature_row + feature) + id
+    place = tl.load(place_of_row + row, mask=good, other=-1).to(tl.int64)
+    hit = good & (place >= 0) & (place < slots)
+    missing = good & ((place < 0) | (place >= slots))
+    tl.store(out + at, place, mask=here)
+    tl.store(out + count + at, place - tl.load(feature_slot + feature), mask=here)
+    tl.store(wins_out + at, tl.zeros([BLOCK], tl.int8))  # so far
+    tl.store(block_wins + block, 0)
+    first = stamp_used(stamp + PLACE * tl.where(hit, place, sink), tl.load(batch + SEQ), tl.load(batch + DIRTY), hit)
+    if number > 0:
+        bit = tl.full([BLOCK], 1, tl.int64) << (number % WINDOW)
+        comes = first | (missing & (place >= 0))  # who is the first to use a slot clears its bit, for all others
+        tl.atomic_and(window + PLACE * tl.maximum(place, 0), ~bit, mask=comes, sem="relaxed")
+    add_by_table(hits, tl.load(feature_table + feature), first.to(tl.int64), here)
+    bad_here, missing_here = tl.sum((here & ~good).to(tl.int64)), tl.sum(missing.to(tl.int64))
+    if bad_here > 0:
+        tl.atomic_add(bad, bad_here, sem="relaxed")
+    if missing_here > 0:
+        i = tl.atomic_add(missing_count, missing_here, sem="relaxed") + tl.cumsum(missing.to(tl.int32), 0) - 1
+        tl.store(missing_out + i, at.to(tl.int32), mask=missing)
 
 
 @triton.jit(do_not_specialize=["stride", "count", "shift"])
@@ -132,61 +145,81 @@ def announce(
 
 
 @triton.jit
-def _claim(missing_in, row_in, place_of_row, missing_count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    if tl.load(missing_count) > 0:
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        missing = tl.load(missing_in + at) != 0
-        row = tl.load(row_in + at, mask=missing, other=0)
-        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=missing, sem="relaxed")
+def _rows_at(  # type: ignore[no-untyped-def]
+    batch, feature_row, at, here, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr
+):
+    """Of positions whose ids are known to be rows: their features, and rows through the group."""
+    ids, offsets = ids_and_offsets(batch, IDS32, OFFSETS32)
+    feature = feature_at(offsets, tl.load(batch + STRIDE), at, FEATURES, SEARCH)
+    return feature, tl.load(feature_row + feature) + tl.load(ids + at, mask=here, other=0).to(tl.int64)
+
+
+@triton.jit
+def _claim(  # type: ignore[no-untyped-def]
+    batch, missing_in, missing_count, feature_row, place_of_row, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr,
+    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    count, block = tl.load(missing_count), tl.program_id(0).to(tl.int64)
+    while block * BLOCK < count:
+        here = block * BLOCK + tl.arange(0, BLOCK) < count
+        at = tl.load(missing_in + block * BLOCK + tl.arange(0, BLOCK), mask=here, other=0)
+        _feature, row = _rows_at(batch, feature_row, at, here, FEATURES, SEARCH, IDS32, OFFSETS32)
+        tl.atomic_min(place_of_row + row, at + _LOWEST, mask=here, sem="relaxed")
+        block += tl.num_programs(0)
+
+
+@triton.jit
+def _queue_blocks(queue_fill, tables, TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the fullest queue: each is looked at as if it had so many."""
+    t = tl.arange(0, TABLES_POW2)
+    return tl.cdiv(tl.max(tl.load(queue_fill + t, mask=t < tables, other=0)), BLOCK).to(tl.int32)
 
 
 @triton.jit
 def _win(  # type: ignore[no-untyped-def]
-    batch, missing_in, row_in, feature_in, feature_table, place_of_row, missing_count, wins_out, block_wins, misses, below,
-    queue_place, queue_stamp, queue_window, queue_start, queue_fill, stamp, window, fresh_out, block_fresh, available,
-    blocks, queue_blocks, BLOCK: tl.constexpr,
+    batch, missing_in, missing_count, feature_row, feature_table, place_of_row, wins_out, block_wins, misses, below, queue_place,
+    queue_stamp, queue_window, queue_start, queue_fill, stamp, window, fresh_out, block_fresh, available, tables,
+    TABLES_POW2: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(missing_count) > 0:
+    count, block = tl.load(missing_count), tl.program_id(0).to(tl.int64)
+    if count > 0:
         i = tl.arange(0, BLOCK)
-        if tl.program_id(0) < blocks:
-            at = tl.program_id(0) * BLOCK + i
-            missing = tl.load(missing_in + at) != 0
-            row = tl.load(row_in + at, mask=missing, other=0)
-            won = missing & (tl.load(place_of_row + row, mask=missing, other=0) == at + _LOWEST)
-            tl.store(wins_out + at, won.to(tl.int8))
-            won_here = tl.sum(won.to(tl.int32))
-            tl.store(block_wins + tl.program_id(0), won_here)
-            if won_here > 0:
-                out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
-                table = tl.load(feature_table + tl.load(feature_in + at, mask=won, other=0), mask=won, other=0)
-                is_below = won & (tl.load(out + at, mask=won, other=0) < 0)
-                add_by_table(misses, table, won.to(tl.int64), won)
-                add_by_table(below, table, is_below.to(tl.int64), won)
-        else:
-            block = tl.program_id(0) - blocks
-            table = block // queue_blocks
-            first, fill = (block % queue_blocks) * BLOCK, tl.load(queue_fill + table)
-            if first >= fill:  # most are: a queue has room for many more than it holds
-                tl.store(block_fresh + block, 0)
-            else:
-                at = first + i
-                here = at < fill
-                q = tl.load(queue_start + table) + at
-                place = tl.load(queue_place + q, mask=here, other=0).to(tl.int64)
-                fresh = here & (tl.load(stamp + PLACE * place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
-                fresh = fresh & (tl.load(window + PLACE * place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
-                tl.store(fresh_out + block.to(tl.int64) * BLOCK + i, fresh.to(tl.int8))
-                fresh_here = tl.sum(fresh.to(tl.int32))
-                tl.store(block_fresh + block, fresh_here)
-                if fresh_here > 0:
-                    tl.atomic_add(available + table, fresh_here.to(tl.int64), sem="relaxed")
+        out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
+        while block * BLOCK < count:
+            here = block * BLOCK + i < count
+            at = tl.load(missing_in + block * BLOCK + i, mask=here, other=0)
+            feature, row = _rows_at(batch, feature_row, at, here, FEATURES, SEARCH, IDS32, OFFSETS32)
+            won = here & (tl.load(place_of_row + row, mask=here, other=0) == at + _LOWEST)
+            is_below = won & (tl.load(out + at, mask=won, other=0) < 0)
+            table = tl.load(feature_table + feature)
+            tl.store(wins_out + at, tl.full([BLOCK], 1, tl.int8), mask=won)
+            tl.atomic_add(block_wins + at // BLOCK, 1, mask=won, sem="relaxed")
+            add_by_table(misses, table, won.to(tl.int64), won)
+            add_by_table(below, table, is_below.to(tl.int64), won)
+            block += tl.num_programs(0)
+        queue_blocks = _queue_blocks(queue_fill, tables, TABLES_POW2, BLOCK)
+        block = tl.program_id(0).to(tl.int64)
+        while block < tables * queue_blocks:
+            table, at = block // queue_blocks, (block % queue_blocks) * BLOCK + i
+            here = at < tl.load(queue_fill + table)
+            q = tl.load(queue_start + table) + at
+            place = tl.load(queue_place + q, mask=here, other=0).to(tl.int64)
+            fresh = here & (tl.load(stamp + PLACE * place, mask=here, other=0) == tl.load(queue_stamp + q, mask=here, other=0))
+            fresh = fresh & (tl.load(window + PLACE * place, mask=here, other=0) == tl.load(queue_window + q, mask=here, other=0))
+            tl.store(fresh_out + block * BLOCK + i, fresh.to(tl.int8))
+            fresh_here = tl.sum(fresh.to(tl.int32))
+            tl.store(block_fresh + block, fresh_here)
+            if fresh_here > 0:
+                tl.atomic_add(available + table, fresh_here.to(tl.int64), sem="relaxed")
+            block += tl.num_programs(0)
 
 
 @triton.jit
 def _scan(  # type: ignore[no-untyped-def]
-    batch, bad, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, blocks, fresh_blocks,
+    batch, bad, missing_count, block_wins, win_starts, block_fresh, fresh_starts, misses, available, decided, queue_fill,
     tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr, TABLES_POW2: tl.constexpr, IDS32: tl.constexpr,
-    OFFSETS32: tl.constexpr, CHUNK: tl.constexpr,
+    OFFSETS32: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     _ids, offsets = ids_and_offsets(batch, IDS32, OFFSETS32)
     f = tl.arange(0, FEATURES_POW2)
@@ -198,8 +231,8 @@ def _scan(  # type: ignore[no-untyped-def]
     broken += (tl.load(offsets + FEATURES * stride).to(tl.int64) != tl.load(batch + COUNT)).to(tl.int32)
     refills = tl.full([], 0, tl.int32)
     if tl.load(missing_count) > 0:
-        scan_blocks(block_wins, win_starts, blocks, CHUNK)
-        scan_blocks(block_fresh, fresh_starts, fresh_blocks, CHUNK)
+        scan_blocks(block_wins, win_starts, tl.cdiv(tl.load(batch + COUNT), BLOCK).to(tl.int32), CHUNK)
+        scan_blocks(block_fresh, fresh_starts, tables * _queue_blocks(queue_fill, tables, TABLES_POW2, BLOCK), CHUNK)
         t = tl.arange(0, TABLES_POW2)
         wanted, have = tl.load(misses + t, mask=t < tables, other=0), tl.load(available + t, mask=t < tables, other=0)
         tl.store(decided + 2 + t, tl.cumsum(wanted, 0) - wanted, mask=t < tables)
@@ -223,12 +256,12 @@ def _fits(bad, decided, misses, below, available, tables, TABLES_POW2: tl.conste
 @triton.jit
 def _choose(  # type: ignore[no-untyped-def]
     batch, bad, missing_count, hits, decided, misses, below, available, fresh_in, fresh_starts, queue_place, queue_start, queue_fill,
-    chosen, summary, wins_in, win_starts, winners, queue_blocks, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr,
+    chosen, summary, wins_in, win_starts, winners, tables, FEATURES: tl.constexpr, FEATURES_POW2: tl.constexpr,
     TABLES_POW2: tl.constexpr, OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
     if tl.program_id(0) == 0:
         t = tl.arange(0, TABLES_POW2)
-        fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
         tl.store(summary, tl.load(bad))
         tl.store(summary + 1, fits.to(tl.int64))
         tl.store(summary + 2 + t, tl.load(hits + t, mask=t < tables, other=0), mask=t < tables)
@@ -238,49 +271,52 @@ def _choose(  # type: ignore[no-untyped-def]
         f = tl.arange(0, FEATURES_POW2)
         begins = tl.load(offsets + f * tl.load(batch + STRIDE), mask=f <= FEATURES, other=0).to(tl.int64)
         tl.store(summary + 2 + 3 * tables + f, begins, mask=f <= FEATURES)
-    i = tl.arange(0, BLOCK)
-    if tl.program_id(0) >= tables * queue_blocks:
-        if tl.load(missing_count) > 0:
-            block = tl.program_id(0) - tables * queue_blocks
+    if tl.load(missing_count) > 0:
+        i = tl.arange(0, BLOCK)
+        block = tl.program_id(0)
+        while block * BLOCK < tl.load(batch + COUNT):
             won = tl.load(wins_in + block * BLOCK + i) != 0
             rank = tl.load(win_starts + block) + tl.cumsum(won.to(tl.int32), 0) - 1
             tl.store(winners + rank, block * BLOCK + i, mask=won)
-    else:
-        table = tl.program_id(0) // queue_blocks
-        first, fill = (tl.program_id(0) % queue_blocks) * BLOCK, tl.load(queue_fill + table)
-        if (first < fill) & (tl.load(missing_count) > 0):  # noqa: SIM102
-            if _fits(bad, decided, misses, below, available, tables, TABLES_POW2):
-                at = first + i
-                here = at < fill
-                remade = tl.load(decided) != 0
-                fresh = here & (remade | (tl.load(fresh_in + tl.program_id(0).to(tl.int64) * BLOCK + i) != 0))
-                before = (tl.load(fresh_starts + tl.program_id(0)) - tl.load(decided + 2 + tables + table)).to(tl.int32)
+            block += tl.num_programs(0)
+        if fits:
+            remade = tl.load(decided) != 0
+            queue_blocks = _queue_blocks(queue_fill, tables, TABLES_POW2, BLOCK)
+            block = tl.program_id(0)
+            while block < tables * queue_blocks:
+                table, at = block // queue_blocks, (block % queue_blocks) * BLOCK + i
+                here = at < tl.load(queue_fill + table)
+                fresh = here & (remade | (tl.load(fresh_in + block.to(tl.int64) * BLOCK + i) != 0))
+                before = (tl.load(fresh_starts + block) - tl.load(decided + 2 + tables + table)).to(tl.int32)
                 rank = tl.where(remade, at, before + tl.cumsum(fresh.to(tl.int32), 0) - 1)
                 taken = fresh & (rank < tl.load(misses + table))
                 place = tl.load(queue_place + tl.load(queue_start + table) + at, mask=taken, other=0)
                 tl.store(chosen + tl.load(decided + 2 + table) + rank, place, mask=taken)
+                block += tl.num_programs(0)
 
 
 @triton.jit
 def _commit(  # type: ignore[no-untyped-def]
-    batch, bad, missing_count, decided, misses, below, available, winners, row_in, feature_in, feature_table, chosen, first_row,
-    place_of_row, row_of_place, stamp, window, evictions, write_backs, slots_out, hosts_out, tables_out, count_out, seal, tables,
-    TABLES_POW2: tl.constexpr, BLOCK: tl.constexpr,
+    batch, bad, missing_count, decided, misses, below, available, winners, feature_row, feature_table, chosen, first_row, place_of_row,
+    row_of_place, stamp, window, evictions, write_backs, slots_out, hosts_out, tables_out, count_out, seal, tables,
+    TABLES_POW2: tl.constexpr, FEATURES: tl.constexpr, SEARCH: tl.constexpr, IDS32: tl.constexpr, OFFSETS32: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     total = tl.load(decided + 2 + 2 * tables, mask=tl.load(missing_count) > 0, other=0)
-    if tl.program_id(0).to(tl.int64) * BLOCK < tl.maximum(total, 1):
-        fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
-        if tl.program_id(0) == 0:
-            tl.store(count_out, tl.where(fits, total, 0))
-            tl.store(count_out + 1, tl.load(batch + COUNT))
-            tl.store(seal, tl.load(batch + SEQ))  # behind the summary, which an earlier launch has written
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    fits = _fits(bad, decided, misses, below, available, tables, TABLES_POW2)
+    if tl.program_id(0) == 0:
+        tl.store(count_out, tl.where(fits, total, 0))
+        tl.store(count_out + 1, tl.load(batch + COUNT))
+        tl.store(seal, tl.load(batch + SEQ))  # behind the summary, which an earlier launch has written
+    block = tl.program_id(0).to(tl.int64)
+    while block * BLOCK < total:
+        i = block * BLOCK + tl.arange(0, BLOCK)
         here = i < total
         at = tl.load(winners + i, mask=here, other=0)
-        row = tl.load(row_in + at, mask=here, other=0)
+        feature, row = _rows_at(batch, feature_row, at, here, FEATURES, SEARCH, IDS32, OFFSETS32)
         host = tl.load(tl.load(batch + OUT).to(tl.pointer_type(tl.int64)) + at, mask=here, other=0)
         if fits:
-            table = tl.load(feature_table + tl.load(feature_in + at, mask=here, other=0), mask=here, other=0)
+            table = tl.load(feature_table + feature)
             slot = tl.load(chosen + i, mask=here, other=0).to(tl.int64)
             first = tl.load(first_row + table)
             now, dirty = 2 * tl.load(batch + SEQ), tl.load(batch + DIRTY)
@@ -303,15 +339,22 @@ def _commit(  # type: ignore[no-untyped-def]
             add_by_table(write_backs, table, tl.where(held, left & 1, 0), here)
         else:
             tl.store(place_of_row + row, host.to(tl.int32), mask=here)
+        block += tl.num_programs(0)
 
 
 @triton.jit
-def _settle(batch, count_in, missing_in, row_in, feature_in, feature_slot, place_of_row, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _settle(  # type: ignore[no-untyped-def]
+    batch, count_in, missing_in, missing_count, feature_row, feature_slot, place_of_row, FEATURES: tl.constexpr, SEARCH: tl.constexpr,
+    IDS32: tl.constexpr, OFFSETS32: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     if tl.load(count_in) > 0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        missing = tl.load(missing_in + at) != 0
-        place = tl.load(place_of_row + tl.load(row_in + at, mask=missing, other=0), mask=missing, other=0).to(tl.int64)
+        count, block = tl.load(missing_count), tl.program_id(0).to(tl.int64)
         out = tl.load(batch + OUT).to(tl.pointer_type(tl.int64))
-        tl.store(out + at, place, mask=missing)
-        first = tl.load(feature_slot + tl.load(feature_in + at, mask=missing, other=0), mask=missing, other=0)
-        tl.store(out + tl.load(batch + COUNT) + at, place - first, mask=missing)
+        while block * BLOCK < count:
+            here = block * BLOCK + tl.arange(0, BLOCK) < count
+            at = tl.load(missing_in + block * BLOCK + tl.arange(0, BLOCK), mask=here, other=0)
+            feature, row = _rows_at(batch, feature_row, at, here, FEATURES, SEARCH, IDS32, OFFSETS32)
+            place = tl.load(place_of_row + row, mask=here, other=0).to(tl.int64)
+            tl.store(out + at, place, mask=here)
+            tl.store(out + tl.load(batch + COUNT) + at, place - tl.load(feature_slot + feature), mask=here)
+            block += tl.num_programs(0)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from .device_kernels import CHUNK, scan_blocks
 from .device_planes import Moves
-from .device_sequences import BLOCK
+from .device_sequences import BLOCK, PROGRAMS
 
 EXCHANGE_ELEMENTS, EXCHANGE_PROGRAMS, EXCHANGE_WARPS = 4096, 33, 2
 """Of a tile, how many are under way at most, and the warps of each. Few programs leave multiprocessors to what trains beside them, and
 what is under way delays whatever else goes over the bus, such as the commands of every kernel that is launched meanwhile."""
 
-FEWEST_PROGRAMS, WIDE_SHARE = 11, 16
+FEWEST_PROGRAMS, WIDE_SHARE = 13, 16
 """An exchange that is short against the step may take longer, so as to disturb it less: all programs take part when one in so many of the
 batch's ids misses, as many fewer as fewer miss, but so many at least. Tried in training steps (docs/gpu.md)."""
 
@@ -40,10 +40,13 @@ places one is 2 MB, as the pages of memory are: in any other order translations 
 
 @triton.jit
 def _count_pages(hosts, first_host, count_in, counts, rank_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = at < tl.load(count_in)
-    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
-    tl.store(rank_out + at, tl.atomic_add(counts + page, 1, mask=here, sem="relaxed"), mask=here)
+    block = tl.program_id(0)
+    while block * BLOCK < tl.load(count_in):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        here = at < tl.load(count_in)
+        page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+        tl.store(rank_out + at, tl.atomic_add(counts + page, 1, mask=here, sem="relaxed"), mask=here)
+        block += tl.num_programs(0)
 
 
 @triton.jit
@@ -55,11 +58,14 @@ def _start_pages(counts, starts, pages, CHUNK: tl.constexpr):  # type: ignore[no
 def _order_pages(  # type: ignore[no-untyped-def]
     hosts, first_host, count_in, starts, rank_in, order_out, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = at < tl.load(count_in)
-    page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
-    rank = tl.load(rank_in + at, mask=here, other=0)
-    tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
+    block = tl.program_id(0)
+    while block * BLOCK < tl.load(count_in):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        here = at < tl.load(count_in)
+        page = (tl.load(hosts + at, mask=here, other=0) - tl.load(first_host)) >> SHIFT
+        rank = tl.load(rank_in + at, mask=here, other=0)
+        tl.store(order_out + tl.load(starts + page, mask=here, other=0) + rank, at, mask=here)
+        block += tl.num_programs(0)
 
 
 @dataclass
@@ -81,11 +87,11 @@ class PageOrder:
 def by_page(hosts: Tensor, count: Tensor, first_host: Tensor, order: Tensor, room: PageOrder) -> None:
     """The first ``count`` of these host places in the order of their pages; within a page in any. Shapes: (n,), ``order`` (n,) int32."""
     shift, counts, starts, rank = room.shift, room.counts, room.starts, room.rank
-    blocks = triton.cdiv(hosts.numel(), BLOCK)
+    programs = min(PROGRAMS, triton.cdiv(hosts.numel(), BLOCK))
     counts.zero_()
-    _count_pages[(blocks,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
+    _count_pages[(programs,)](hosts, first_host, count, counts, rank, SHIFT=shift, BLOCK=BLOCK)
     _start_pages[(1,)](counts, starts, counts.numel(), CHUNK=CHUNK)
-    _order_pages[(blocks,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
+    _order_pages[(programs,)](hosts, first_host, count, starts, rank, order, SHIFT=shift, BLOCK=BLOCK)
 
 
 @triton.jit

@@ -25,16 +25,18 @@ def _age(  # type: ignore[no-untyped-def]
     if tl.load(decided) != 0:
         table = tl.program_id(0)
         start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
-        place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        here = place < end
-        if start + tl.program_id(1).to(tl.int64) * BLOCK < end:
-            stays: tl.constexpr = BUCKETS + WINDOW + 1
+        stays: tl.constexpr = BUCKETS + WINDOW + 1
+        far: tl.constexpr = BUCKETS // 2
+        mask: tl.constexpr = (1 << WINDOW) - 1
+        counts = tl.zeros([2 * BUCKETS], tl.int32)
+        block = tl.program_id(1).to(tl.int64)
+        while start + block * BLOCK < end:
+            place = start + block * BLOCK + tl.arange(0, BLOCK)
+            here = place < end
             used, awaited = tl.load(stamp + PLACE * place, mask=here, other=0), tl.load(window + PLACE * place, mask=here, other=0)
             age = tl.load(batch + SEQ) - (used >> 1)
-            far: tl.constexpr = BUCKETS // 2
             age = tl.where(age < far, age, tl.minimum(far + (age - far) // FAR_BATCHES, BUCKETS - 1))
             shift = tl.load(batch + FIRST) % WINDOW
-            mask: tl.constexpr = (1 << WINDOW) - 1
             turned = (awaited >> shift) | ((awaited << (WINDOW - shift)) & mask)
             lowest = (turned & (0 - turned)).to(tl.float32)  # a power of two: exact
             next_use = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
@@ -43,10 +45,11 @@ def _age(  # type: ignore[no-untyped-def]
             bucket = tl.where(used < 0, 0, bucket)
             bucket = tl.where(here, bucket, stays).to(tl.int32)
             tl.store(bucket_out + place, bucket, mask=here)
-            counts = tl.histogram(bucket, 2 * BUCKETS)
-            b = tl.arange(0, 2 * BUCKETS)
-            bin = bins + table.to(tl.int64) * (2 * BUCKETS) + b
-            tl.atomic_add(bin, counts.to(tl.int64), mask=(counts > 0) & (b < stays), sem="relaxed")
+            counts += tl.histogram(bucket, 2 * BUCKETS)
+            block += tl.num_programs(1)
+        b = tl.arange(0, 2 * BUCKETS)
+        bin = bins + table.to(tl.int64) * (2 * BUCKETS) + b
+        tl.atomic_add(bin, counts.to(tl.int64), mask=(counts > 0) & (b < stays), sem="relaxed")
 
 
 @triton.jit
@@ -67,23 +70,26 @@ def _threshold(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sorted(first_slot, bucket_in, whole_in, STAYS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of this program's slots: its number, places, whether they are in buckets that are taken whole, and whether in the next one."""
+def _sorted(first_slot, bucket_in, whole_in, block, STAYS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block of this program's table: places, whether they are in buckets that are taken whole, and whether in the next one."""
     table = tl.program_id(0)
     start, end = tl.load(first_slot + table), tl.load(first_slot + table + 1)
-    place = start + tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = start + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bucket, whole = tl.load(bucket_in + place, mask=place < end, other=STAYS), tl.load(whole_in + table)
-    return table * tl.num_programs(1) + tl.program_id(1), place, bucket < whole, (bucket == whole) & (bucket < STAYS)
+    return place, bucket < whole, (bucket == whole) & (bucket < STAYS)
 
 
 @triton.jit
 def _count_old(  # type: ignore[no-untyped-def]
-    decided, first_slot, bucket_in, whole_in, whole_counts, part_counts, STAYS: tl.constexpr, BLOCK: tl.constexpr
+    decided, first_slot, bucket_in, whole_in, whole_counts, part_counts, blocks, STAYS: tl.constexpr, BLOCK: tl.constexpr
 ):
     if tl.load(decided) != 0:
-        block, _place, whole, part = _sorted(first_slot, bucket_in, whole_in, STAYS, BLOCK)
-        tl.store(whole_counts + block, tl.sum(whole.to(tl.int32)))
-        tl.store(part_counts + block, tl.sum(part.to(tl.int32)))
+        block = tl.program_id(1)
+        while block < blocks:
+            _place, whole, part = _sorted(first_slot, bucket_in, whole_in, block, STAYS, BLOCK)
+            tl.store(whole_counts + tl.program_id(0) * blocks + block, tl.sum(whole.to(tl.int32)))
+            tl.store(part_counts + tl.program_id(0) * blocks + block, tl.sum(part.to(tl.int32)))
+            block += tl.num_programs(1)
 
 
 @triton.jit
@@ -113,14 +119,16 @@ def _scan_old(  # type: ignore[no-untyped-def]
 @triton.jit
 def _queue(  # type: ignore[no-untyped-def]
     decided, first_slot, bucket_in, whole_in, rest_in, taken_starts, part_starts, queue_start, stamp, window, queue_place, queue_stamp,
-    queue_window, STAYS: tl.constexpr, BLOCK: tl.constexpr,
+    queue_window, blocks, STAYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(decided) != 0:
-        table = tl.program_id(0)
-        block, place, whole, part = _sorted(first_slot, bucket_in, whole_in, STAYS, BLOCK)
-        rank = tl.load(part_starts + block) + tl.cumsum(part.to(tl.int32), 0) - 1
-        taken = whole | (part & (rank < tl.load(rest_in + table)))
-        q = tl.load(queue_start + table) + tl.load(taken_starts + block) + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(queue_place + q, place.to(tl.int32), mask=taken)
-        tl.store(queue_stamp + q, tl.load(stamp + PLACE * place, mask=taken, other=0), mask=taken)
-        tl.store(queue_window + q, tl.load(window + PLACE * place, mask=taken, other=0), mask=taken)
+        table, block = tl.program_id(0), tl.program_id(1)
+        while block < blocks:
+            place, whole, part = _sorted(first_slot, bucket_in, whole_in, block, STAYS, BLOCK)
+            rank = tl.load(part_starts + table * blocks + block) + tl.cumsum(part.to(tl.int32), 0) - 1
+            taken = whole | (part & (rank < tl.load(rest_in + table)))
+            q = tl.load(queue_start + table) + tl.load(taken_starts + table * blocks + block) + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(queue_place + q, place.to(tl.int32), mask=taken)
+            tl.store(queue_stamp + q, tl.load(stamp + PLACE * place, mask=taken, other=0), mask=taken)
+            tl.store(queue_window + q, tl.load(window + PLACE * place, mask=taken, other=0), mask=taken)
+            block += tl.num_programs(1)

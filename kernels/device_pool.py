@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import errors
 from . import _core
-from .device_batches import MOVE_ROWS, DeviceBatches
+from .device_batches import DeviceBatches
+from .device_below import MOVE_ROWS
 from .device_directory import HOST, SLOT
 from .device_ids import Batch
 from .device_planes import native_part
@@ -179,8 +180,8 @@ class DevicePool(DeviceBatches):
                 "hits": misses - below,
                 "misses": below,
                 "inserted_rows": int(self.directory.evictions[table]),
-                "evictions": counted.host_evictions,
-                "write_backs": counted.host_write_backs,
+                "evictions": self._below.evictions[table],
+                "write_backs": self._below.write_backs[table],
                 "flushed_rows": counted.host_flushed_rows,
             }
 

@@ -26,6 +26,10 @@ SEQUENCES = 4
 BLOCK = 512
 """Ids that a program of a kernel looks at."""
 
+PROGRAMS, LOOK_PROGRAMS = 132, 264
+"""Of a launch at most, each of which takes block after block; of a look-up, which has the most to read. Few leave the multiprocessors to
+what trains beside them, and need not be fast: all launches of a batch together have a step's time (docs/gpu.md)."""
+
 BATCH = 16
 """Numbers in ``given``."""
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .. import errors
 from ..tiers import Cache, DdrCache, DdrHome
-from .device_batches import DeviceTable
+from .device_below import DeviceTable
 from .device_directory import WINDOW
 from .device_ids import Batch
 from .device_planes import Planes
 from .device_pool import DevicePool
 from .device_resident import ResidentPool, ResidentTable
 from .tickets import Ids, Ticket
-from .tiered_tbe import STATES, BatchSizes, TieredTable, TieredTBE
+from .tiered_tbe import STATES, TieredTable, TieredTBE
 
 DEVICE_STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     **STATES,
@@ -51,7 +51,6 @@ class DeviceTBE(TieredTBE):
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         self.optimizers = DEVICE_STATES if device.type == "cuda" else STATES
         super().__init__(tables, *args, **kwargs)
-        self._feature_rows, self._warning = self._feature_rows.to(self.device), self._warning.to(self.device)
 
     def _make_tbe(self) -> None:
         super()._make_tbe()
@@ -81,7 +80,7 @@ class DeviceTBE(TieredTBE):
             ResidentTable(t.name, below.volume._native, below._id, t.rows, self._record_parts(i, self._parts), below is not home)
             for i, (t, below, home) in enumerate(zip(self.tables, self._below_pools, self._home_tables, strict=True))
         ]
-        self._pool = ResidentPool(tables, self._tables_of_features, self._rewrites_bad_ids, self.device)
+        self._pool = ResidentPool(tables, self._tables_of_features, self._batch_ids.rewrites_bad, self.device)
 
     def _pool_above_host_places(self) -> DevicePool:
         planes = Planes(self._parts, self.table_of_shard, self._host_places)
@@ -106,12 +105,8 @@ class DeviceTBE(TieredTBE):
 
     # -- batches
 
-    def _as_pool_reads(self, indices: Tensor, read: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
-        if batch_sizes:
-            batch = Batch(read, self._feature_starts(offsets, batch_sizes), 1)
-        else:
-            batch = Batch(read, offsets.contiguous(), self._bags_of_a_feature(offsets))
-        return Ids(batch, read, indices)
+    def _as_pool_reads(self, indices: Tensor, read: Tensor, starts: Tensor, stride: int) -> Ids:
+        return Ids(Batch(read, starts, stride), read, indices)
 
     def _begin_hard(self, ids: Ids, dirty: bool, announced: int, lost: int) -> Ticket:
         return Ticket(*self._pool.begin(ids.batch, True, dirty, announced, lost), ids, dirty)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +27,12 @@ from torch import Tensor, nn
 
 from .. import errors
 from ..lookahead import MOST_BATCHES, useful_batches
-from ..tiers import Cache, DdrHome, TierChain
+from ..tiers import DdrHome, TierChain
 from . import _core
+from .batch_ids import BatchIds, BatchSizes
 from .caches import CachedVolume
 from .deferred_init import Columns, UniformInit, column_ranges
+from .group_stats import GroupStats
 from .homes import open_home, open_table, volume_of
 from .prepared_lookup import PreparedLookup
 from .row_access import RowAccess
@@ -44,10 +45,7 @@ BATCH_LIMIT = (1 << 31) - 2
 MAX_ROWS = (1 << 31) - 2
 """Rows of one table shard: a directory entry is a signed 32-bit slot or miss number."""
 
-_INT32, _INT64 = torch.int32, torch.int64
-
-BatchSizes = list[list[int]]
-"""By feature and rank: how many bags a batch has, where features differ in that (TorchRec's variable batch per feature)."""
+_INT32 = torch.int32
 
 # FBGEMM's names of the per-row states of each admitted optimizer, and whether they are one value a row.
 STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
@@ -55,10 +53,6 @@ STATES: dict[EmbOptimType, tuple[tuple[str, bool], ...]] = {
     EmbOptimType.EXACT_ADAGRAD: (("momentum1", False),),
     EmbOptimType.EXACT_ROWWISE_ADAGRAD: (("momentum1", True),),
 }
-
-
-VARIABLE_BATCH_OPTIMIZERS = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
-"""Those of ``STATES`` for which FBGEMM has a variable batch per feature."""
 
 
 @dataclass
@@ -82,7 +76,7 @@ class TieredTable:
         return [len(r) for r in column_ranges(self.columns)]
 
 
-class TieredTBE(RowAccess, nn.Module):
+class TieredTBE(RowAccess, GroupStats, nn.Module):
     """A group of tiered tables in one stock TBE.
 
     The TBE has one table, a *shard* here, for each range of columns of each table, in that order: ``feature_table_map[f]`` is the
@@ -116,9 +110,7 @@ class TieredTBE(RowAccess, nn.Module):
             raise errors.UnsupportedError(f"weights_precision must be FP32 or FP16 on tiered tables, got {weights_precision}")
         self.tables = list(tables)
         self.state_names = [name for name, _ in self.optimizers[optimizer]]
-        self._optimizer, self._bounds_check_mode = optimizer, bounds_check_mode
-        # FATAL and NONE leave bad ids to the slot pool, which refuses them.
-        self._rewrites_bad_ids = bounds_check_mode not in (BoundsCheckMode.FATAL, BoundsCheckMode.NONE)
+        self._optimizer, self._batch_limit = optimizer, batch_limit
         self.table_of_shard = [i for i, t in enumerate(self.tables) for _ in t.dims]
         self._check_tables()
         self._options = {
@@ -129,10 +121,9 @@ class TieredTBE(RowAccess, nn.Module):
             "stochastic_rounding": False,
             **tbe_kwargs,
         }
-        self._features, self._batch_limit = len(feature_table_map), batch_limit
         self._tables_of_features = [self.table_of_shard[s] for s in feature_table_map]
-        self._feature_rows = torch.tensor([self.tables[t].rows for t in self._tables_of_features], dtype=torch.int64)
-        self._warning = torch.zeros(1, dtype=torch.int64)
+        feature_rows = [self.tables[t].rows for t in self._tables_of_features]
+        self._batch_ids = BatchIds(feature_rows, bounds_check_mode, optimizer, self.device)
         self._waiting: ByIds[Ticket] = ByIds()
         self._announced: ByIds[tuple[int, Ids]] = ByIds()  # with their numbers
         self.stall_seconds = 0.0
@@ -210,10 +201,6 @@ class TieredTBE(RowAccess, nn.Module):
         cached = {id(volume_of(h)) for t, h in zip(self.tables, self._homes, strict=True) if self._native_caches(t)}
         return {key: CachedVolume(volume) for key, volume in {id(volume_of(h)): volume_of(h) for h in self._homes}.items() if key in cached}
 
-    def _native_caches(self, table: TieredTable) -> tuple[Cache, ...]:
-        """Those of the chain's caches that stand in front of the table's home."""
-        return table.chain.caches
-
     def _pool_parts(self) -> list[list[Tensor]]:
         """The pool's arrays per shard: weights (pool_rows, dim), then each state (pool_rows,) or (pool_rows, dim)."""
         weights = self.tbe.split_embedding_weights()
@@ -228,53 +215,11 @@ class TieredTBE(RowAccess, nn.Module):
 
     # -- batches
 
-    def _rewrite_bad_ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Tensor:
-        """WARNING and IGNORE turn bad ids into row 0 as the stock TBE does; here on a copy."""
-        indices = indices.clone()
-        if batch_sizes:
-            bags = [sum(of_feature) for of_feature in batch_sizes]
-            first_bags = torch.tensor([0, *itertools.accumulate(bags)], dtype=torch.int32)
-            variable = {"B_offsets": first_bags, "max_B": max(bags)}
-        else:
-            variable = {}
-        torch.ops.fbgemm.bounds_check_indices(
-            self._feature_rows, indices, offsets.to(indices.dtype), self._bounds_check_mode, self._warning, None, **variable
-        )
-        return indices
-
-    def _feature_starts(self, offsets: Tensor, batch_sizes: BatchSizes) -> Tensor:
-        """Where each feature's ids begin, and where the last one's end. Shapes: (features + 1,) int64."""
-        if self._optimizer not in VARIABLE_BATCH_OPTIMIZERS:
-            raise errors.UnsupportedError(
-                f"FBGEMM has no variable batch per feature for {self._optimizer.name}; use one of "
-                f"{', '.join(o.name for o in VARIABLE_BATCH_OPTIMIZERS)}, or give every feature the same batch size"
-            )
-        ends, count = [0, *itertools.accumulate(sum(of_feature) for of_feature in batch_sizes)], offsets.numel()
-        if len(ends) != self._features + 1 or ends[-1] + 1 != count:
-            raise errors.ConfigurationError(
-                f"offsets must have one element for each of the {ends[-1]} bags of {self._features} features, and one more, got "
-                f"{count} for the batch sizes of {len(batch_sizes)} features"
-            )
-        return offsets[torch.tensor(ends)].long()
-
-    def _bags_of_a_feature(self, offsets: Tensor) -> int:
-        bags, rest = divmod(offsets.numel() - 1, self._features)
-        if rest:
-            raise errors.ConfigurationError(f"offsets must have batch × {self._features} features + 1 elements, got {offsets.numel()}")
-        return bags
-
     def _ids(self, indices: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
         """Raises: ConfigurationError."""
-        if indices.dtype not in (_INT32, _INT64) or offsets.dtype not in (_INT32, _INT64):
-            raise errors.ConfigurationError(f"ids and offsets must be int32 or int64, got {indices.dtype} and {offsets.dtype}")
-        read = self._rewrite_bad_ids(indices, offsets, batch_sizes) if self._rewrites_bad_ids else indices
-        return self._as_pool_reads(indices, read.contiguous(), offsets, batch_sizes)
+        return self._as_pool_reads(indices, *self._batch_ids.read(indices, offsets, batch_sizes))
 
-    def _as_pool_reads(self, indices: Tensor, read: Tensor, offsets: Tensor, batch_sizes: BatchSizes | None) -> Ids:
-        if batch_sizes:
-            starts, stride = self._feature_starts(offsets, batch_sizes), 1
-        else:
-            starts, stride = offsets.contiguous(), self._bags_of_a_feature(offsets)
+    def _as_pool_reads(self, indices: Tensor, read: Tensor, starts: Tensor, stride: int) -> Ids:
         batch = _core.Batch(read.data_ptr(), read.dtype is _INT32, read.numel(), starts.data_ptr(), starts.dtype is _INT32, stride)
         return Ids(batch, read, indices, starts)
 
@@ -306,7 +251,7 @@ class TieredTBE(RowAccess, nn.Module):
         """Where the slots of ids will be, and its address for the pool; 0: ids are slots, since every pool has one for each of its rows."""
         if not self._evicting:
             return ids.read.long(), 0
-        slots = torch.empty(ids.read.numel(), dtype=_INT64)
+        slots = torch.empty(ids.read.numel(), dtype=torch.int64)
         return slots, slots.data_ptr()
 
     def _with_room(self, begin: Callable[[int], Any], announced: int = 0) -> Any:
@@ -545,56 +490,6 @@ class TieredTBE(RowAccess, nn.Module):
         """As a checkpoint had it."""
         self.tbe.iter_cpu.fill_(steps)
         self.tbe.iter.fill_(steps)
-
-    # -- looking in
-
-    def volumes(self) -> list[Any]:
-        """The volumes below this group, each once."""
-        return list({id(h.volume): h.volume for h in self._home_tables}.values())
-
-    def stats(self) -> list[dict[str, Any]]:
-        """Per table: its sizes and counters since creation (rows, not bytes, unless the name says so)."""
-        result = []
-        for i, t in enumerate(self.tables):
-            record_bytes = self._home_tables[i].record_bytes
-            result.append(
-                {"table": t.name, "rows": t.rows, "pool_rows": self.pool_rows[i], "record_bytes": record_bytes, **self._pool.stats(i)}
-            )
-        return result
-
-    def tier_stats(self) -> list[list[dict[str, Any]]]:
-        """Per table one dict a tier, from the pool down: reads that it answered (hits) and passed on (misses), rows that it gave away
-        (evictions; write_backs of them changed), and the bytes of rows read from it and written to it.
-
-        A pool's hits and misses are distinct rows of a batch; it also asks for the ``refetched_rows`` of ``stats``. Its home's I/O, shared
-        with other tables, is in ``volume_stats``.
-        """
-        return [self._tiers_of(i) for i in range(len(self.tables))]
-
-    def _tiers_of(self, table: int) -> list[dict[str, Any]]:
-        chain, below = self.tables[table].chain, self._below_pools[table]
-        record_bytes, pool = below.record_bytes, self._pool.stats(table)
-        hits, misses, flushed = pool["unique_rows"] - pool["misses"], pool["misses"], pool["flushed_rows"]
-        came = misses + pool["refetched_rows"]
-        counters = {"hits": hits, "misses": misses, "evictions": pool["evictions"], "write_backs": pool["write_backs"]}
-        moved = {"read_bytes": hits * record_bytes, "written_bytes": came * record_bytes}
-        tiers = [{"tier": "pool", "rows": self.pool_rows[table], "resident_rows": pool["resident_rows"], **counters, **moved}]
-        for tier in self._cache_tiers_of(table):
-            flushed, came = flushed + tier.pop("flushed_rows"), tier["misses"]
-            tiers.append(tier)
-        home = {"tier": type(chain.home).__name__, "rows": self.tables[table].rows, "hits": came}
-        moved = {"read_bytes": came * record_bytes, "written_bytes": (tiers[-1]["write_backs"] + flushed) * record_bytes}
-        return [*tiers, {**home, **moved}]
-
-    def _cache_tiers_of(self, table: int) -> list[dict[str, Any]]:
-        """The tiers between the pool and the home, the fastest first; with the rows that a flush has put past them."""
-        cached = self._cached.get(id(self._home_tables[table].volume))
-        stats = cached.cache_stats(self._below_pools[table]) if cached else []
-        return [{"tier": type(c).__name__, **s} for c, s in zip(self._native_caches(self.tables[table]), stats, strict=bool(cached))]
-
-    def volume_stats(self) -> list[dict[str, Any]]:
-        """One dict per volume below this group."""
-        return [v.stats() for v in self.volumes()]
 
     def close(self) -> None:
         """Flushes, closes the caches, and lets go of the homes (a home closes with the last table in it)."""

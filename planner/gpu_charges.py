@@ -2,7 +2,7 @@
 
 ::
 
-    slot pool       hbm   4 × rows + pool_rows × (record + 20 + 14) + host places × 20 + 226 × ids of the largest batch, twice
+    slot pool       hbm   4 × rows + pool_rows × (record + 20 + 14) + host places × 20 + 217 × ids of the largest batch, twice
       graphs        hbm   output + the larger of output and 44 × ids, of a batch
       DdrCache      ddr   host places × record; as many places as it has rows, and at least as many as the pool
         over SSD    ddr   8 × rows                                ssd    as on a CPU (charges.py)
@@ -27,8 +27,8 @@ from . import charges
 DIRECTORY_BYTES_PER_ROW, DIRECTORY_BYTES_PER_PLACE = 4, 20
 """Of the map from a row to its place, and of a slot's or host place's row, stamp and window (kernels/device_directory.py)."""
 
-SCRATCH_BYTES_PER_SLOT, SCRATCH_BYTES_PER_ID = 14, 226
-"""Of choosing victims, and of attempts (kernels/device_fused.py): 26 are of one, 64 of the rooms of four, and 24 of each batch that is
+SCRATCH_BYTES_PER_SLOT, SCRATCH_BYTES_PER_ID = 14, 217
+"""Of choosing victims, and of attempts (kernels/device_fused.py): 17 are of one, 64 of the rooms of four, and 24 of each batch that is
 held, its ids, places and slots: the one that trains, two that are prefetched, some whose backward may still run. Measured on an H100."""
 
 OUTPUT_ELEMENT_BYTES = 4

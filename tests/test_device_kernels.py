@@ -15,7 +15,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType  # noqa:
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode  # noqa: E402
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from torchrec_mtrains.kernels import device_batches  # noqa: E402
+from torchrec_mtrains.kernels import device_batches, device_fused, device_kernels_exchange, device_sequences  # noqa: E402
 from torchrec_mtrains.kernels.deferred_init import UniformInit  # noqa: E402
 from torchrec_mtrains.kernels.device_fused import FusedDirectory  # noqa: E402
 from torchrec_mtrains.kernels.device_planes import Moves, Planes  # noqa: E402
@@ -31,11 +31,16 @@ CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if ON_GPU else "cpu")
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
-    """Within it, pools on a CPU take the kernels."""
+    """Within it, pools on a CPU take the kernels, with blocks so small that a batch has several, and fewer programs than those."""
 
     @contextmanager
     def within() -> Iterator[None]:
         with monkeypatch.context() as m:
+            for module in (device_sequences, device_fused, device_kernels_exchange):
+                m.setattr(module, "BLOCK", 16)
+                m.setattr(module, "PROGRAMS", 2)
+            m.setattr(device_fused, "LOOK_PROGRAMS", 4)
+            m.setattr(device_fused, "SLOT_BLOCK", 16)
             m.setattr(device_batches, "directory_type", lambda device: FusedDirectory)
             m.setattr(
                 Planes,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
-from torchrec_mtrains.kernels import _core, device_batches
+from torchrec_mtrains.kernels import _core, device_batches, device_below
 from torchrec_mtrains.kernels.deferred_init import UniformInit
 from torchrec_mtrains.kernels.device_tbe import DeviceTBE
 from torchrec_mtrains.kernels.tiered_tbe import TieredTable, TieredTBE
@@ -96,7 +96,7 @@ def test_rows_that_cannot_be_read_leave_the_pool_and_what_was_in_their_slots_is_
 def test_rows_are_read_while_others_are_evicted_and_none_is_lost_where_evicting_fails(
     folder: str, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    monkeypatch.setattr(device_batches, "PIECE_ROWS", 3)
+    monkeypatch.setattr(device_below, "PIECE_ROWS", 3)
     tbe, stock = make(SsdHome((folder,), capacity_bytes=64 << 20)), make(DdrHome(), pool_rows=ROWS)
     for first in [*range(0, 60, POOL), 0]:
         for of in (tbe, stock):
