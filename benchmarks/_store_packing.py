@@ -6,9 +6,10 @@ Batches are trained through a slot pool of a tenth of the rows over an SSD volum
     drifting      the same, and with every batch a share ``DRIFT`` of the ranks changes hands
     co-accessed   groups of ``GROUP`` rows, scattered over the table and always used together, in any order: Zipf over groups
 
-Rows of a block are no neighbours at first, and batches of any of ``APART`` more rows, which no trace uses, leave the pool's slots in no order. (Rows of the
-trace would be remembered as used apart, and leave apart for the first few uses.) Then every row is used once, group by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they
-are no I/O. *At most* is rows missed ÷ groups missed, as if every group lay in one block.
+Rows of a block are no neighbours at first, and batches of any of ``APART`` more rows, which no trace uses, leave the pool's slots in no
+order. (Rows of the trace would be remembered as used apart, and leave apart for the first few uses.) Then every row is used once, group
+by group, and the trace runs until the pool has turned over. Misses that the write buffers answer are left out: they are no I/O.
+*At most* is rows missed ÷ groups missed, as if every group lay in one block.
 
 Then again with the next ``WINDOW`` batches announced: block neighbours of missed rows that one of them wants come into the pool with the
 read.

@@ -1,13 +1,13 @@
-"""Misses of slot pools and LRUs under a law by which every row is used in every batch with a probability of its own: mean-field equations, no
-simulation, so that plans need no native core.
+"""Misses of slot pools and LRUs under a law by which every row is used in every batch with a probability of its own: mean-field
+equations, no simulation, so that plans need no native core:
 
     LRU   a row is there if it was used in the last T batches; T such that the expected rows in the pool are its size (Che's
           approximation)
-    ours  by learned rates (kernels/csrc/reuse_rates.h), with a window of announced batches. What class a row is in, as its uses come, is a
-          Markov chain of its paces. A class's rate at an age is that of its rows that have waited so long. Whatever the pool's size, there is a
-          rate below which rows leave, so each class has an age at which its rows do, if no announced batch uses them. Each such rate
-          makes a number of rows that are there, and one of misses. If awaited rows alone do not fit, those used last go first, as if the
-          window were shorter.
+    ours  by learned rates (kernels/csrc/reuse_rates.h), with a window of announced batches. What class a row is in is a Markov chain of
+          its paces, use by use. A class's rate at an age is that of its rows that have waited so long. For each rate there is an age at
+          which a class has it; were that the rate below which rows leave, so many rows would be there, and so many missed. Of
+          these pairs a pool has the one of its size. If awaited rows alone do not fit, those used last go first, as if the window were
+          shorter.
 
 ``tests/test_assumed_access.py`` holds both against the simulated policies.
 """
@@ -27,7 +27,10 @@ _LOWEST = -700.0  # exponents
 
 
 def lru_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray) -> np.ndarray:
-    """Misses a batch. Shapes: counts, use (groups,): rows that are alike, and the probability of each in a batch; pools (pools,) → (pools,)."""
+    """Misses a batch.
+
+    Shapes: counts, use (groups,): rows that are alike, and the probability of each in a batch; pools (pools,) → (pools,).
+    """
     low, high = np.full(len(pools), -20.0), np.full(len(pools), 60.0)
     stays = np.log1p(-use)[:, None]
     for _ in range(60):
@@ -58,7 +61,10 @@ def our_misses(counts: np.ndarray, use: np.ndarray, pools: np.ndarray, lookahead
 
 
 def _stays(coming: np.ndarray, use: np.ndarray, none: np.ndarray) -> np.ndarray:
-    """The age at which rows of a class leave, of a falling series of rates. Shapes: coming (groups, classes): uses a batch → (rates, classes)."""
+    """The age at which rows of a class leave, of a falling series of rates.
+
+    Shapes: coming (groups, classes): uses a batch → (rates, classes).
+    """
     ages = np.exp(np.maximum(np.outer(none, [_AGES - 1, 2 * _AGES - 1]), _LOWEST)).reshape(len(use), 2, -1)
     reused = ages[:, 0] - ages[:, 1]  # in the octave from an age on
     waited = coming.T @ (reused / use[:, None])
