@@ -106,8 +106,9 @@ def test_capacity_is_rows_over_fill() -> None:
 
 def test_announced_batches_bring_more_rows_an_io(tmp_path: Path) -> None:
     rows, found = 4000, {}
+    every = rows + _store_packing.APART * int(rows * _store_writes.POOL_SHARE)
     for way in (_store_packing.through_the_pool, _store_packing.with_lookahead):
-        volume = _store_writes.filled(tmp_path / way.__name__, rows, 260, 64 << 20)
+        volume = _store_writes.filled(tmp_path / way.__name__, every, 260, 64 << 20)
         found[way.__name__] = way(volume, _store_packing.Trace("independent", rows, 200), 260, 60)
         volume.close()
     assert found["with_lookahead"]["rows_per_io"] > 1.5 * found["through_the_pool"]["rows_per_io"]

@@ -47,8 +47,9 @@ class Pool:
         self.pool.release(seq)
 
     def evict_the_batch(self) -> None:
-        for part in OTHERS[: 2 * SLOTS].split(SLOTS // 4):
-            self.train(part)
+        parts = itertools.cycle(OTHERS.split(SLOTS // 4))
+        while any(self.pool.slot_of_row(0, row) >= 0 for row in BATCH.tolist()):
+            self.train(next(parts))
 
 
 def pairs_in_one_block(table: VolumeTable) -> float:
