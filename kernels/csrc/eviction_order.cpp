@@ -51,6 +51,7 @@ void EvictionOrder::begin_round(size_t wanted) {
   collected_ = false;
   candidates_.clear();
   round_.unknown = (1u << queues_.size()) - 1;
+  round_.oldest.fill(0);
   for (size_t q = 0; q < queues_.size(); ++q) round_.unlooked[q] = queues_[q].size();
 }
 

@@ -51,8 +51,8 @@ class EvictionOrder {
  private:
   struct Round {  // by queue
     uint32_t unknown = 0;  // bits of queues whose oldest is to be looked for
-    std::array<uint64_t, ReuseRates::kClasses> oldest;  // its rate of use, a float's bits, and the batch of its last use; kNone
-    std::array<size_t, ReuseRates::kClasses> unlooked;  // slots that may be given away and have not been met
+    std::array<uint64_t, ReuseRates::kClasses> oldest{};  // its rate of use, a float's bits, and the batch of its last use; kNone; 0 before a look
+    std::array<size_t, ReuseRates::kClasses> unlooked{};  // slots that may be given away and have not been met
   };
   static constexpr uint64_t kNone = UINT64_MAX;
   struct Candidate {

@@ -39,7 +39,7 @@ int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, S
   SlotState* const states = order_.states();
   const uint32_t batch = stamp.batch();
   ReuseRates& rates = order_.rates();
-  rates.advance_to(batch);
+  if constexpr (!kWhole) rates.advance_to(batch);  // nothing is ever evicted from the other
   int64_t first_seen = 0;
   for (int64_t i = begin; i < end; ++i) {
     if constexpr (kWhole) {
@@ -63,7 +63,7 @@ int64_t SlotDirectory::lookup_in(const Index* ids, int64_t begin, int64_t end, S
       const uint64_t old = s.stamp;
       const bool first = Stamp{old}.batch() != batch;
       s.stamp = stamp.at(i).value | (old & Stamp::kFlags);
-      if constexpr (!kWhole) {  // nothing is ever evicted there
+      if constexpr (!kWhole) {
         if (first) {
           const uint32_t pace = rates.used(s.pace(), batch - Stamp{old}.batch());
           s.stamp = (s.stamp & ~Stamp::kPace) | uint64_t{pace} << Stamp::kPaceShift | Stamp::kUsed;
