@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from torchrec_mtrains.kernels import _core
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from _common import Figure, Turn, median, take_turn
 from _store_writes import PooledTable, capacity_for, filled
 from _subjects import RocksDb, first_bytes
 from torchrec_mtrains.calibration.block_device import PAGE_BYTES, write_noise
 
-DEPTH = 128
 LAG = 4
 ROCKSDB_THREADS = (1, 4, 16)
 
@@ -116,7 +116,7 @@ def device_share(root: Path, rates: dict[str, float], backend: str, seconds: flo
         write_noise(file, 256 << 20)
 
     def reads() -> float:
-        return _core.random_io([str(raw)], PAGE_BYTES, DEPTH, 1.0, seconds, backend, 0).operations_per_s
+        return _core.random_io([str(raw)], PAGE_BYTES, QUEUE_DEPTH, 1.0, seconds, backend, 0).operations_per_s
 
     ratios = []
     for _ in range(rounds):
@@ -132,7 +132,7 @@ def measure(
     """``churn``: rows rewritten before measuring, as a multiple of all rows."""
     pools = {}
     for fill in fills:
-        volume = filled(root / f"volume_{fill}", rows, record_bytes, capacity_for(rows, record_bytes, fill), DEPTH)
+        volume = filled(root / f"volume_{fill}", rows, record_bytes, capacity_for(rows, record_bytes, fill))
         pools[fill] = PooledTable(volume, rows, record_bytes, rows // 10)
     rocksdb = RocksDb(root / "rocksdb", rows, record_bytes)
     draws = {subject: Draws(rows, batch, 2) for subject in (*fills, "rocksdb")}

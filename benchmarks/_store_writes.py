@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, _core
 from torchrec_mtrains.planner.charges import live_bytes
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from _common import Figure, ZipfIds, own_io_bytes
 from _subjects import records, shuffled
@@ -134,7 +135,7 @@ class Written:
         }
 
 
-def filled(folder: Path, rows: int, record_bytes: int, capacity_bytes: int, depth: int = 128) -> SsdVolume:
+def filled(folder: Path, rows: int, record_bytes: int, capacity_bytes: int, depth: int = QUEUE_DEPTH) -> SsdVolume:
     """A volume with every row of one table put, in an order that scatters them."""
     folder.mkdir()
     volume = SsdVolume((str(folder),), capacity_bytes, depth=depth)

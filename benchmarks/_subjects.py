@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from torchrec_mtrains.kernels import SsdVolume
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 KEY_BYTES = 8
 
@@ -65,7 +66,7 @@ def _split(packed: bytes, size: int) -> list[bytes]:
 class Ssd:
     """``SsdVolume``, with room for every record twice."""
 
-    def __init__(self, folder: Path, rows: int, record_bytes: int, depth: int = 128) -> None:
+    def __init__(self, folder: Path, rows: int, record_bytes: int, depth: int = QUEUE_DEPTH) -> None:
         folder.mkdir()
         self.record_bytes = record_bytes
         self.volume = SsdVolume((str(folder),), rows * (record_bytes + 64) * 2 + (256 << 20), depth=depth)

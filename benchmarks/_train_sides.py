@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,17 @@ def processor_seconds() -> dict[str, float]:
     return spent
 
 
+def until_native_threads_rest() -> None:
+    """For a tenth of a second, in which they spend less than a millisecond. After ten seconds it is an error: they have no such work."""
+    until = perf_counter() + 10
+    while perf_counter() < until:
+        before = processor_seconds()["native"]
+        sleep(0.1)
+        if processor_seconds()["native"] - before < 1e-3:
+            return
+    raise RuntimeError("native threads did not rest for 10 s after a side's turn")
+
+
 @dataclass
 class Steps:
     """What a side did in a stretch of steps. Counters are of the whole stretch; a side in memory has none."""
@@ -184,7 +195,9 @@ class Side:
         return self.pipeline.progress(self.source)[0] if self.pipeline else self._plain_step(self.source)
 
     def run(self, batches: Batches, top: str, steps: int, uncounted: int) -> Steps:
-        """Trains the next batches; the first ``uncounted`` of them are left out of times and counters."""
+        """Trains the next batches; the first ``uncounted`` of them are left out of times and counters.
+
+        Returns when native threads rest: what this side reads ahead is not to run beside the next one."""
         self.source = self.source or batches.from_number(0)
         self.tops.current = top
         losses, times = [self.step() for _ in range(uncounted)], []
@@ -194,7 +207,9 @@ class Side:
             losses.append(self.step())
             times.append(perf_counter() - start)
         spent = {who: now - cpu[who] for who, now in processor_seconds().items()}
-        return Steps(torch.stack(losses), times, spent, {k: v - before[k] for k, v in self.counters().items()})
+        counted = {k: v - before[k] for k, v in self.counters().items()}
+        until_native_threads_rest()
+        return Steps(torch.stack(losses), times, spent, counted)
 
     def counters(self) -> dict[str, int]:
         """Sums over tables and volumes."""

@@ -7,8 +7,9 @@ Sides, each with tables of its own:
     pools     ``share`` of the rows in pools, through ``TieredTrainPipeline``
     no look   the same without prefetch and lookahead, stepped by a plain loop: every read waits in its step
 
-They take turns: in a round each trains the same batches with the same top MLP, after steps that are not counted; where the turn comes
-first changes from round to round, and each round ends with the bare device's rate of random reads. Losses must be equal bit for bit.
+They take turns: in a round each trains the same batches with the same top MLP, after steps that are not counted. A turn ends when what the
+side has read ahead is there. Which side comes first changes from round to round, and each round ends with the bare device's rate of
+random reads, at a volume's depth. Losses must be equal bit for bit.
 Figures are medians over rounds of what a round's mean step took; ratios are of one round.
 
 A step cannot be faster than either of
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 from torchrec_mtrains.kernels import _core
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from _common import Figure
 from _train_dense import calibrated_width
@@ -51,11 +53,12 @@ IN_FLIGHT = 80
 
 @dataclass(frozen=True)
 class Dense:
-    """A top MLP: about so many milliseconds forward and backward on so many threads."""
+    """A top MLP: about so many milliseconds forward and backward on so many threads. ``steps``: of a side's turn under it."""
 
     name: str
     target_ms: float
     threads: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Turns:
-    """How long each side's turn is, and how often it comes."""
+    """How often each side's turn comes, and what goes before the steps that are counted."""
 
     rounds: int
-    steps: int
     uncounted: int
     probe_seconds: float
 
-    def batches(self, tops: int) -> int:
-        return tops * self.rounds * (self.steps + self.uncounted)
+    def batches(self, tops: list[Dense]) -> int:
+        return sum(self.rounds * (top.steps + self.uncounted) for top in tops)
 
 
 def _sides(root: Path, shape: Shape, share: float, widths: dict[str, int], warm: Batches) -> list[Side]:
@@ -108,7 +110,7 @@ def measure(
     parts: tuple[Part, ...],
     turns: Turns,
     trace: Callable[[str, int, int, Stretch, int], Trace],
-    depth: int = 128,
+    depth: int = QUEUE_DEPTH,
 ) -> dict[str, Any]:
     """``share``: of a table's rows in its pool. ``trace``: as ``zipf_trace``."""
     tops = {d.name: d for d in dense}
@@ -117,7 +119,7 @@ def measure(
         print(f"top {name}: 3 × {c['width']} wide, {c['dense_ms']:.1f} ms on {c['threads']} threads", flush=True)
     batches, warms = Batches(shape), []
     for part in parts:
-        stretch = Stretch(part.warm, turns.batches(len(part.tops)), IN_FLIGHT if part is parts[-1] else 0)
+        stretch = Stretch(part.warm, turns.batches([tops[top] for top in part.tops]), IN_FLIGHT if part is parts[-1] else 0)
         made = [trace(part.trace, rows, shape.lookups, stretch, t) for t, rows in enumerate(shape.rows)]
         warms.append(Batches(shape))
         warms[-1].append([Trace(m.name, m.rows, m.ids[: part.warm]) for m in made])
@@ -126,7 +128,7 @@ def measure(
         "shape": asdict(shape),
         "pool_rows": shape.pool_rows(share),
         "tops": calibrated,
-        "turns": asdict(turns),
+        "turns": asdict(turns) | {"steps": {d.name: d.steps for d in dense}},
         "cores": os.cpu_count(),
         "steps_compared": 0,
         "parts": [],
@@ -152,14 +154,15 @@ def measure(
                 torch.set_num_threads(tops[top].threads)
                 rounds: list[dict[str, Steps]] = []
                 bare: list[Any] = []
+                steps = tops[top].steps
                 for round_ in range(turns.rounds):
-                    batches.make(number, number + turns.steps + turns.uncounted + IN_FLIGHT)
+                    batches.make(number, number + steps + turns.uncounted + IN_FLIGHT)
                     turn = {}
                     for k in range(len(sides)):
                         side = sides[(round_ + k) % len(sides)]
-                        turn[side.name] = side.run(batches, top, turns.steps, turns.uncounted)
+                        turn[side.name] = side.run(batches, top, steps, turns.uncounted)
                     _same(turn, f"{part.trace}, top {top}, round {round_}")
-                    number += turns.steps + turns.uncounted
+                    number += steps + turns.uncounted
                     rounds.append(turn)
                     bare.append(bare_reads(round_))
                 f["parts"].append(summary(part.trace, top, calibrated[top]["threads"], rounds, bare))
@@ -214,6 +217,7 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         "top": top,
         "threads": threads,
         "step_ms": {side: 1e3 * over_rounds(lambda r, _, s=side: step(s)(r)) for side in rounds[0]},
+        "step_ms_of_rounds": {side: [1e3 * step(side)(r) for r in rounds] for side in rounds[0]},
         "all_over_memory": over_rounds(lambda r, _: step("all")(r) / step("memory")(r)),
         "pools_over_memory": over_rounds(lambda r, _: step("pools")(r) / step("memory")(r)),
         "speed_up": over_rounds(lambda r, _: step("no look")(r) / step("pools")(r)),

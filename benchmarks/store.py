@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
+
 import _store_checkpoints
 import _store_memory
 import _store_mixed
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES), help="sections to run")
     parser.add_argument("--scale", type=float, default=1.0, help="of the tables' rows")
     parser.add_argument("--open-rows", type=int, default=100_000_000, help="rows of the volume that is opened")
-    parser.add_argument("--depth", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=QUEUE_DEPTH, help="reads in flight")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--picture", type=Path, help="also draw the figures into this PNG")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
+
 import _store_reads
 from _common import finish, options, print_figures, print_machine
 
@@ -15,7 +17,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--record-bytes", type=int, default=260, help="64 fp32 weights and a row-wise state")
     parser.add_argument("--batch", type=int, default=20_000, help="unique rows a batch")
-    parser.add_argument("--depth", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=QUEUE_DEPTH, help="reads in flight")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

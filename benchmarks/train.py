@@ -62,20 +62,26 @@ def sizes(args: Any) -> dict[str, dict[str, Any]]:
         misses = dict(rows=20_000, lookups=64, stretch=Stretch(40, 20, 20), pools=(0.02, 0.1), copies=2)
         bound = dict(rows=2_000, lookups=32, stretch=Stretch(40, 20, 0), pools=(0.1,))
         shapes = {"steps": Shape((20_000,) * 2, 16, 32, 2), "criteo": Shape((3, 40, 5_000, 10_000), 16, 32, 2)}
-        dense = (Dense("1 ms", 1.0, cores), Dense("1 ms on 1 thread", 1.0, 1))
+        dense = (Dense("1 ms", 1.0, cores, 3), Dense("1 ms on 1 thread", 1.0, 1, 3))
         parts = (Part("zipf 1.05", 20, ("1 ms", "1 ms on 1 thread")), Part("zipf 0.9, drifting", 10, ("1 ms",)))
-        turns = Turns(rounds=2, steps=3, uncounted=1, probe_seconds=0.02)
+        turns = Turns(rounds=2, uncounted=1, probe_seconds=0.02)
         of_section = {"steps": dict(dense=dense, parts=parts), "criteo": dict(dense=dense[:1], parts=(Part("zipf 1.05", 20, ("1 ms",)),))}
     else:
         misses = dict(rows=args.rows, lookups=4096, stretch=Stretch(*args.miss_batches), pools=(0.02, 0.05, 0.1), copies=COPIES)
         warm, measured, _ = args.miss_batches
         bound = dict(rows=args.rows // 8, lookups=4096 // 8, stretch=Stretch(warm, measured, 0), pools=(0.05, 0.1))
         shapes = {"steps": Shape((args.rows,) * 8, 64, 1024, 4), "criteo": Shape(criteo_rows(6 * args.rows), 64, 1024, 4)}
-        dense = (*(Dense(f"{ms} ms", ms, cores) for ms in (5, 40, 120)), Dense(SPARE_CORE, 120, max(1, cores - 1)))
+        steps, spare = args.steps, max(1, cores - 1)
+        dense = (
+            Dense("5 ms", 5, cores, 4 * steps),
+            Dense("40 ms", 40, cores, steps),
+            Dense("120 ms", 120, cores, steps),
+            Dense(SPARE_CORE, 120, spare, steps),
+        )
         still = Part("zipf 1.05", args.warm, tuple(d.name for d in dense))
         others = {"zipf 1.05, drifting": ("40 ms",), "zipf 0.9": ("40 ms", "120 ms"), "zipf 0.9, drifting": ("40 ms", "120 ms")}
         parts = (still, *(Part(name, args.warm // 4, tops) for name, tops in others.items()))
-        turns = Turns(args.rounds, args.steps, uncounted=2, probe_seconds=0.5)
+        turns = Turns(args.rounds, uncounted=2, probe_seconds=0.5)
         of_section = {
             "steps": dict(dense=dense, parts=parts),
             "criteo": dict(dense=dense[1:3], parts=(Part("zipf 1.05", args.warm, ("40 ms", "120 ms")),)),
@@ -96,7 +102,7 @@ def main() -> None:
     parser.add_argument("--miss-batches", nargs=3, type=int, default=[2000, 600, 400], help="before those counted, these, after them")
     parser.add_argument("--warm", type=int, default=400, help="batches that pools see before training; a quarter before each later trace")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=8, help="of each side's turn")
+    parser.add_argument("--steps", type=int, default=8, help="of each side's turn; four times as many under 5 ms")
     parser.add_argument("--traces", nargs="+", help="traces whose misses are counted; all without")
     parser.add_argument("--movielens", type=Path, default=Path(".cache/movielens"), help="where ml-100k is, or is downloaded to")
     parser.add_argument("--no-movielens", action="store_true", help="leave the real trace out")
