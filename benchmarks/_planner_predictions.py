@@ -3,7 +3,8 @@
 For each configuration:
 
     batches     drawn for it; their ids are profiled as ``mtrains profile`` does, all of them
-    dense       forward, backward and optimizer of the model on constant pooled rows, timed alone: what a user would time
+    dense       forward, backward and optimizer of the model on constant pooled rows, timed alone: what a user would time. Just before
+                the steps that the prediction is held against, as the machine's processors are not equally fast all the time
     prediction  ``PerfModel`` on the calibration, the curves and the dense time
     device      rows are put into the home, and its files read at random until that has settled (``_device_reads.py``): the prediction
                 is also made of the calibration with the SSD at that rate, which is what errors are of. Once more after training,
@@ -179,18 +180,21 @@ def predict(hardware: HardwareProfile, access: AccessProfile, c: Configuration, 
     return _Predicted(step.step_ms, missed / unique, step.bottleneck, step.busy_ms[0].tolist())
 
 
-def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, float]]:
-    """``unique_rows``: of a batch. What a batch that gave way asks for anew counts."""
-    found = {}
+def _trained(side: Side, batches: Batches, size: Size, c: Configuration, unique_rows: float) -> dict[str, dict[str, Any]]:
+    """``unique_rows``: of a batch. What a batch that gave way asks for anew counts. The model around the tables is timed just before its
+    steps are: the machine's processors are faster at one time and slower at another."""
+    found: dict[str, dict[str, Any]] = {}
     first = min(size.warm(c), size.trained(c) // 2)
     side.run(batches, WARM_TOP, 0, first)
     missed = _missed(side.counters())
     if first < size.warm(c):
         side.run(batches, WARM_TOP, 0, size.warm(c) - first)
-    for top in c.widths:
+    for top, width in c.widths.items():
+        dense_ms = c.job.dense_ms(width, batches.made[0], size.steps)
         done = side.run(batches, top, size.steps, size.uncounted)
         per_step = {name: value / size.steps for name, value in done.counters.items()}
-        found[top] = {"step_ms": steady_ms(done.seconds), "steps_ms": [1e3 * s for s in done.seconds], **per_step}
+        steps = {"step_ms": steady_ms(done.seconds), "steps_ms": [1e3 * s for s in done.seconds]}
+        found[top] = {"dense_ms": dense_ms, **steps, **per_step}
     ratio = (_missed(side.counters()) - missed) / (size.trained(c) - first) / unique_rows
     return {top: {"miss_ratio": ratio, **measured} for top, measured in found.items()}
 
@@ -205,7 +209,6 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     access = c.job.profile(traces)
     batches = MixedBatches(shape, traces)
     batches.make(0, len(batches))
-    dense_ms = {top: c.job.dense_ms(width, batches.made[0], size.steps) for top, width in c.widths.items()}
     pool, cache = c.pool_rows, c.cache_rows
     side = tiered(
         "tiered",
@@ -222,9 +225,6 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
         fill_pools(side)
     before = read_in_place(root / "home")
     machines = {"predicted": as_read(hardware, before.reads_per_s), "predicted_as_calibrated": hardware}
-    predicted = {
-        top: {name: predict(machine, access, c, size.lookahead, dense_ms[top]) for name, machine in machines.items()} for top in c.widths
-    }
     trained = _trained(side, batches, size, c, sum(t.unique_rows_per_batch for t in access.tables.values()))
     after = read_in_place(root / "home")
     side.close()
@@ -233,9 +233,11 @@ def _of_configuration(c: Configuration, size: Size, hardware: HardwareProfile, r
     held = zip(access.tables.values(), pool, cache, strict=True)
     full = all(p + below <= t.used_rows or p == t.rows for t, p, below in held)
     for top, measured in trained.items():
+        dense_ms = measured.pop("dense_ms")
+        predicted = {name: predict(machine, access, c, size.lookahead, dense_ms) for name, machine in machines.items()}
         lines.append(
-            {"configuration": c.name, "top": top, "pool_rows": pool, "dense_ms": dense_ms[top], "measured": measured, "device": device}
-            | {name: asdict(p) for name, p in predicted[top].items()}
+            {"configuration": c.name, "top": top, "pool_rows": pool, "dense_ms": dense_ms, "measured": measured, "device": device}
+            | {name: asdict(p) for name, p in predicted.items()}
             | {"pools_full": full, "tables": [vars(t) for t in c.job.tables], "dim": c.job.dim, "batch_size": c.job.batch_size}
         )
     return lines

@@ -217,7 +217,8 @@ class Side:
             return {}
         of_tables = [t for g in self.groups for t in g.stats()]
         of_volumes = [v for g in self.groups for v in g.volume_stats()]
-        of_pools = {name: sum(t[name] for t in of_tables) for name in ("lookups", "unique_rows", "misses", "refetched_rows", "write_backs")}
+        names = ("lookups", "unique_rows", "misses", "admitted_rows", "refetched_rows", "write_backs")
+        of_pools = {name: sum(t[name] for t in of_tables) for name in names}
         return of_pools | {name: sum(int(v[name]) for v in of_volumes) for name in ("read_ios", "neighbour_rows", "write_bytes")}
 
     def close(self) -> None:

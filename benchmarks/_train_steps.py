@@ -17,6 +17,7 @@ A step cannot be faster than either of
     compute + misses × CPU a miss   the step in memory, and per miss: what native threads spend, and the main thread beyond that side's
     blocks ÷ IOPS                   what was read of the SSD, ÷ what the device does with nothing above it
 
+Rows that came are misses and the block neighbours admitted with them, which would have been misses later: the CPU is theirs, too.
 Figures are held against the larger of the two. Torch's workers are left out of CPU a miss: they spin where the main thread waits. Reads go
 around the page cache (O_DIRECT).
 """
@@ -193,9 +194,15 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
     def step(side: str) -> Callable[[dict[str, Steps]], float]:
         return lambda r: statistics.mean(r[side].seconds)
 
-    def cpu_per_miss(r: dict[str, Steps]) -> float:
+    def cpu(r: dict[str, Steps]) -> float:
         pools, memory = r["pools"].cpu_seconds, r["memory"].cpu_seconds
-        return (pools["native"] + pools["main"] - memory["main"]) / max(1, r["pools"].counters["misses"])
+        return pools["native"] + pools["main"] - memory["main"]
+
+    def cpu_per_miss(r: dict[str, Steps]) -> float:
+        return cpu(r) / max(1, r["pools"].counters["misses"])
+
+    def cpu_per_row_that_came(r: dict[str, Steps]) -> float:
+        return cpu(r) / max(1, r["pools"].counters["misses"] + r["pools"].counters["admitted_rows"])
 
     def native_per_miss(r: dict[str, Steps]) -> float:
         return r["pools"].cpu_seconds["native"] / max(1, r["pools"].counters["misses"])
@@ -225,7 +232,9 @@ def summary(trace: str, top: str, threads: int, rounds: list[dict[str, Steps]], 
         "misses_per_step": over_rounds(lambda r, _: per_step(r, "misses")),
         "misses_without_look": over_rounds(lambda r, _: r["no look"].counters["misses"] / len(r["no look"].seconds)),
         "blocks_per_step": over_rounds(lambda r, _: per_step(r, "read_ios")),
+        "neighbours_per_step": over_rounds(lambda r, _: per_step(r, "admitted_rows")),
         "cpu_us_per_miss": 1e6 * over_rounds(lambda r, _: cpu_per_miss(r)),
+        "cpu_us_per_row_that_came": 1e6 * over_rounds(lambda r, _: cpu_per_row_that_came(r)),
         "native_us_per_miss": 1e6 * over_rounds(lambda r, _: native_per_miss(r)),
         "bare_us_per_read": 1e6 * statistics.median(probe.cpu_seconds / probe.operations for probe in bare),
         "workers_us_per_miss": 1e6 * over_rounds(lambda r, _: workers_per_miss(r)),
@@ -243,8 +252,9 @@ def print_part(p: dict[str, Any]) -> None:
     ms = ", ".join(f"{name} {x:.1f}" for name, x in p["step_ms"].items())
     print(
         f"{p['trace']}, top {p['top']}: ms a step: {ms}; {p['unique_rows_per_step']:,.0f} unique, {p['misses_per_step']:,.0f} missing "
-        f"({p['misses_without_look']:,.0f} without look), {p['blocks_per_step']:,.0f} blocks; CPU a miss {p['cpu_us_per_miss']:.2f} µs "
-        f"({p['native_us_per_miss']:.2f} on native threads; torch's workers {p['workers_us_per_miss']:.2f} besides; "
+        f"({p['misses_without_look']:,.0f} without look), {p['blocks_per_step']:,.0f} blocks, {p['neighbours_per_step']:,.0f} neighbours "
+        f"admitted; CPU a miss {p['cpu_us_per_miss']:.2f} µs, a row that came {p['cpu_us_per_row_that_came']:.2f} "
+        f"(a miss {p['native_us_per_miss']:.2f} on native threads; torch's workers {p['workers_us_per_miss']:.2f} besides; "
         f"a bare read {p['bare_us_per_read']:.2f}); "
         f"bounds: compute {p['compute_bound_ms']:.1f}, device {p['device_bound_ms']:.1f} ({p['iops']:,.0f} IOPS); all ÷ memory "
         f"{p['all_over_memory']:.3f}, pools ÷ memory {p['pools_over_memory']:.3f}, no look ÷ pools {p['speed_up']:.2f}",
@@ -273,5 +283,6 @@ def figures(f: dict[str, Any]) -> list[Figure]:
         else:
             lines.append(Figure(f"step ÷ (compute + misses × CPU a miss): {where}", p["over_compute_bound"], "" if spare else "≤ 1.05", 3))
             lines.append(Figure(f"CPU a miss, µs: {where}", p["cpu_us_per_miss"], "" if spare else "≤ 3.5"))
+            lines.append(Figure(f"CPU a row that came, µs: {where}", p["cpu_us_per_row_that_came"]))
         lines.append(Figure(f"speed-up over prefetch off: {where}", p["speed_up"]))
     return lines

@@ -83,11 +83,10 @@ void IoQueue::fetch(uint32_t tag) const {
   }
 }
 
-void IoQueue::finish(uint32_t tag, int32_t result) {
+void IoQueue::finish(uint32_t tag, int32_t result, int64_t now_ns) {
   const IoJob job = flying_[tag];
   if (result == -EAGAIN || result == -EINTR) return start(tag);
   const bool whole = result >= 0 && static_cast<uint32_t>(result) == job.bytes;
-  const int64_t now_ns = Trace::now_ns();
   flight_ns_ += now_ns - started_ns_[tag];
   if (free_tags_.size() + 1 == depth_) busy_ns_ += now_ns - busy_since_ns_;
   if (Trace::shared().on()) Trace::shared().add({job.write ? "write" : "read", started_ns_[tag], now_ns, job.bytes, number_, tag});
@@ -113,11 +112,12 @@ void IoQueue::run(const std::string& backend) {
   }
   std::vector<IoCompletion> completions(depth_);
   while (take(free_tags_.size() == depth_ && ready_.empty())) {
+    int64_t now_ns = Trace::now_ns();  // of all that this thread starts, and then hears of, together
     while (!free_tags_.empty() && !ready_.empty()) {
       const uint32_t tag = free_tags_.back();
       free_tags_.pop_back();
       flying_[tag] = ready_.front()[next_];
-      started_ns_[tag] = Trace::now_ns();
+      started_ns_[tag] = now_ns;
       if (free_tags_.size() + 1 == depth_) busy_since_ns_ = started_ns_[tag];
       start(tag);
       if (++next_ == ready_.front().size()) {
@@ -132,9 +132,10 @@ void IoQueue::run(const std::string& backend) {
     const size_t stay = depth_ - depth_ / 3;
     const size_t least = std::max({size_t{1}, flying / 8, flying - std::min(flying, stay)});
     const size_t n = engine_->reap(completions, least);
+    now_ns = Trace::now_ns();
     for (size_t i = 0; i < n; ++i) {
       if (i + kAhead < n) fetch(completions[i + kAhead].tag);
-      finish(completions[i].tag, completions[i].result);
+      finish(completions[i].tag, completions[i].result, now_ns);
     }
   }
   engine_.reset();

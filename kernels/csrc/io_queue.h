@@ -66,7 +66,7 @@ class IoQueue {
   void run(const std::string& backend);
   void start(uint32_t tag);
   void fetch(uint32_t tag) const;
-  void finish(uint32_t tag, int32_t result);
+  void finish(uint32_t tag, int32_t result, int64_t now_ns);
   bool take(bool idle);
 
   System& system_;
