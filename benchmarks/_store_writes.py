@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from torchrec_mtrains.kernels import MemoryVolume, SsdVolume, _core
 from torchrec_mtrains.planner.charges import live_bytes
-from torchrec_mtrains.planner.perf_model import QUEUE_DEPTH
 
 from _common import Figure, ZipfIds, own_io_bytes
 from _subjects import records, shuffled
@@ -135,10 +134,10 @@ class Written:
         }
 
 
-def filled(folder: Path, rows: int, record_bytes: int, capacity_bytes: int, depth: int = QUEUE_DEPTH) -> SsdVolume:
+def filled(folder: Path, rows: int, record_bytes: int, capacity_bytes: int) -> SsdVolume:
     """A volume with every row of one table put, in an order that scatters them."""
     folder.mkdir()
-    volume = SsdVolume((str(folder),), capacity_bytes, depth=depth)
+    volume = SsdVolume((str(folder),), capacity_bytes)
     table = volume.table("t", row_count=rows, record_bytes=record_bytes)
     for part in shuffled(rows, 20_000):
         table.put(part, records(part, record_bytes))

@@ -111,7 +111,6 @@ def measure(
     parts: tuple[Part, ...],
     turns: Turns,
     trace: Callable[[str, int, int, Stretch, int], Trace],
-    depth: int = QUEUE_DEPTH,
 ) -> dict[str, Any]:
     """``share``: of a table's rows in its pool. ``trace``: as ``zipf_trace``."""
     tops = {d.name: d for d in dense}
@@ -143,7 +142,7 @@ def measure(
         print(f"tables made, pools warm after {perf_counter() - start:.0f} s", flush=True)
 
         def bare_reads(seed: int) -> Any:
-            return _core.random_io([str(raw)], PAGE_BYTES, depth, 1.0, turns.probe_seconds, _backend(sides), seed)
+            return _core.random_io([str(raw)], PAGE_BYTES, QUEUE_DEPTH, 1.0, turns.probe_seconds, _backend(sides), seed)
 
         _settle(lambda seed: float(bare_reads(seed).operations_per_s))
         number = 0

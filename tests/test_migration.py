@@ -32,7 +32,7 @@ def sums(dmp):
     for key in sorted(tensors):
         shards = [s.tensor for s in tensors[key].local_shards()]
         pieces = (t[first : first + 8192].cpu() for t in shards for first in range(0, len(t), 8192))
-        print(key, sum(int(piece.contiguous().view(torch.int32).sum(dtype=torch.int64)) for piece in pieces))
+        print(key, sum(int(piece.view(torch.int32).sum(dtype=torch.int64)) for piece in pieces))
 """
 
 SAVE = """
